@@ -1,0 +1,84 @@
+"""`Config`, and the settings read from the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import ConfigError
+
+DEFAULT_TIMEOUT_S = 100.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the environment says. Arguments of the API win over it."""
+
+    backend: str | None
+    ranks_per_node: int | None
+    cache_dir: Path
+
+
+def settings(environ: Mapping[str, str] = os.environ) -> Settings:
+    """Read every environment variable of ep_rt.
+
+    ``EP_RT_BACKEND``: backend used when the caller says ``"auto"``.
+    ``EP_RT_RANKS_PER_NODE``: split ranks into virtual nodes of this size.
+    ``EP_RT_CACHE_DIR``: compiled kernels; default ``$XDG_CACHE_HOME/ep_rt`` or ``~/.cache/ep_rt``.
+    """
+    ranks_per_node = environ.get("EP_RT_RANKS_PER_NODE", "")
+    if ranks_per_node and not (ranks_per_node.isdigit() and int(ranks_per_node) > 0):
+        raise ConfigError(f"EP_RT_RANKS_PER_NODE={ranks_per_node!r} is not a positive integer")
+    cache_home = Path(environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    return Settings(
+        backend=environ.get("EP_RT_BACKEND") or None,
+        ranks_per_node=int(ranks_per_node) if ranks_per_node else None,
+        cache_dir=Path(environ.get("EP_RT_CACHE_DIR") or cache_home / "ep_rt"),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Tuning of the normal mode, with DeepEP's names and positional order.
+
+    Args:
+        num_sms: streaming multiprocessors a kernel may use.
+        num_max_nvl_chunked_send_tokens, num_max_rdma_chunked_send_tokens: tokens per progress update.
+        num_max_nvl_chunked_recv_tokens, num_max_rdma_chunked_recv_tokens: tokens a ring holds.
+
+    Rows are received straight into the result, so the chunk sizes shape nothing here: they are accepted and
+    checked so that programs that tune them run unchanged. The host backend uses none of the values.
+    """
+
+    num_sms: int = 16
+    num_max_nvl_chunked_send_tokens: int = 6
+    num_max_nvl_chunked_recv_tokens: int = 256
+    num_max_rdma_chunked_send_tokens: int = 6
+    num_max_rdma_chunked_recv_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+
+    def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
+        """Bytes to pass as ``num_nvl_bytes`` for rows of `hidden_bytes` among `num_ranks` ranks."""
+        return _align_up(num_ranks * self.num_max_nvl_chunked_recv_tokens * _slot_bytes(hidden_bytes))
+
+    def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
+        """Bytes to pass as ``num_rdma_bytes``; 0 for ranks of a single node of 8."""
+        if num_ranks <= 8:
+            return 0
+        num_nodes = (num_ranks + 7) // 8
+        return _align_up(2 * num_nodes * self.num_max_rdma_chunked_recv_tokens * _slot_bytes(hidden_bytes))
+
+
+def _slot_bytes(hidden_bytes: int) -> int:
+    """A row with the metadata of up to 64 experts: id, weight, source."""
+    return hidden_bytes + 64 * (8 + 4) + 16
+
+
+def _align_up(num_bytes: int, alignment: int = 1 << 20) -> int:
+    return -(-num_bytes // alignment) * alignment
