@@ -26,6 +26,7 @@ _E = TypeVar("_E", bound=EpError)
 
 def _restored(kind: type[_E], args: tuple[Any, ...], facts: dict[str, Any]) -> _E:
     error = kind.__new__(kind, *args)
+    error.args = args
     error.__dict__.update(facts)
     return error
 
@@ -126,7 +127,7 @@ class PeerFailedError(EpError, RuntimeError):
     """A peer left the group with an exception of its own. `peer` names it, `reason` is what it said."""
 
     def __init__(self, *, rank: int, peer: int, reason: str) -> None:
-        super().__init__(f"rank {rank}: rank {peer} left with {reason}")
+        super().__init__(f"rank {rank}: rank {peer} left: {reason}")
         self.rank = rank
         self.peer = peer
         self.reason = reason
