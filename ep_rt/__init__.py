@@ -1,0 +1,51 @@
+"""Expert-parallel communication for Mixture-of-Experts models, with no build step."""
+
+from . import reference
+from ._version import __version__
+from .buffer import Buffer
+from .config import Config
+from .errors import (
+    ArrayError,
+    BackendError,
+    ClosedError,
+    CollectiveMismatchError,
+    CompileError,
+    ConfigError,
+    DeviceError,
+    EpError,
+    HandleError,
+    PeerFailedError,
+    PeerTimeoutError,
+    TopologyError,
+)
+from .events import EventOverlap
+from .exchange import Group
+from .groups import as_group, run_local
+from .handle import DispatchHandle, LowLatencyHandle
+from .topology import Topology
+
+__all__ = [
+    "ArrayError",
+    "BackendError",
+    "Buffer",
+    "ClosedError",
+    "CollectiveMismatchError",
+    "CompileError",
+    "Config",
+    "ConfigError",
+    "DeviceError",
+    "DispatchHandle",
+    "EpError",
+    "EventOverlap",
+    "Group",
+    "HandleError",
+    "LowLatencyHandle",
+    "PeerFailedError",
+    "PeerTimeoutError",
+    "Topology",
+    "TopologyError",
+    "__version__",
+    "as_group",
+    "reference",
+    "run_local",
+]

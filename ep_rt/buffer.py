@@ -1,0 +1,560 @@
+"""`Buffer`: the object through which ranks exchange tokens."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import astuple, dataclass
+from types import TracebackType
+from typing import Any, ClassVar
+
+from . import _version, arrays, backend as backends
+from .config import DEFAULT_TIMEOUT_S, Config
+from .errors import BackendError, ClosedError, ConfigError, EpError
+from .events import EventOverlap
+from .groups import as_group
+from .handle import DispatchHandle, LowLatencyHandle
+from .host.engine import HostEngine
+from .host.low_latency import HostLowLatency
+from .host.peers import Announcement, Peers, attempt
+from .requests import (
+    CombineRequest,
+    DispatchRequest,
+    LayoutRequest,
+    LowLatencyCombineRequest,
+    LowLatencyDispatchRequest,
+    local_experts,
+)
+from .results import Combined, Dispatched, DispatchLayout, LowLatencyCombined, LowLatencyDispatched
+from .topology import discover
+
+
+@dataclass(frozen=True, slots=True)
+class MoeSizes:
+    """The model a buffer was made for. The same on every rank."""
+
+    num_max_tokens_per_rank: int
+    hidden: int
+    num_experts: int
+    num_topk: int
+    dtype: str
+
+
+class Buffer:
+    """Dispatch tokens to the ranks of their experts, and combine the experts' outputs.
+
+    The calls carry the names and the argument order of DeepEP's ``Buffer``; results are named tuples in its
+    order. Arrays may be NumPy, PyTorch or JAX (on the host backend: in CPU memory) and results come back in
+    the framework of the array they belong to, without a copy.
+
+    Unless said otherwise a call is collective: every rank of the group makes the same calls in the same order.
+    Wrong arguments on any rank, arguments that must agree and do not, and ranks making different calls raise
+    the same error on every rank before anything has moved, and the buffer stays usable. A rank that does not
+    arrive within `timeout_s` raises `PeerTimeoutError` naming it, after which the buffer can only be closed.
+
+    Args:
+        group: the peers: an mpi4py communicator, a torch process group, an `ep_rt.Group`, or None for
+            ``MPI.COMM_WORLD`` under an MPI launcher and a single rank otherwise.
+        num_nvl_bytes, num_rdma_bytes: communication memory; the host backend needs none.
+        low_latency_mode, num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl,
+            explicitly_destroy: as in DeepEP; the host backend behaves the same for every value.
+        enable_shrink: in low-latency mode, mask a late rank and go on without it instead of raising.
+        backend: "cuda", "host", or "auto": ``EP_RT_BACKEND``, else CUDA if it can run here, else host.
+        ranks_per_node: split the ranks into nodes of this size instead of asking the machine.
+        timeout_s: how long to wait for a peer.
+        moe: sizes to check calls against, see `for_moe`.
+
+    Raises:
+        ConfigError: a bad value, or values that differ between ranks.
+        BackendError: the backend cannot run here.
+
+    Collective. As a context manager it closes itself; if the body raises on one rank, the others are told.
+    """
+
+    num_sms: ClassVar[int] = 16
+
+    def __init__(
+        self,
+        group: object = None,
+        num_nvl_bytes: int = 0,
+        num_rdma_bytes: int = 0,
+        *,
+        low_latency_mode: bool = False,
+        num_qps_per_rank: int = 24,
+        allow_nvlink_for_low_latency_mode: bool = True,
+        allow_mnnvl: bool = False,
+        explicitly_destroy: bool = False,
+        enable_shrink: bool = False,
+        backend: str = "auto",
+        ranks_per_node: int | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        moe: MoeSizes | None = None,
+    ) -> None:
+        if not timeout_s > 0:
+            raise ConfigError(f"timeout_s={timeout_s} must be positive")
+        self.group = as_group(group)
+        self._closed = False
+        self._moe = moe
+        peers = Peers(self.group, timeout_s)
+        chosen = attempt(lambda: self._check_construction(backend, num_nvl_bytes, num_rdma_bytes))
+        tokens = peers.agree(
+            "Buffer",
+            chosen
+            if isinstance(chosen, EpError)
+            else Announcement(
+                facts={
+                    "ep_rt version": _version.__version__,
+                    "backend": chosen,
+                    "low_latency_mode": low_latency_mode,
+                    "enable_shrink": enable_shrink,
+                    "model": None if moe is None else astuple(moe),
+                },
+                payload=secrets.token_hex(2),
+            ),
+        )
+        assert isinstance(chosen, str)  # agree raised the error
+        self.backend = chosen
+        # Several buffers may use one group: their operations must not be taken for each other's.
+        peers.label = f" of buffer {tokens[0]}"
+        self.topology = discover(self.group, ranks_per_node=ranks_per_node)
+        self._identity = object()
+        self._engine = HostEngine(peers, self.topology, owner=self._identity)
+        self._low_latency = HostLowLatency(peers, owner=self._identity, enable_shrink=enable_shrink)
+
+    @classmethod
+    def for_moe(
+        cls,
+        group: object = None,
+        *,
+        num_max_tokens_per_rank: int,
+        hidden: int,
+        num_experts: int,
+        num_topk: int,
+        dtype: str = "bfloat16",
+        **options: Any,
+    ) -> Buffer:
+        """A buffer sized for a model; its sizes are compared between ranks, and calls checked against them.
+
+        Args:
+            num_max_tokens_per_rank: the most tokens a rank dispatches in one call.
+            hidden, num_experts, num_topk: of the model. `dispatch` then needs no ``num_experts``.
+            dtype: of the payload, "bfloat16", "float16", "float32", "float8_e4m3fn" or "uint8".
+            options: any keyword of `Buffer`.
+        """
+        moe = MoeSizes(num_max_tokens_per_rank, hidden, num_experts, num_topk, dtype)
+        return cls(group, moe=moe, **options)
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank
+
+    @property
+    def num_ranks(self) -> int:
+        return self.group.size
+
+    def __repr__(self) -> str:
+        state = "closed, " if self._closed else ""
+        return f"Buffer({state}rank={self.rank}, num_ranks={self.num_ranks}, backend={self.backend!r})"
+
+    # Normal mode.
+
+    def get_dispatch_layout(
+        self,
+        topk_idx: Any,
+        num_experts: int,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> DispatchLayout:
+        """Count where this rank's tokens go. Not collective; `dispatch` computes it itself when not given.
+
+        Args:
+            topk_idx: [num_tokens, num_topk], int64 or int32, expert ids; -1 for none.
+            num_experts: of all ranks together.
+
+        Returns:
+            DispatchLayout: ``num_tokens_per_rank`` int32 [num_ranks]; ``num_tokens_per_rdma_rank`` int32
+            [num_nodes], None on a single node; ``num_tokens_per_expert`` int32 [num_experts];
+            ``is_token_in_rank`` bool [num_tokens, num_ranks]; ``event``.
+
+        Raises:
+            ArrayError, ConfigError: `topk_idx` or `num_experts` is wrong.
+
+        Source: reference.dispatch_layout.
+        """
+        self._enter(previous_event)
+        return self._engine.get_dispatch_layout(
+            LayoutRequest.of(topk_idx, num_experts, num_ranks=self.num_ranks, device=self._engine.device)
+        )
+
+    def dispatch(
+        self,
+        x: Any,
+        handle: DispatchHandle | None = None,
+        num_tokens_per_rank: Any = None,
+        num_tokens_per_rdma_rank: Any = None,
+        is_token_in_rank: Any = None,
+        num_tokens_per_expert: Any = None,
+        topk_idx: Any = None,
+        topk_weights: Any = None,
+        expert_alignment: int = 1,
+        num_worst_tokens: int = 0,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+        *,
+        num_experts: int | None = None,
+    ) -> Dispatched:
+        """Send every token once to each rank that owns at least one of its experts.
+
+        Args:
+            x: [num_tokens, hidden], bfloat16, float16, float32, float8_e4m3fn or uint8, rows of a multiple
+                of 16 bytes; or a tuple (x, sf) with scale factors [num_tokens, any], float32 or int32.
+            handle: repeat the routing of an earlier dispatch with new rows; give `x` alone then.
+            num_tokens_per_rank, num_tokens_per_rdma_rank: accepted; they follow from `is_token_in_rank`.
+            is_token_in_rank: bool [num_tokens, num_ranks]; computed from `topk_idx` if not given.
+            num_tokens_per_expert: int32 [num_experts]; computed from `topk_idx` if not given.
+            topk_idx: [num_tokens, num_topk], int64 or int32, expert ids; -1 for none.
+            topk_weights: float32 [num_tokens, num_topk]; delivered, not applied.
+            expert_alignment: per-expert counts are rounded up to it.
+            num_worst_tokens: if not 0, the results have exactly this many rows. Rows past the received ones
+                are unspecified, with expert ids -1 and weights 0; rows that do not fit are dropped and
+                ``handle.overflow`` says so.
+            config: accepted; see `Config`.
+            previous_event: work to wait for first.
+            async_finish, allocate_on_comm_stream: as in DeepEP; on the host the work is done on return.
+            num_experts: of all ranks together; needed with `topk_idx` alone.
+
+        Returns:
+            Dispatched: ``recv_x`` [num_recv_tokens, hidden] (or a tuple with its scale factors), rows ordered
+            by source rank, then source token; ``recv_topk_idx`` [num_recv_tokens, num_topk] with *local*
+            expert ids, -1 where the expert is not on this rank; ``recv_topk_weights``, 0 there;
+            ``num_recv_tokens_per_expert_list``, one count per local expert, [] with `num_worst_tokens`;
+            ``handle`` for `combine`; ``event``. With `handle` the ids and weights are None.
+
+        Raises:
+            ArrayError, ConfigError, HandleError: on every rank; nothing moved.
+            CollectiveMismatchError, PeerTimeoutError, PeerFailedError: see `Buffer`.
+
+        Collective. The backward of dispatch is `combine` of the rows' gradients with the same handle.
+        Source: reference.dispatch, reference.dispatch_cached.
+        """
+        self._enter(previous_event)
+        experts = self._moe.num_experts if num_experts is None and self._moe is not None else num_experts
+        return self._engine.dispatch(
+            lambda: self._within_model(
+                DispatchRequest.of(
+                    x,
+                    handle,
+                    is_token_in_rank,
+                    num_tokens_per_expert,
+                    topk_idx,
+                    topk_weights,
+                    expert_alignment,
+                    num_worst_tokens,
+                    experts,
+                    owner=self._identity,
+                    num_ranks=self.num_ranks,
+                    device=self._engine.device,
+                )
+            )
+        )
+
+    def combine(
+        self,
+        x: Any,
+        handle: DispatchHandle,
+        topk_weights: Any = None,
+        bias: Any = None,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> Combined:
+        """Return every token's rows to its source rank and sum them.
+
+        The sum is not weighted: experts apply ``recv_topk_weights`` to their outputs, rank by rank.
+
+        Args:
+            x: [rows of recv_x, hidden], bfloat16, float16 or float32, rows as the dispatch delivered them.
+            handle: of that dispatch.
+            topk_weights: float32 [rows of recv_x, num_topk], summed the same way (the gradient of the
+                weights, in a backward pass).
+            bias: [num_tokens, hidden], or a tuple of two, dtype of `x`, added at the end.
+
+        Returns:
+            Combined: ``combined_x`` [num_tokens, hidden], dtype of `x`: the rows in ascending order of rank,
+            then the biases, added in float32 and rounded once to nearest even; ``combined_topk_weights``
+            float32 [num_tokens, num_topk] or None; ``event``.
+
+        Raises:
+            ArrayError, ConfigError, HandleError: on every rank; nothing moved.
+            CollectiveMismatchError, PeerTimeoutError, PeerFailedError: see `Buffer`.
+
+        Collective. The backward of combine is `dispatch` of the gradient with the same handle.
+        Source: reference.combine.
+        """
+        self._enter(previous_event)
+        return self._engine.combine(
+            lambda: CombineRequest.of(
+                x, handle, topk_weights, bias, owner=self._identity, device=self._engine.device
+            )
+        )
+
+    # Low-latency mode.
+
+    def low_latency_dispatch(
+        self,
+        x: Any,
+        topk_idx: Any,
+        num_max_dispatch_tokens_per_rank: int,
+        num_experts: int,
+        cumulative_local_expert_recv_stats: Any = None,
+        dispatch_wait_recv_cost_stats: Any = None,
+        use_fp8: bool = True,
+        round_scale: bool = False,
+        use_ue8m0: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+    ) -> LowLatencyDispatched:
+        """Send every token to its experts, which receive them padded and ordered by expert.
+
+        Below, El is num_experts / num_ranks, R num_ranks and M num_max_dispatch_tokens_per_rank.
+
+        Args:
+            x: [num_tokens, hidden], bfloat16, at most M tokens.
+            topk_idx: [num_tokens, num_topk], int64 or int32; -1 for none.
+            num_max_dispatch_tokens_per_rank: the same on every rank.
+            cumulative_local_expert_recv_stats: int32 [El]; the rows of each expert are added to it.
+            dispatch_wait_recv_cost_stats: int64 [R]; microseconds waited for each source are added to it.
+            use_fp8: cast to float8_e4m3fn, one float32 scale factor for 128 channels.
+            round_scale: round scale factors up to powers of two.
+            use_ue8m0: deliver those as packed exponents, four in an int32.
+            return_recv_hook: return once this rank's rows are on their way; ``hook()`` receives and fills the
+                results. It waits for the peers' dispatch calls, not for their hooks. Not for JAX arrays.
+
+        Returns:
+            LowLatencyDispatched: ``recv_x`` [El, R*M, hidden], or a tuple with scale factors float32
+            [El, R*M, hidden/128] or int32 [El, R*M, ceil(hidden/512)], contiguous along R*M; ``recv_count``
+            int32 [El]; ``handle``; ``event``; ``hook``, None without `return_recv_hook`. An expert's rows come
+            first, by source rank, token and column of `topk_idx`; the other rows are unspecified.
+
+        Raises:
+            ArrayError, ConfigError: on every rank; nothing moved.
+            CollectiveMismatchError, PeerTimeoutError, PeerFailedError: see `Buffer`. With `enable_shrink` a
+                late rank is masked instead of PeerTimeoutError.
+
+        Collective. Source: reference.low_latency_dispatch.
+        """
+        self._enter(None)
+        _check_finish(async_finish, return_recv_hook)
+        return self._low_latency.dispatch(
+            lambda: LowLatencyDispatchRequest.of(
+                x,
+                topk_idx,
+                num_max_dispatch_tokens_per_rank,
+                num_experts,
+                cumulative_local_expert_recv_stats,
+                dispatch_wait_recv_cost_stats,
+                use_fp8,
+                round_scale,
+                use_ue8m0,
+                num_ranks=self.num_ranks,
+                device=self._engine.device,
+            ),
+            with_hook=return_recv_hook,
+        )
+
+    def low_latency_combine(
+        self,
+        x: Any,
+        topk_idx: Any,
+        topk_weights: Any,
+        handle: LowLatencyHandle,
+        use_logfmt: bool = False,
+        zero_copy: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+        out: Any = None,
+        combine_wait_recv_cost_stats: Any = None,
+    ) -> LowLatencyCombined:
+        """Return the expert rows of every token to its source rank, weighted and summed.
+
+        Args:
+            x: [El, R*M, hidden], bfloat16, rows as `low_latency_dispatch` delivered them.
+            topk_idx: as dispatched; entries set to -1 since then are left out of the sum.
+            topk_weights: float32 [num_tokens, num_topk].
+            handle: of that dispatch.
+            use_logfmt: rows travel as LogFMT-10, with its rounding.
+            zero_copy: the rows are already in `get_next_low_latency_combine_buffer`; `x` gives the shape.
+            return_recv_hook: as in `low_latency_dispatch`; JAX needs `out` in another framework.
+            out: [num_tokens, hidden], bfloat16, to write the result to.
+            combine_wait_recv_cost_stats: int64 [R]; microseconds waited for each rank are added to it.
+
+        Returns:
+            LowLatencyCombined: ``combined_x`` [num_tokens, hidden], bfloat16: weight times row, summed in
+            float32 in the order of the columns of `topk_idx`, rounded once; ``event``; ``hook``.
+
+        Raises: as `low_latency_dispatch`, and HandleError.
+
+        Collective. Source: reference.low_latency_combine.
+        """
+        self._enter(None)
+        _check_finish(async_finish, return_recv_hook)
+        return self._low_latency.combine(
+            lambda: LowLatencyCombineRequest.of(
+                x,
+                topk_idx,
+                topk_weights,
+                handle,
+                use_logfmt,
+                zero_copy,
+                out,
+                combine_wait_recv_cost_stats,
+                owner=self._identity,
+                num_ranks=self.num_ranks,
+                device=self._engine.device,
+            ),
+            with_hook=return_recv_hook,
+        )
+
+    def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> Any:
+        """The bfloat16 [El, R*M, hidden] array that the next combine with ``zero_copy`` reads. Local."""
+        self._enter(None)
+        return self._low_latency.next_combine_buffer(handle)
+
+    def clean_low_latency_buffer(
+        self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int
+    ) -> None:
+        """Nothing needs cleaning between modes; for programs that do it. Local."""
+        self._enter(None)
+
+    def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
+        """Leave a rank out of this rank's low-latency calls, or take it back. Local; needs `enable_shrink`.
+
+        A masked rank gets nothing from this rank; its tokens and its experts' outputs are missing.
+        """
+        self._enter(None)
+        self._low_latency.update_mask(rank_to_mask, mask)
+
+    def low_latency_query_mask_buffer(self, mask_status: Any) -> None:
+        """Fill int32 [num_ranks] with 1 for masked ranks, 0 for others. Local; needs `enable_shrink`."""
+        self._enter(None)
+        arrays.host(mask_status, name="mask_status", writable=True)[...] = self._low_latency.query_mask()
+
+    def low_latency_clean_mask_buffer(self) -> None:
+        """Unmask every rank. Local; needs `enable_shrink`."""
+        self._enter(None)
+        self._low_latency.clean_mask()
+
+    # Tuning and streams.
+
+    @classmethod
+    def set_num_sms(cls, num_sms: int) -> None:
+        """Let kernels use this many streaming multiprocessors. The host backend has none."""
+        if num_sms < 1:
+            raise ConfigError(f"num_sms={num_sms} must be at least 1")
+        cls.num_sms = num_sms
+
+    @classmethod
+    def get_dispatch_config(cls, num_ranks: int) -> Config:
+        """The recommended `Config` for a number of ranks; any number will do."""
+        return Config(num_sms=cls.num_sms)
+
+    @classmethod
+    def get_combine_config(cls, num_ranks: int) -> Config:
+        """As `get_dispatch_config`."""
+        return Config(num_sms=cls.num_sms)
+
+    @staticmethod
+    def get_low_latency_rdma_size_hint(
+        num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
+    ) -> int:
+        """Bytes to pass as ``num_rdma_bytes`` for low-latency mode.
+
+        Two landing zones, of one bfloat16 row for each (source rank, token), for each direction.
+        """
+        local_experts(num_experts, num_ranks)
+        row_bytes = 2 * hidden + 16
+        words = 16 * num_ranks * (num_experts + num_max_dispatch_tokens_per_rank)
+        return 2 * (2 * num_ranks * num_max_dispatch_tokens_per_rank * row_bytes + words)
+
+    @staticmethod
+    def capture() -> EventOverlap:
+        """An event for the work enqueued so far; on the host, nothing is pending."""
+        return EventOverlap()
+
+    def get_comm_stream(self) -> Any:
+        """The stream communication runs on."""
+        self._enter(None)
+        raise BackendError("the host backend has no streams")
+
+    def get_local_buffer_tensor(
+        self, dtype: Any, size: Any = None, offset: int = 0, use_rdma_buffer: bool = False
+    ) -> Any:
+        """Raw communication memory."""
+        self._enter(None)
+        raise BackendError("the host backend has no communication memory")
+
+    # Life time.
+
+    def close(self) -> None:
+        """Give everything back. Collective; calling it again does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._engine.close()
+
+    destroy = close
+
+    def __enter__(self) -> Buffer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None or (isinstance(error, EpError) and error.is_collective):
+            self.close()
+        else:
+            # The peers are elsewhere: they learn why this rank leaves instead of waiting for it.
+            self._closed = True
+            self.group.abort(error)
+
+    def _enter(self, previous_event: EventOverlap | None) -> None:
+        if self._closed:
+            raise ClosedError("the buffer is closed")
+        if previous_event is not None:
+            previous_event.synchronize()
+
+    def _check_construction(self, backend: str, num_nvl_bytes: int, num_rdma_bytes: int) -> str:
+        if num_nvl_bytes < 0 or num_rdma_bytes < 0:
+            raise ConfigError(
+                f"num_nvl_bytes={num_nvl_bytes} and num_rdma_bytes={num_rdma_bytes} must not be negative"
+            )
+        if self._moe is not None:
+            arrays.np_dtype(self._moe.dtype)
+            if min(self._moe.num_max_tokens_per_rank, self._moe.hidden, self._moe.num_topk) < 1:
+                raise ConfigError(f"{self._moe} has sizes below 1")
+            local_experts(self._moe.num_experts, self.num_ranks)
+        return backends.choose(backend)
+
+    def _within_model(self, request: DispatchRequest) -> DispatchRequest:
+        moe = self._moe
+        if moe is not None:
+            num_tokens, hidden = request.x.shape
+            row_bytes = hidden * arrays.np_dtype(request.x.dtype).itemsize
+            if row_bytes > moe.hidden * arrays.np_dtype(moe.dtype).itemsize:
+                raise ConfigError(
+                    f"x has rows of {hidden} x {request.x.dtype}; the buffer was made for "
+                    f"hidden={moe.hidden} x {moe.dtype}"
+                )
+            if num_tokens > moe.num_max_tokens_per_rank:
+                raise ConfigError(
+                    f"x has {num_tokens} tokens; the buffer was made for "
+                    f"num_max_tokens_per_rank={moe.num_max_tokens_per_rank}"
+                )
+        return request
+
+
+def _check_finish(async_finish: bool, return_recv_hook: bool) -> None:
+    if async_finish and return_recv_hook:
+        raise ConfigError("async_finish and return_recv_hook exclude each other")

@@ -1,0 +1,1 @@
+"""The engine without a GPU: NumPy over any group."""

@@ -1,0 +1,344 @@
+"""What the caller asked for, checked: one class per operation.
+
+Everything that can be checked from shapes, dtypes and options alone is checked here, for every engine
+alike; values (expert ids) are checked by the engine that can read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import arrays
+from .arrays import ArrayView
+from .errors import ArrayError, ConfigError, HandleError
+from .handle import DispatchHandle, LowLatencyHandle
+
+MOVED_DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn", "uint8")
+SUMMED_DTYPES = ("bfloat16", "float16", "float32")
+SF_DTYPES = ("float32", "int32")
+INDEX_DTYPES = ("int64", "int32")
+
+ROW_ALIGN_BYTES = 16
+FP8_BLOCK = 128
+
+
+def local_experts(num_experts: int, num_ranks: int) -> int:
+    """Experts per rank."""
+    if num_experts < 1 or num_experts % num_ranks:
+        raise ConfigError(f"num_experts={num_experts} is not a positive multiple of num_ranks={num_ranks}")
+    return num_experts // num_ranks
+
+
+def load(
+    obj: object, name: str, *, dtypes: Sequence[str], shape: Sequence[int | None], device: str | None = None
+) -> ArrayView:
+    """A view of `obj`, whose dtype is one of `dtypes` and whose shape matches; None matches any length."""
+    view = arrays.view(obj, name=name)
+    if device is not None and view.device.partition(":")[0] != device:
+        raise ArrayError(f"{name} lies on {view.device}; this backend takes arrays on {device}")
+    if view.dtype not in dtypes:
+        raise ArrayError(f"{name} has dtype {view.dtype}; accepted: {', '.join(dtypes)}")
+    if len(view.shape) != len(shape) or any(
+        want is not None and have != want for have, want in zip(view.shape, shape, strict=True)
+    ):
+        wanted = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ArrayError(f"{name} has shape {list(view.shape)}; expected [{wanted}]")
+    return view
+
+
+def _load_rows(obj: object, name: str, dtypes: Sequence[str], num_rows: int | None, device: str) -> ArrayView:
+    rows = load(obj, name, dtypes=dtypes, shape=(num_rows, None), device=device)
+    hidden = rows.shape[1]
+    row_bytes = hidden * arrays.np_dtype(rows.dtype).itemsize
+    if hidden == 0 or row_bytes % ROW_ALIGN_BYTES:
+        raise ArrayError(
+            f"{name} has rows of {row_bytes} bytes ({hidden} x {rows.dtype}); "
+            f"pad hidden so that a row is a multiple of {ROW_ALIGN_BYTES} bytes"
+        )
+    return rows
+
+
+def _check_owner(handle: object, kind: type, owner: object) -> None:
+    if not isinstance(handle, kind):
+        raise HandleError(f"handle is a {type(handle).__name__}; expected a {kind.__name__}")
+    if handle.owner is not owner:  # type: ignore[attr-defined]
+        raise HandleError("handle comes from another buffer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayoutRequest:
+    topk_idx: ArrayView
+    num_experts: int
+
+    @classmethod
+    def of(cls, topk_idx: object, num_experts: int, *, num_ranks: int, device: str) -> LayoutRequest:
+        local_experts(num_experts, num_ranks)
+        ids = load(topk_idx, "topk_idx", dtypes=INDEX_DTYPES, shape=(None, None), device=device)
+        return cls(topk_idx=ids, num_experts=num_experts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DispatchRequest:
+    """`num_experts` is 0 when `handle` repeats an earlier dispatch."""
+
+    x: ArrayView
+    sf: ArrayView | None
+    topk_idx: ArrayView | None
+    topk_weights: ArrayView | None
+    is_token_in_rank: ArrayView | None
+    num_tokens_per_expert: ArrayView | None
+    num_experts: int
+    expert_alignment: int
+    num_worst_tokens: int
+    handle: DispatchHandle | None
+
+    @classmethod
+    def of(
+        cls,
+        x: Any,
+        handle: DispatchHandle | None,
+        is_token_in_rank: object,
+        num_tokens_per_expert: object,
+        topk_idx: object,
+        topk_weights: object,
+        expert_alignment: int,
+        num_worst_tokens: int,
+        num_experts: int | None,
+        *,
+        owner: object,
+        num_ranks: int,
+        device: str,
+    ) -> DispatchRequest:
+        x, sf = x if isinstance(x, tuple) else (x, None)
+        rows = _load_rows(x, "x", MOVED_DTYPES, None, device)
+        num_tokens = rows.shape[0]
+        scales = None
+        if sf is not None:
+            shape = (num_tokens,) if arrays.view(sf, name="sf").shape == (num_tokens,) else (num_tokens, None)
+            scales = load(sf, "sf", dtypes=SF_DTYPES, shape=shape, device=device)
+        if expert_alignment < 1:
+            raise ConfigError(f"expert_alignment={expert_alignment} must be at least 1")
+        if num_worst_tokens < 0:
+            raise ConfigError(f"num_worst_tokens={num_worst_tokens} is negative")
+
+        ids = weights = in_rank = per_expert = None
+        if handle is not None:
+            _check_owner(handle, DispatchHandle, owner)
+            routing = (topk_idx, topk_weights, is_token_in_rank, num_tokens_per_expert)
+            if any(given is not None for given in routing):
+                raise ConfigError("with handle= the routing is that of the handle; give x alone")
+            if num_tokens != handle.num_tokens:
+                raise HandleError(f"x has {num_tokens} tokens; the handle's dispatch had {handle.num_tokens}")
+            if num_worst_tokens not in (0, handle.num_recv_rows):
+                raise HandleError(
+                    f"num_worst_tokens={num_worst_tokens}; the handle's dispatch had {handle.num_recv_rows} rows"
+                )
+            num_experts = 0
+        else:
+            if num_tokens_per_expert is not None:
+                per_expert = load(
+                    num_tokens_per_expert,
+                    "num_tokens_per_expert",
+                    dtypes=INDEX_DTYPES,
+                    shape=(num_experts,),
+                    device=device,
+                )
+                num_experts = per_expert.shape[0]
+            if num_experts is None:
+                raise ConfigError("dispatch needs num_experts= (or num_tokens_per_expert, or a handle)")
+            local_experts(num_experts, num_ranks)
+            if topk_idx is not None:
+                ids = load(topk_idx, "topk_idx", dtypes=INDEX_DTYPES, shape=(num_tokens, None), device=device)
+            if is_token_in_rank is not None:
+                in_rank = load(
+                    is_token_in_rank,
+                    "is_token_in_rank",
+                    dtypes=("bool",),
+                    shape=(num_tokens, num_ranks),
+                    device=device,
+                )
+            if ids is None and (in_rank is None or per_expert is None):
+                raise ConfigError(
+                    "dispatch needs topk_idx, or is_token_in_rank with num_tokens_per_expert, or a handle"
+                )
+            if topk_weights is not None:
+                if ids is None:
+                    raise ConfigError("topk_weights needs topk_idx")
+                weights = load(
+                    topk_weights, "topk_weights", dtypes=("float32",), shape=ids.shape, device=device
+                )
+        return cls(
+            x=rows,
+            sf=scales,
+            topk_idx=ids,
+            topk_weights=weights,
+            is_token_in_rank=in_rank,
+            num_tokens_per_expert=per_expert,
+            num_experts=num_experts,
+            expert_alignment=expert_alignment,
+            num_worst_tokens=num_worst_tokens,
+            handle=handle,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CombineRequest:
+    x: ArrayView
+    handle: DispatchHandle
+    topk_weights: ArrayView | None
+    biases: tuple[ArrayView, ...]
+
+    @classmethod
+    def of(
+        cls,
+        x: object,
+        handle: DispatchHandle,
+        topk_weights: object,
+        bias: object,
+        *,
+        owner: object,
+        device: str,
+    ) -> CombineRequest:
+        _check_owner(handle, DispatchHandle, owner)
+        rows = _load_rows(x, "x", SUMMED_DTYPES, handle.num_recv_rows, device)
+        weights = None
+        if topk_weights is not None:
+            shape = (handle.num_recv_rows, handle.num_topk or None)
+            weights = load(topk_weights, "topk_weights", dtypes=("float32",), shape=shape, device=device)
+        given = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
+        if len(given) > 2:
+            raise ConfigError(f"bias has {len(given)} arrays; at most 2")
+        biases = tuple(
+            load(
+                each,
+                f"bias[{number}]",
+                dtypes=(rows.dtype,),
+                shape=(handle.num_tokens, rows.shape[1]),
+                device=device,
+            )
+            for number, each in enumerate(given)
+            if each is not None
+        )
+        return cls(x=rows, handle=handle, topk_weights=weights, biases=biases)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowLatencyDispatchRequest:
+    x: ArrayView
+    topk_idx: ArrayView
+    num_max_tokens_per_rank: int
+    num_experts: int
+    recv_stats: ArrayView | None
+    wait_stats: ArrayView | None
+    use_fp8: bool
+    round_scale: bool
+    use_ue8m0: bool
+
+    @classmethod
+    def of(
+        cls,
+        x: object,
+        topk_idx: object,
+        num_max_tokens_per_rank: int,
+        num_experts: int,
+        recv_stats: object,
+        wait_stats: object,
+        use_fp8: bool,
+        round_scale: bool,
+        use_ue8m0: bool,
+        *,
+        num_ranks: int,
+        device: str,
+    ) -> LowLatencyDispatchRequest:
+        num_local_experts = local_experts(num_experts, num_ranks)
+        rows = _load_rows(x, "x", ("bfloat16",), None, device)
+        num_tokens, hidden = rows.shape
+        if not 1 <= num_max_tokens_per_rank or num_tokens > num_max_tokens_per_rank:
+            raise ConfigError(
+                f"x has {num_tokens} tokens; num_max_dispatch_tokens_per_rank={num_max_tokens_per_rank}"
+            )
+        if use_fp8 and hidden % FP8_BLOCK:
+            raise ArrayError(f"x has hidden={hidden}; with use_fp8 it must be a multiple of {FP8_BLOCK}")
+        if use_ue8m0 and not (use_fp8 and round_scale):
+            raise ConfigError("use_ue8m0 needs use_fp8 and round_scale: its scales are powers of two")
+        return cls(
+            x=rows,
+            topk_idx=load(topk_idx, "topk_idx", dtypes=INDEX_DTYPES, shape=(num_tokens, None), device=device),
+            num_max_tokens_per_rank=num_max_tokens_per_rank,
+            num_experts=num_experts,
+            recv_stats=_load_stats(
+                recv_stats, "cumulative_local_expert_recv_stats", "int32", num_local_experts, device
+            ),
+            wait_stats=_load_stats(wait_stats, "dispatch_wait_recv_cost_stats", "int64", num_ranks, device),
+            use_fp8=use_fp8,
+            round_scale=round_scale,
+            use_ue8m0=use_ue8m0,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowLatencyCombineRequest:
+    """`out_array` is the caller's object, which `out` views."""
+
+    x: ArrayView
+    topk_idx: ArrayView
+    topk_weights: ArrayView
+    handle: LowLatencyHandle
+    use_logfmt: bool
+    zero_copy: bool
+    out: ArrayView | None
+    out_array: object
+    wait_stats: ArrayView | None
+
+    @classmethod
+    def of(
+        cls,
+        x: object,
+        topk_idx: object,
+        topk_weights: object,
+        handle: LowLatencyHandle,
+        use_logfmt: bool,
+        zero_copy: bool,
+        out: object,
+        wait_stats: object,
+        *,
+        owner: object,
+        num_ranks: int,
+        device: str,
+    ) -> LowLatencyCombineRequest:
+        _check_owner(handle, LowLatencyHandle, owner)
+        num_local_experts = handle.num_experts // num_ranks
+        num_rows = num_ranks * handle.num_max_tokens_per_rank
+        rows = load(
+            x,
+            "x",
+            dtypes=("bfloat16",),
+            shape=(num_local_experts, num_rows, handle.hidden),
+            device=device,
+        )
+        if use_logfmt and handle.hidden % FP8_BLOCK:
+            raise ArrayError(f"x has hidden={handle.hidden}; use_logfmt needs a multiple of {FP8_BLOCK}")
+        shape = handle.topk_idx.shape
+        ids = load(topk_idx, "topk_idx", dtypes=INDEX_DTYPES, shape=shape, device=device)
+        weights = load(topk_weights, "topk_weights", dtypes=("float32",), shape=shape, device=device)
+        target = None
+        if out is not None:
+            shape = (handle.topk_idx.shape[0], handle.hidden)
+            target = load(out, "out", dtypes=("bfloat16",), shape=shape, device=device)
+        return cls(
+            x=rows,
+            topk_idx=ids,
+            topk_weights=weights,
+            handle=handle,
+            use_logfmt=use_logfmt,
+            zero_copy=zero_copy,
+            out=target,
+            out_array=out,
+            wait_stats=_load_stats(wait_stats, "combine_wait_recv_cost_stats", "int64", num_ranks, device),
+        )
+
+
+def _load_stats(obj: object, name: str, dtype: str, length: int, device: str) -> ArrayView | None:
+    return None if obj is None else load(obj, name, dtypes=(dtype,), shape=(length,), device=device)

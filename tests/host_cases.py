@@ -1,0 +1,253 @@
+"""Random operations of the host backend beside the oracle; the same for threads and MPI ranks.
+
+Every rank draws the whole case from its seed, so each can compute what the oracle says all ranks get.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from ep_rt import Buffer, reference
+
+Array = NDArray[Any]
+
+DTYPES = (ml_dtypes.bfloat16, np.float16, np.float32, ml_dtypes.float8_e4m3fn, np.uint8)
+
+
+def random_bits(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Any bit pattern, NaNs included: what moves must arrive unchanged."""
+    kind = np.dtype(dtype)
+    raw = rng.integers(0, 256, (*shape[:-1], shape[-1] * kind.itemsize), np.uint8)
+    return raw.view(kind)
+
+
+def random_values(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Values of very different size, so that any other order of additions gives other bits."""
+    scale = np.exp2(rng.integers(-6, 7, shape)).astype(np.float32)
+    return (rng.standard_normal(shape, np.float32) * scale).astype(dtype)
+
+
+def same_bits(got: Array, expected: Array | None) -> bool:
+    return (
+        expected is not None
+        and got.shape == expected.shape
+        and got.dtype == expected.dtype
+        and got.tobytes() == expected.tobytes()
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer's routing for all ranks."""
+
+    rng: np.random.Generator
+    num_ranks: int
+    num_experts: int
+    num_tokens: list[int]
+    topk_idx: list[Array]
+    topk_weights: list[Array]
+    hidden: int
+
+    @classmethod
+    def draw(cls, seed: int, num_ranks: int, *, hidden: int | None = None, max_tokens: int = 40) -> Case:
+        rng = np.random.default_rng(seed)
+        num_experts = num_ranks * int(rng.integers(1, 9))
+        num_topk = int(rng.integers(1, 10))
+        num_tokens = [int(n) for n in rng.integers(0, max_tokens + 1, num_ranks)]
+        num_tokens[int(rng.integers(num_ranks))] *= int(rng.integers(2))  # now and then a rank without any
+        style = rng.integers(4)
+        ids = []
+        for count in num_tokens:
+            some = rng.integers(-1, num_experts, (count, num_topk))
+            if style == 0:  # everything to one expert
+                some[:] = num_experts - 1
+                some[:, 1:] = -1
+            if style == 1 and num_topk <= num_experts:  # distinct, as gates choose them
+                some = np.argsort(rng.random((count, num_experts)), axis=1)[:, :num_topk]
+            ids.append(some.astype(np.int64))
+        return cls(
+            rng=rng,
+            num_ranks=num_ranks,
+            num_experts=num_experts,
+            num_tokens=num_tokens,
+            topk_idx=ids,
+            topk_weights=[rng.random(some.shape, np.float32) for some in ids],
+            hidden=hidden or 16 * int(rng.integers(1, 20)),
+        )
+
+
+def check_normal(buffer: Buffer, seed: int) -> None:
+    """dispatch, cached dispatch and combine of one random layer, against the oracle."""
+    case = Case.draw(seed, buffer.num_ranks)
+    rng, rank = case.rng, buffer.rank
+    dtype = DTYPES[seed % len(DTYPES)]
+    x = [random_bits(rng, (count, case.hidden), dtype) for count in case.num_tokens]
+    again = [random_bits(rng, (count, case.hidden), dtype) for count in case.num_tokens]
+    sf_dtype = (np.float32, np.int32)[seed % 2]
+    sf = [random_bits(rng, (count, 1 + seed % 5), sf_dtype) for count in case.num_tokens]
+    alignment = int(rng.choice([1, 8, 128]))
+    expected = reference.dispatch(
+        x,
+        case.topk_idx,
+        num_experts=case.num_experts,
+        topk_weights=case.topk_weights,
+        sf=sf,
+        expert_alignment=alignment,
+    )
+
+    # Column-major scale factors, as some quantisers make them: any strides must do.
+    out = buffer.dispatch(
+        (x[rank], np.asfortranarray(sf[rank])),
+        topk_idx=case.topk_idx[rank],
+        topk_weights=case.topk_weights[rank],
+        num_experts=case.num_experts,
+        expert_alignment=alignment,
+    )
+    mine = expected[rank]
+    recv_x, recv_sf = out.recv_x
+    assert same_bits(recv_x, mine.recv_x)
+    assert same_bits(recv_sf, mine.recv_sf)
+    assert same_bits(out.recv_topk_idx, mine.recv_topk_idx)
+    assert same_bits(out.recv_topk_weights, mine.recv_topk_weights)
+    assert out.num_recv_tokens_per_expert_list == mine.num_recv_tokens_per_expert
+    assert out.handle.num_recv_tokens == mine.num_recv_tokens
+    assert not out.handle.overflow
+
+    cached = buffer.dispatch((again[rank], sf[rank]), handle=out.handle)
+    expected_x, expected_sf = reference.dispatch_cached(again, expected, sf)[rank]
+    assert same_bits(cached.recv_x[0], expected_x)
+    assert same_bits(cached.recv_x[1], expected_sf)
+    assert cached.recv_topk_idx is None
+    assert cached.handle is out.handle
+
+    summed = (ml_dtypes.bfloat16, np.float16, np.float32)[seed % 3]
+    y = [random_values(rng, each.recv_x.shape, summed) for each in expected]
+    shape = [(count, case.hidden) for count in case.num_tokens]
+    biases = [tuple(random_values(rng, each, summed) for _ in range(seed % 3)) for each in shape]
+    bias = [each if len(each) == 2 else each[0] for each in biases] if seed % 3 else None
+    weights = [each.recv_topk_weights for each in expected if each.recv_topk_weights is not None]
+    combined = reference.combine(
+        y,
+        expected,
+        num_tokens=case.num_tokens,
+        topk_weights=weights,
+        bias=bias,
+    )
+    back = buffer.combine(y[rank], out.handle, topk_weights=weights[rank], bias=bias and bias[rank])
+    assert same_bits(back.combined_x, combined[rank].x)
+    assert same_bits(back.combined_topk_weights, combined[rank].topk_weights)
+
+
+def check_worst_case(buffer: Buffer, seed: int) -> None:
+    """num_worst_tokens, with and without overflow, and the combine that follows."""
+    case = Case.draw(seed, buffer.num_ranks)
+    rng, rank = case.rng, buffer.rank
+    x = [random_values(rng, (count, case.hidden), np.float32) for count in case.num_tokens]
+    capacity = int(rng.integers(1, 2 * sum(case.num_tokens) + 2))
+    expected = reference.dispatch(
+        x,
+        case.topk_idx,
+        num_experts=case.num_experts,
+        topk_weights=case.topk_weights,
+        num_worst_tokens=capacity,
+    )
+    out = buffer.dispatch(
+        x[rank],
+        topk_idx=case.topk_idx[rank],
+        topk_weights=case.topk_weights[rank],
+        num_experts=case.num_experts,
+        num_worst_tokens=capacity,
+    )
+    mine = expected[rank]
+    rows = min(capacity, mine.num_recv_tokens)
+    assert out.recv_x.shape == (capacity, case.hidden)
+    assert same_bits(out.recv_x[:rows], mine.recv_x[:rows])
+    assert same_bits(out.recv_topk_idx, mine.recv_topk_idx)
+    assert same_bits(out.recv_topk_weights, mine.recv_topk_weights)
+    assert out.num_recv_tokens_per_expert_list == []
+    assert out.handle.overflow == mine.overflow
+    assert out.handle.num_recv_tokens == mine.num_recv_tokens
+
+    y = [random_values(rng, each.recv_x.shape, np.float32) for each in expected]
+    combined = reference.combine(y, expected, num_tokens=case.num_tokens)
+    assert same_bits(buffer.combine(y[rank], out.handle).combined_x, combined[rank].x)
+
+
+def check_low_latency(buffer: Buffer, seed: int, *, hook: bool = False) -> None:
+    """low_latency_dispatch and combine of one random layer, against the oracle."""
+    case = Case.draw(seed, buffer.num_ranks, hidden=128 * (1 + seed % 5))
+    rng, rank = case.rng, buffer.rank
+    use_fp8, round_scale, use_ue8m0 = ((False,) * 3, (True, False, False), (True, True, False), (True,) * 3)[
+        seed % 4
+    ]
+    num_max_tokens = max([1, *(ids.size for ids in case.topk_idx)])
+    x = [random_values(rng, (count, case.hidden), ml_dtypes.bfloat16) for count in case.num_tokens]
+    options = {"use_fp8": use_fp8, "round_scale": round_scale, "use_ue8m0": use_ue8m0}
+    expected = reference.low_latency_dispatch(
+        x,
+        case.topk_idx,
+        num_max_dispatch_tokens_per_rank=num_max_tokens,
+        num_experts=case.num_experts,
+        **options,
+    )
+    stats = np.full(case.num_experts // case.num_ranks, 5, np.int32)
+    waited = np.zeros(case.num_ranks, np.int64)
+    out = buffer.low_latency_dispatch(
+        x[rank],
+        case.topk_idx[rank],
+        num_max_tokens,
+        case.num_experts,
+        stats,
+        waited,
+        **options,
+        return_recv_hook=hook,
+    )
+    if hook:
+        assert out.hook is not None
+        out.hook()
+    mine = expected[rank]
+    recv_x, recv_sf = out.recv_x if use_fp8 else (out.recv_x, None)
+    assert same_bits(out.recv_count, mine.recv_count)
+    assert same_bits(stats, mine.recv_count + np.int32(5))
+    assert (waited >= 0).all()
+    assert same_bits(out.handle.src_info, mine.src_info)
+    assert same_bits(out.handle.layout_range, mine.layout_range)
+    assert recv_x.shape == mine.recv_x.shape
+    for expert, count in enumerate(mine.recv_count):
+        assert same_bits(recv_x[expert, :count], mine.recv_x[expert, :count])
+        if recv_sf is not None and mine.sf is not None:
+            assert same_bits(recv_sf[expert, :count], mine.sf[expert, :count])
+            assert recv_sf.strides[1] == recv_sf.itemsize
+
+    y = [
+        (random_values(rng, each.recv_x.shape, np.float32) / 64).astype(ml_dtypes.bfloat16)
+        for each in expected
+    ]
+    use_logfmt = bool(rng.integers(2))
+    combined = reference.low_latency_combine(
+        y, expected, case.topk_idx, case.topk_weights, use_logfmt=use_logfmt
+    )
+    zero_copy = bool(rng.integers(2))
+    target = np.zeros((case.num_tokens[rank], case.hidden), ml_dtypes.bfloat16) if rng.integers(2) else None
+    if zero_copy:
+        buffer.get_next_low_latency_combine_buffer(out.handle)[...] = y[rank]
+    back = buffer.low_latency_combine(
+        np.zeros_like(y[rank]) if zero_copy else y[rank],
+        case.topk_idx[rank],
+        case.topk_weights[rank],
+        out.handle,
+        use_logfmt=use_logfmt,
+        zero_copy=zero_copy,
+        return_recv_hook=hook,
+        out=target,
+    )
+    if hook:
+        assert back.hook is not None
+        back.hook()
+    assert same_bits(back.combined_x, combined[rank])
+    assert target is None or back.combined_x is target
