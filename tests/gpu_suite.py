@@ -1,0 +1,91 @@
+"""The whole GPU suite on this machine: ``python tests/gpu_suite.py``. Every part has a time limit.
+
+Threads first (virtual ranks on one GPU, then one per GPU), then the same tests under mpirun with one
+process per GPU, then figures. Ends with a table and a status that says whether all passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SUMMARY = re.compile(r"((?:\d+ (?:passed|failed|skipped|errors?|deselected|warnings?)(?:, )?)+) in [\d.]+s")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, default=0, help="processes under mpirun; default one per GPU")
+    parser.add_argument("--timeout", type=float, default=150.0, help="seconds for each part")
+    parser.add_argument("--only", choices=("threads", "mpi", "figures"), help="one part")
+    options = parser.parse_args()
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+    num_ranks = options.ranks or _num_gpus()
+    pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--color=no"]
+    pytest += ["-o", "faulthandler_timeout=60"]
+    figures = [sys.executable, "tests/gpu/barrier_latency.py"]
+    parts = {"threads": [*pytest, "tests"]}
+    if shutil.which("mpirun") and num_ranks > 1:
+        mpirun = _mpirun(num_ranks)
+        parts[f"mpirun -n {num_ranks}"] = [*mpirun, *pytest, "tests/gpu"]
+        parts[f"figures, mpirun -n {num_ranks}"] = [*mpirun, *figures]
+    parts["figures"] = figures
+    if options.only:
+        parts = {name: command for name, command in parts.items() if options.only in name}
+
+    lines = [_run(name, command, options.timeout) for name, command in parts.items()]
+    print("\n".join(["", *(line for line, _ in lines)]))
+    return 0 if all(passed for _, passed in lines) else 1
+
+
+def _run(name: str, command: list[str], timeout_s: float) -> tuple[str, bool]:
+    """Run one part and show its output; its line of the table, and whether it passed."""
+    print(f"--- {name}: {' '.join(command)}", flush=True)
+    start = time.monotonic()
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            timeout=timeout_s,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        output, status = done.stdout, str(done.returncode)
+    except subprocess.TimeoutExpired as expired:
+        output = (expired.stdout or b"").decode(errors="replace")
+        status = "time limit"
+    print(output, flush=True)
+    # Under mpirun every process prints its own closing line.
+    closings = [match[1] for match in SUMMARY.finditer(output)]
+    passed = status == "0" and not any("failed" in closing or "error" in closing for closing in closings)
+    verdict = "; ".join(f"{closings.count(closing)} x ({closing})" for closing in dict.fromkeys(closings))
+    word = "passed" if passed else f"FAILED (status {status})"
+    return f"{name:<26}{word:<24}{time.monotonic() - start:>6.1f} s  {verdict}", passed
+
+
+def _num_gpus() -> int:
+    import cupy
+
+    return int(cupy.cuda.runtime.getDeviceCount())
+
+
+def _mpirun(num_ranks: int) -> list[str]:
+    os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")
+    os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
+    version = subprocess.run(["mpirun", "--version"], capture_output=True, text=True).stdout
+    binding = ["--bind-to", "none"] if "Open MPI" in version else []
+    return ["mpirun", "-n", str(num_ranks), *binding]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

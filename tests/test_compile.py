@@ -1,0 +1,85 @@
+"""Every kernel compiles for every architecture, and the layout twins agree. Needs NVRTC, no GPU."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from nvrtc_here import require_nvrtc
+
+from ep_rt.cuda import jit, kernels
+from ep_rt.cuda.kernels import KernelSpec
+from ep_rt.errors import CompileError
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_90a", "sm_100", "sm_100a")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nvrtc() -> tuple[int, int]:
+    return require_nvrtc()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("spec", kernels.all_specs(), ids=lambda spec: spec.name)
+def test_compiles(spec: KernelSpec, architecture: str, nvrtc: tuple[int, int]) -> None:
+    if architecture.startswith("sm_100") and nvrtc < (12, 8):
+        pytest.skip("NVRTC knows Blackwell from 12.8 on")
+    image = jit.compile_cubin(jit.render(spec), architecture)
+    assert image.startswith(b"\x7fELF")
+    assert spec.name.encode() in image
+
+
+def test_cuda_headers_are_found_without_a_toolkit() -> None:
+    text = """
+        #include <cuda_bf16.h>
+        #include <cuda_fp8.h>
+        extern "C" __global__ void convert(const __nv_bfloat16* x, __nv_fp8_e4m3* y) {
+            y[threadIdx.x] = __nv_fp8_e4m3(x[threadIdx.x]);
+        }
+    """
+    assert jit.include_dirs()
+    image = jit.compile_cubin(jit.Source(name="convert.cu", text=text, headers={}), "sm_90a")
+    assert image.startswith(b"\x7fELF")
+
+
+def test_compile_error_has_the_log() -> None:
+    source = jit.Source(name="broken.cu", text="__global__ void f() { undeclared(); }", headers={})
+    with pytest.raises(CompileError, match='identifier "undeclared" is undefined') as caught:
+        jit.compile_cubin(source, "sm_90a")
+    assert caught.value.kernel == "broken"
+    assert caught.value.source == source.text
+    assert "--gpu-architecture=sm_90a" in caught.value.options
+
+
+def test_unknown_architecture_is_a_compile_error() -> None:
+    with pytest.raises(CompileError, match="sm_1"):
+        jit.compile_cubin(jit.render(kernels.barrier(2)), "sm_1")
+
+
+def test_a_field_in_another_place_does_not_compile() -> None:
+    spec = kernels.barrier(8)
+    swapped = {"hang": "timeout_ns", "timeout_ns": "hang"}
+    fields = [(swapped.get(name, name), spec.args[name]) for name in spec.args.names or ()]
+    other = KernelSpec(
+        source=spec.source, function=spec.function, cfg=spec.cfg, args=np.dtype(fields, align=True)
+    )
+    with pytest.raises(CompileError, match="static assertion failed") as caught:
+        jit.compile_cubin(jit.render(other), "sm_90a")
+    assert len(re.findall("static assertion failed", caught.value.log)) == 2
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("uint64_t epoch;   //", "uint64_t between, epoch;   //"),
+        ("kGaveUp = 0xffff", "kGaveUp = 0xfffe"),
+        ("constexpr int kMaxRanks = 128;", "constexpr int kMaxRanks = 64;"),
+    ],
+)
+def test_a_change_of_one_layout_twin_does_not_compile(before: str, after: str) -> None:
+    source = jit.render(kernels.barrier(2))
+    assert before in source.headers["layout.cuh"]
+    headers = {**source.headers, "layout.cuh": source.headers["layout.cuh"].replace(before, after)}
+    with pytest.raises(CompileError, match="static assertion failed"):
+        jit.compile_cubin(jit.Source(name=source.name, text=source.text, headers=headers), "sm_90a")

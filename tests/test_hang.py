@@ -1,0 +1,100 @@
+"""Whom the ranks name when a kernel gave up."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ep_rt.cuda.hang import Report, verdict
+from ep_rt.cuda.layout import HANG_RECORD, Operation, Reason, signal_word
+from ep_rt.errors import CollectiveMismatchError, EpError, PeerTimeoutError
+
+BARRIER = Operation.BARRIER
+GAVE_UP = Operation.GAVE_UP
+
+
+def report(
+    rank: int,
+    seen: dict[int, tuple[int, int]],
+    *,
+    reason: Reason = Reason.EXPIRED,
+    epoch: int = 5,
+    phase: int = 1,
+    operation: int = BARRIER,
+) -> Report:
+    """A report of `rank` that saw (epoch, operation) of each peer in `seen`."""
+    waits = {
+        peer: (signal_word(epoch, operation), signal_word(*word_parts)) for peer, word_parts in seen.items()
+    }
+    return Report(rank=rank, reason=reason, operation=operation, phase=phase, epoch=epoch, waits=waits)
+
+
+def named(error: EpError) -> tuple[int, ...]:
+    assert isinstance(error, PeerTimeoutError)
+    return error.peers
+
+
+def test_the_missing_rank_is_named_by_all() -> None:
+    reports = [report(0, {2: (4, BARRIER)}), report(1, {2: (4, BARRIER)}), None]
+    for rank in range(3):
+        error = verdict(reports, rank=rank, timeout_s=1.0)
+        assert named(error) == (2,)
+        assert isinstance(error, PeerTimeoutError)
+        assert (error.seen, error.expected) == (4, 5)
+
+
+def test_a_rank_that_gave_up_is_not_blamed() -> None:
+    # Rank 1 gave up on rank 3 before rank 0 and 2 had heard of it in the next phase.
+    reports = [
+        report(0, {1: (4, BARRIER), 3: (4, BARRIER)}, phase=2),
+        report(1, {3: (4, BARRIER)}, phase=1),
+        report(2, {1: (4, BARRIER)}, phase=2),
+        None,
+    ]
+    assert named(verdict(reports, rank=2, timeout_s=1.0)) == (3,)
+
+
+def test_an_earlier_call_explains_a_later_one() -> None:
+    # Rank 2 came just after rank 0 had given up, so rank 1 went on to the next call and waits for rank 0.
+    reports = [report(0, {2: (4, BARRIER)}), report(1, {0: (5, GAVE_UP)}, epoch=6), None]
+    assert named(verdict(reports, rank=1, timeout_s=1.0)) == (2,)
+
+
+def test_who_left_on_hearing_is_no_witness() -> None:
+    # Rank 1 left at once when it heard from rank 0; it had not heard from rank 2 yet, which rank 0 had.
+    reports = [
+        report(0, {3: (4, BARRIER)}),
+        report(1, {0: (5, GAVE_UP), 2: (4, BARRIER), 3: (4, BARRIER)}, reason=Reason.CONTRADICTED),
+        None,
+        None,
+    ]
+    assert named(verdict(reports, rank=1, timeout_s=1.0)) == (3,)
+
+
+def test_the_late_rank_itself_learns_that_it_was_late() -> None:
+    reports = [report(0, {1: (4, BARRIER)}), report(1, {0: (5, GAVE_UP)}, reason=Reason.CONTRADICTED)]
+    assert named(verdict(reports, rank=1, timeout_s=1.0)) == (1,)
+
+
+def test_only_a_farewell_is_known() -> None:
+    reports = [None, report(1, {0: (5, GAVE_UP)}, reason=Reason.CONTRADICTED)]
+    assert named(verdict(reports, rank=1, timeout_s=1.0)) == (0,)
+
+
+def test_different_operations_are_named() -> None:
+    reports = [
+        report(0, {1: (5, 7), 2: (4, BARRIER)}, reason=Reason.CONTRADICTED),
+        report(1, {0: (5, GAVE_UP)}, reason=Reason.CONTRADICTED, operation=7),
+        None,
+    ]
+    error = verdict(reports, rank=2, timeout_s=1.0)
+    assert isinstance(error, CollectiveMismatchError)
+    assert error.operations == ("barrier", "operation 7", None)
+
+
+def test_report_of_a_record() -> None:
+    record = np.zeros(1, HANG_RECORD)
+    assert Report.of(3, record) is None
+    record["reason"], record["operation"], record["phase"], record["epoch"] = Reason.EXPIRED, BARRIER, 1, 5
+    record["waits"]["expected"][0, 6] = signal_word(5, BARRIER)
+    record["waits"]["seen"][0, 6] = signal_word(4, BARRIER)
+    assert Report.of(3, record) == report(3, {6: (4, BARRIER)})

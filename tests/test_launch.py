@@ -1,0 +1,45 @@
+"""What a launch is made of, as far as it needs no device."""
+
+from __future__ import annotations
+
+import pytest
+
+from ep_rt.cuda import kernels, launch, layout
+from ep_rt.errors import ArrayError, TopologyError
+
+ARGS = {"hang": 0x1000, "timeout_ns": 5, "rank": 1, "num_ranks": 3, "operation": 1, "slabs": (16, 32, 48)}
+
+
+def test_pack_places_fields_by_name() -> None:
+    args = launch.pack(kernels.barrier(3).args, **ARGS)
+    assert args.nbytes == 32 + 8 * 8
+    assert args.tobytes()[16:24] == (1).to_bytes(4, "little") + (3).to_bytes(4, "little")
+    assert args["slabs"][0].tolist() == [16, 32, 48, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("change", [{"extra": 1}, {"rank": None}])
+def test_pack_wants_every_field_and_no_other(change: dict[str, int | None]) -> None:
+    values = {name: value for name, value in {**ARGS, **change}.items() if value is not None}
+    with pytest.raises(ValueError, match="needed"):
+        launch.pack(kernels.barrier(3).args, **values)
+
+
+def test_more_ranks_than_a_domain_has() -> None:
+    assert kernels.barrier(layout.MAX_RANKS).cfg.max_ranks == layout.MAX_RANKS
+    with pytest.raises(TopologyError, match="at most 128"):
+        kernels.barrier(layout.MAX_RANKS + 1)
+
+
+class _Stream:
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, 77
+
+
+class _OlderStream:
+    ptr = 78
+
+
+def test_stream_pointer() -> None:
+    assert [launch.stream_pointer(stream) for stream in (5, _Stream(), _OlderStream())] == [5, 77, 78]
+    with pytest.raises(ArrayError, match="__cuda_stream__"):
+        launch.stream_pointer(None)
