@@ -1,0 +1,260 @@
+"""One MoE layer over several ranks: dispatch, experts, combine; then the low-latency pair of calls.
+
+    mpiexec -n 4 python examples/moe_layer.py      ranks are processes
+    python examples/moe_layer.py --ranks 4         ranks are threads; needs no MPI
+
+Every rank has tokens of its own and num_experts / num_ranks of the experts. A token's output is the sum over
+its top-k experts of gate weight times expert(token). Rank 0 then computes the same layer for the tokens of
+all ranks by itself, and the results are compared.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks are the parallelism; NumPy reads it when it loads
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from launch import example_parser, launch, positive
+from numpy.typing import NDArray
+
+import ep_rt
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+Rows = NDArray[Any]  # bfloat16, what travels
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+
+class Tokens(NamedTuple):
+    """Tokens of one rank, and where the gate sends them."""
+
+    x: Rows  # [num_tokens, hidden]
+    topk_idx: Ints  # [num_tokens, num_topk]
+    topk_weights: Floats  # [num_tokens, num_topk]
+
+
+class Expert(NamedTuple):
+    """A small MLP. Rows go in and come out as float32."""
+
+    up: Floats  # [hidden, ffn]
+    down: Floats  # [ffn, hidden]
+
+    def __call__(self, rows: Rows) -> Floats:
+        activation: Floats = np.maximum(rows.astype(np.float32) @ self.up, 0)
+        return activation @ self.down
+
+
+class Result(NamedTuple):
+    """What a rank got out of the layer, and what it took."""
+
+    y: Rows  # [num_tokens, hidden]
+    num_sent: NDArray[np.int32]  # [num_ranks], tokens for each rank, this one included
+    num_recv: int  # rows received
+    seconds: dict[str, float]  # of each phase
+
+
+def random_expert(options: argparse.Namespace, number: int) -> Expert:
+    """Expert `number` of the layer, the same whichever rank asks."""
+    rng = np.random.default_rng([options.seed, 1, number])
+    up = rng.standard_normal((options.hidden, options.ffn), np.float32)
+    down = rng.standard_normal((options.ffn, options.hidden), np.float32)
+    return Expert(up * (2 / options.hidden) ** 0.5, down * (2 / options.ffn) ** 0.5)
+
+
+def random_tokens(options: argparse.Namespace, rank: int) -> Tokens:
+    """Random rows, routed to the top-k experts of a random gate, weighted by the softmax of their scores."""
+    gate_rng = np.random.default_rng([options.seed, 2])
+    gate = gate_rng.standard_normal((options.hidden, options.num_experts), np.float32)
+    rng = np.random.default_rng([options.seed, 3, rank])
+    x = rng.standard_normal((options.tokens, options.hidden), np.float32).astype(BF16)
+    scores = x.astype(np.float32) @ gate / options.hidden**0.5
+    topk_idx = np.argsort(-scores, axis=1)[:, : options.topk]
+    e = np.exp(np.take_along_axis(scores, topk_idx, axis=1))
+    return Tokens(x, topk_idx, e / e.sum(axis=1, keepdims=True))
+
+
+class Stopwatch:
+    """Times phases that all ranks begin together; of several rounds, the fastest counts."""
+
+    def __init__(self, group: ep_rt.Group) -> None:
+        self.group = group
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self.group.barrier()
+        start = time.perf_counter()
+        yield
+        elapsed = time.perf_counter() - start
+        self.seconds[name] = min(elapsed, self.seconds.get(name, elapsed))
+
+
+def normal_layer(buffer: ep_rt.Buffer, tokens: Tokens, experts: Sequence[Expert], num_rounds: int) -> Result:
+    """A token travels once to each rank that has one of its experts. That rank applies the gate weights."""
+    num_experts = len(experts) * buffer.num_ranks
+    watch = Stopwatch(buffer.group)
+    for _ in range(num_rounds):
+        with watch.phase("dispatch"):
+            recv_x, recv_topk_idx, recv_topk_weights, _, handle, _ = buffer.dispatch(
+                tokens.x, topk_idx=tokens.topk_idx, topk_weights=tokens.topk_weights
+            )
+        with watch.phase("experts"):
+            partial = np.zeros(recv_x.shape, np.float32)
+            for local_expert, expert in enumerate(experts):
+                row, k = np.nonzero(recv_topk_idx == local_expert)
+                partial[row] += recv_topk_weights[row, k, None] * expert(recv_x[row])
+            partial = partial.astype(BF16)
+        with watch.phase("combine"):
+            y = buffer.combine(partial, handle).combined_x
+    sent = buffer.get_dispatch_layout(tokens.topk_idx, num_experts)
+    return Result(y, sent.num_tokens_per_rank, len(recv_x), watch.seconds)
+
+
+def low_latency_layer(
+    buffer: ep_rt.Buffer, tokens: Tokens, experts: Sequence[Expert], num_rounds: int
+) -> Result:
+    """Every expert gets its rows side by side, with room for the worst case. Combine applies the weights."""
+    num_experts = len(experts) * buffer.num_ranks
+    watch = Stopwatch(buffer.group)
+    for _ in range(num_rounds):
+        with watch.phase("dispatch"):
+            recv_x, recv_count, handle, _, _ = buffer.low_latency_dispatch(
+                tokens.x, tokens.topk_idx, len(tokens.x), num_experts, use_fp8=False
+            )
+        with watch.phase("experts"):
+            rows = np.empty_like(recv_x)
+            for local_expert, (expert, count) in enumerate(zip(experts, recv_count, strict=True)):
+                rows[local_expert, :count] = expert(recv_x[local_expert, :count]).astype(BF16)
+        with watch.phase("combine"):
+            y = buffer.low_latency_combine(rows, tokens.topk_idx, tokens.topk_weights, handle).combined_x
+    sent = buffer.get_dispatch_layout(tokens.topk_idx, num_experts)
+    return Result(y, sent.num_tokens_per_rank, int(recv_count.sum()), watch.seconds)
+
+
+def dense_layer(tokens: Sequence[Tokens], options: argparse.Namespace) -> tuple[Floats, Floats]:
+    """The layer without communication, for the tokens of all ranks.
+
+    Returns:
+        The output, and how far bfloat16 payload may take a right result from it; [num_ranks, tokens, hidden].
+    """
+    x = np.stack([of_rank.x for of_rank in tokens])
+    topk_idx = np.stack([of_rank.topk_idx for of_rank in tokens])
+    topk_weights = np.stack([of_rank.topk_weights for of_rank in tokens])
+    y = np.zeros(x.shape, np.float32)
+    magnitude = np.zeros(x.shape, np.float32)
+    for number in range(options.num_experts):
+        rank, token, k = np.nonzero(topk_idx == number)
+        expert = random_expert(options, number)
+        term = topk_weights[rank, token, k, None] * expert(x[rank, token])
+        y[rank, token] += term
+        magnitude[rank, token] += np.abs(term)
+    # What an expert's rank returns is rounded to bfloat16, by at most 2^-8 of itself, and so is the sum. The
+    # float32 sums inside round too, by less than their length times 2^-24 of the token's largest term: next
+    # to nothing, but all there is where an output happens to be close to zero.
+    in_float32 = (options.hidden + options.ffn) * 2**-24 * magnitude.max(axis=-1, keepdims=True)
+    return y, 2**-8 * (1 + 2**-8) * (magnitude + np.abs(y)) + in_float32
+
+
+def table(results: Sequence[Result], row_bytes: int) -> str:
+    """A line per rank. Bytes are those of dispatch; combine moves as many, the other way.
+
+    Logical bytes are the rows received, also those from the rank itself. The wire carries a token once to
+    each other rank that has experts of it. GB/s are logical bytes by time.
+    """
+    sent_to = [f"to {rank}" for rank in range(len(results))]
+    moved = ["received", "logical MiB", "wire MiB"]
+    lines = [["rank", *sent_to, *moved, "dispatch ms", "GB/s", "experts ms", "combine ms", "GB/s"]]
+    for rank, result in enumerate(results):
+        logical = result.num_recv * row_bytes
+        wire = sum(src.num_sent[rank] for src in results if src is not result) * row_bytes
+        dispatch, experts, combine = (result.seconds[phase] for phase in ("dispatch", "experts", "combine"))
+        moved = [f"{result.num_recv}", f"{logical / 2**20:.2f}", f"{wire / 2**20:.2f}"]
+        took = [f"{1e3 * dispatch:.2f}", f"{logical / dispatch / 1e9:.2f}", f"{1e3 * experts:.2f}"]
+        took += [f"{1e3 * combine:.2f}", f"{logical / combine / 1e9:.2f}"]
+        lines.append([f"{rank}", *map(str, result.num_sent), *moved, *took])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
+
+
+def report(everyone: Sequence[tuple[Tokens, dict[str, Result]]], options: argparse.Namespace) -> bool:
+    """Print what moved, and compare with the layer on one rank. Whether every mode is right."""
+    tokens = [of_rank for of_rank, _ in everyone]
+    dense, allowed = dense_layer(tokens, options)
+    errors, shares = [], []
+    for mode in everyone[0][1]:
+        results = [modes[mode] for _, modes in everyone]
+        num_tokens = len(results[0].y)
+        print(f"\n{mode}, {num_tokens} tokens per rank")
+        print(table(results, row_bytes=options.hidden * BF16.itemsize))
+        y = np.stack([result.y for result in results]).astype(np.float32)
+        error = np.abs(y - dense[:, :num_tokens])
+        errors.append(error.max())
+        shares.append((error / allowed[:, :num_tokens]).max())
+    passed = bool(np.max(shares) <= 1)
+    print(
+        f"\ncheck {'passed' if passed else 'FAILED'}: max error {np.max(errors):.4f}, "
+        f"at most {np.max(shares):.0%} of what rounding to bfloat16 allows"
+    )
+    return passed
+
+
+def main(group: ep_rt.Group, options: argparse.Namespace) -> None:
+    if options.topk > options.num_experts:
+        raise ep_rt.ConfigError(f"--topk {options.topk} of --num-experts {options.num_experts} is impossible")
+    with ep_rt.Buffer.for_moe(
+        group,
+        num_max_tokens_per_rank=options.tokens,
+        hidden=options.hidden,
+        num_experts=options.num_experts,
+        num_topk=options.topk,
+        backend=options.backend,
+    ) as buffer:
+        tokens = random_tokens(options, group.rank)
+        num_local_experts = options.num_experts // group.size
+        first_expert = group.rank * num_local_experts
+        experts = [random_expert(options, first_expert + e) for e in range(num_local_experts)]
+        first = slice(options.decode_tokens)
+        few = Tokens(tokens.x[first], tokens.topk_idx[first], tokens.topk_weights[first])
+        results = {
+            "normal mode": normal_layer(buffer, tokens, experts, options.rounds),
+            "low-latency mode": low_latency_layer(buffer, few, experts, options.rounds),
+        }
+        if group.rank == 0:
+            print(
+                f"{group.size} rank{'s' * (group.size > 1)}, {buffer.backend} backend, top-{options.topk} of "
+                f"{options.num_experts} experts, hidden {options.hidden} in bfloat16\n"
+                "to r: tokens sent to rank r; received: rows for the experts of this rank"
+            )
+    everyone = group.allgather((tokens, results))
+    if group.rank == 0 and not report(everyone, options):
+        sys.exit(1)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = example_parser(__doc__)
+    sizes = {
+        "tokens": (512, "tokens per rank"),
+        "decode-tokens": (64, "as many of them also go through the low-latency calls"),
+        "hidden": (1024, "numbers per token"),
+        "ffn": (256, "width inside an expert"),
+        "num-experts": (32, "experts, of all ranks together"),
+        "topk": (4, "experts per token"),
+        "rounds": (3, "times to repeat; the fastest is shown"),
+    }
+    for name, (default, meaning) in sizes.items():
+        help_text = f"{meaning} (default: {default})"
+        parser.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=help_text)
+    return parser
+
+
+if __name__ == "__main__":
+    launch(parser(), main)

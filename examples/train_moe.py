@@ -1,0 +1,390 @@
+"""Train a small MoE character model on Python's own documentation, its experts spread over the ranks.
+
+    mpiexec -n 4 python examples/train_moe.py      ranks are processes
+    python examples/train_moe.py --ranks 4         ranks are threads; needs no MPI
+
+The model guesses a character from those before it:
+
+    x      = tanh(embeddings of the context, side by side, times w_in)
+    y      = x + sum over the top-k experts of a token: gate weight * tanh(x up) down
+    logits = y w_out
+
+Every rank trains on its share of each batch and owns num_experts / num_ranks experts. The other parameters
+are replicated, and their gradients are summed over the ranks. Backward mirrors forward:
+
+    forward    dispatch(x, gate weights)   ->  experts  ->  combine(rows)
+    backward   combine(gradient of rows,   <-  experts  <-  dispatch(gradient of y, same handle)
+                       and of gate weights)
+
+The number of ranks changes nothing but the order of additions. The script shows it: it trains once on all
+ranks, once on rank 0 alone, and compares.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks are the parallelism; NumPy reads it when it loads
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import NamedTuple
+
+import numpy as np
+from launch import example_parser, launch, positive
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+import ep_rt
+
+# What travels is float32, arithmetic on a rank is float64. The choice of experts is not continuous: a score
+# that another order of additions changed in its last bit can send a token elsewhere. In float32 that happens
+# within some twenty steps, and from there two correct runs drift apart.
+Floats = NDArray[np.float64]
+Payload = NDArray[np.float32]
+Ints = NDArray[np.int64]
+Parameters = dict[str, Floats]
+
+# Runs on different numbers of ranks add the same numbers in another order, so they begin 1e-16 apart. Where
+# that moves a value across a rounding boundary, it travels one float32 step away from its twin, 6e-8 of the
+# value; a few of those leave the runs about 1e-8 apart, a larger learning rate a little more. To lose one
+# token of one batch moves some parameter by 1e-4, even in the last step.
+TOLERANCE = 1e-6
+
+EXPERT_PARAMETERS = ("up", "down")  # a rank holds those of its own experts; all others are replicated
+
+
+class Text:
+    """A text as numbers."""
+
+    def __init__(self, text: str) -> None:
+        self.vocabulary = sorted(set(text))
+        self.ids: Ints = np.searchsorted(self.vocabulary, list(text))
+
+    def batch(self, rng: np.random.Generator, size: int, context: int) -> tuple[Ints, Ints]:
+        """Contexts [size, context] from anywhere in the text, and the characters [size] that follow."""
+        start = rng.integers(len(self.ids) - context, size=size)
+        windows = self.ids[start[:, None] + np.arange(context + 1)]
+        return windows[:, :-1], windows[:, -1]
+
+    def spell(self, ids: Ints) -> str:
+        return "".join(self.vocabulary[i] for i in ids)
+
+
+def initial_parameters(options: argparse.Namespace, vocabulary_size: int) -> Parameters:
+    """The parameters of the whole model, the same on every rank."""
+    rng = np.random.default_rng(options.seed)
+
+    def matrix(*shape: int) -> Floats:
+        return np.divide(rng.standard_normal(shape), np.sqrt(shape[-2]))
+
+    return {
+        "embedding": rng.standard_normal((vocabulary_size, options.embedding)),
+        "w_in": matrix(options.context * options.embedding, options.hidden),
+        "b_in": np.zeros(options.hidden),
+        "w_gate": matrix(options.hidden, options.num_experts),
+        "up": matrix(options.num_experts, options.hidden, options.ffn),
+        "down": matrix(options.num_experts, options.ffn, options.hidden),
+        "w_out": matrix(options.hidden, vocabulary_size),
+        "b_out": np.zeros(vocabulary_size),
+    }
+
+
+def softmax(x: Floats) -> Floats:
+    e: Floats = np.exp(x - x.max(axis=1, keepdims=True))
+    e /= e.sum(axis=1, keepdims=True)
+    return e
+
+
+class ExpertPass(NamedTuple):
+    """What one expert keeps of the forward pass. It saw n of the rows that its rank received."""
+
+    row: Ints  # [n], which rows
+    k: Ints  # [n], the column of topk_idx that chose it
+    weight: Floats  # [n, 1], of the gate
+    x: Floats  # [n, hidden]
+    activation: Floats  # [n, ffn]
+    output: Floats  # [n, hidden], before the weight
+
+
+class MoePass(NamedTuple):
+    """What the MoE block keeps of the forward pass."""
+
+    x: Floats
+    topk_idx: Ints
+    topk_weights: Floats
+    experts: list[ExpertPass]
+    handle: ep_rt.DispatchHandle
+
+
+class MoeBlock:
+    """Tokens go to the ranks of their experts and come back as weighted sums of the experts' outputs."""
+
+    def __init__(self, buffer: ep_rt.Buffer, p: Parameters, num_topk: int) -> None:
+        self.buffer = buffer
+        self.p = p
+        self.num_topk = num_topk
+
+    def forward(self, x: Floats) -> tuple[Floats, MoePass]:
+        scores = x @ self.p["w_gate"]
+        topk_idx = np.argsort(-scores, axis=1, kind="stable")[:, : self.num_topk]
+        topk_weights = softmax(np.take_along_axis(scores, topk_idx, axis=1))
+
+        sent = self.buffer.dispatch(
+            x.astype(np.float32), topk_idx=topk_idx, topk_weights=topk_weights.astype(np.float32)
+        )
+        experts = []
+        rows_out: Payload = np.zeros_like(sent.recv_x)
+        for expert, (up, down) in enumerate(zip(self.p["up"], self.p["down"], strict=True)):
+            row, k = np.nonzero(sent.recv_topk_idx == expert)
+            weight = sent.recv_topk_weights[row, k, None].astype(np.float64)
+            rows = sent.recv_x[row].astype(np.float64)
+            activation = np.tanh(rows @ up)
+            output = activation @ down
+            rows_out[row] += (weight * output).astype(np.float32)
+            experts.append(ExpertPass(row, k, weight, rows, activation, output))
+        combined = self.buffer.combine(rows_out, sent.handle)
+        y: Floats = combined.combined_x.astype(np.float64)
+        return y, MoePass(x, topk_idx, topk_weights, experts, sent.handle)
+
+    def backward(self, grad_y: Floats, saved: MoePass) -> tuple[Floats, Parameters]:
+        """The gradients of the block's input and of its parameters."""
+        p = self.p
+        received = self.buffer.dispatch(grad_y.astype(np.float32), handle=saved.handle)
+        g = {name: np.zeros_like(p[name]) for name in EXPERT_PARAMETERS}
+        grad_rows: Payload = np.zeros_like(received.recv_x)
+        grad_weights: Payload = np.zeros((len(grad_rows), self.num_topk), np.float32)
+        for expert, (row, k, weight, x, activation, output) in enumerate(saved.experts):
+            grad = received.recv_x[row].astype(np.float64)
+            grad_weights[row, k] = (grad * output).sum(axis=1)
+            grad_output = weight * grad
+            grad_activation = (grad_output @ p["down"][expert].T) * (1 - activation**2)
+            g["down"][expert] = activation.T @ grad_output
+            g["up"][expert] = x.T @ grad_activation
+            grad_rows[row] += (grad_activation @ p["up"][expert].T).astype(np.float32)
+        back = self.buffer.combine(grad_rows, saved.handle, topk_weights=grad_weights)
+
+        # The softmax ran over the chosen experts only: the scores of the others have no gradient.
+        w, grad_w = saved.topk_weights, back.combined_topk_weights
+        grad_scores = np.zeros((len(w), p["w_gate"].shape[1]))
+        grad_chosen = w * (grad_w - (w * grad_w).sum(axis=1, keepdims=True))
+        np.put_along_axis(grad_scores, saved.topk_idx, grad_chosen, axis=1)
+        g["w_gate"] = saved.x.T @ grad_scores
+        return back.combined_x + grad_scores @ p["w_gate"].T, g
+
+
+class ModelPass(NamedTuple):
+    """What the model keeps of the forward pass."""
+
+    embedded: Floats
+    x: Floats
+    y: Floats
+    probabilities: Floats  # [n, vocabulary], of the next character
+    moe: MoePass
+
+
+class CharacterModel:
+    """Embeddings, the MoE block with a residual connection, the output layer. Calls are collective."""
+
+    def __init__(self, buffer: ep_rt.Buffer, p: Parameters, num_topk: int) -> None:
+        self.p = p
+        self.moe = MoeBlock(buffer, p, num_topk)
+
+    def forward(self, contexts: Ints) -> ModelPass:
+        p = self.p
+        embedded = p["embedding"][contexts].reshape(len(contexts), len(p["w_in"]))
+        x = np.tanh(embedded @ p["w_in"] + p["b_in"])
+        moe_y, moe = self.moe.forward(x)
+        y = x + moe_y
+        return ModelPass(embedded, x, y, softmax(y @ p["w_out"] + p["b_out"]), moe)
+
+    def loss_and_gradients(self, contexts: Ints, targets: Ints, batch_size: int) -> tuple[float, Parameters]:
+        """This rank's part of the mean cross-entropy over the `batch_size` characters of all ranks.
+
+        Returns:
+            The loss and the gradients; those of the rank's own experts are complete, the others its part.
+        """
+        p = self.p
+        embedded, x, y, probabilities, moe = self.forward(contexts)
+        right = (np.arange(len(targets)), targets)
+        loss = -np.log(probabilities[right]).sum() / batch_size
+
+        grad_logits = probabilities / batch_size
+        grad_logits[right] -= 1 / batch_size
+        grad_y = grad_logits @ p["w_out"].T
+        grad_x, g = self.moe.backward(grad_y, moe)
+        grad_in = (grad_y + grad_x) * (1 - x**2)
+        grad_embedded = (grad_in @ p["w_in"].T).reshape(*contexts.shape, p["embedding"].shape[1])
+        g["w_out"], g["b_out"] = y.T @ grad_logits, grad_logits.sum(axis=0)
+        g["w_in"], g["b_in"] = embedded.T @ grad_in, grad_in.sum(axis=0)
+        g["embedding"] = np.zeros_like(p["embedding"])
+        np.add.at(g["embedding"], contexts, grad_embedded)
+        return float(loss), g
+
+
+class Adam:
+    def __init__(self, p: Parameters, learning_rate: float) -> None:
+        self.learning_rate = learning_rate
+        self.mean = {name: np.zeros_like(value) for name, value in p.items()}
+        self.square = {name: np.zeros_like(value) for name, value in p.items()}
+        self.num_steps = 0
+
+    def step(self, p: Parameters, g: Parameters) -> None:
+        self.num_steps += 1
+        for name in p:
+            self.mean[name] += 0.1 * (g[name] - self.mean[name])
+            self.square[name] += 0.01 * (g[name] ** 2 - self.square[name])
+            mean = self.mean[name] / (1 - 0.9**self.num_steps)
+            square = self.square[name] / (1 - 0.99**self.num_steps)
+            p[name] -= self.learning_rate * mean / (np.sqrt(square) + 1e-8)
+
+
+def sum_over_ranks(group: ep_rt.Group, values: Parameters) -> Parameters:
+    """Added in the order of the ranks, so that every rank gets the same bits. Collective."""
+    parts = group.allgather(values)
+    return {name: sum(part[name] for part in parts) for name in values}
+
+
+class Trained(NamedTuple):
+    losses: Floats
+    parameters: Parameters
+    sample: str
+
+
+def train(group: ep_rt.Group, options: argparse.Namespace, text: Text) -> Trained:
+    """Train over the ranks of `group`. Every rank gets the whole result. Collective."""
+    with ep_rt.Buffer.for_moe(
+        group,
+        num_max_tokens_per_rank=-(-options.batch // group.size),
+        hidden=options.hidden,
+        num_experts=options.num_experts,
+        num_topk=options.topk,
+        dtype="float32",
+        backend=options.backend,
+    ) as buffer:
+        p = initial_parameters(options, len(text.vocabulary))
+        for name in EXPERT_PARAMETERS:
+            p[name] = np.split(p[name], group.size)[group.rank]
+        model = CharacterModel(buffer, p, options.topk)
+        adam = Adam(p, options.learning_rate)
+        rng = np.random.default_rng(options.seed)
+        mine = np.array_split(np.arange(options.batch), group.size)[group.rank]
+        losses = []
+        with tqdm(
+            total=options.steps, desc=ranks_in_words(group.size), mininterval=0.5, disable=group.rank > 0
+        ) as progress:
+            for _ in range(options.steps):
+                contexts, targets = text.batch(rng, options.batch, options.context)
+                loss, g = model.loss_and_gradients(contexts[mine], targets[mine], options.batch)
+                parts = {name: part for name, part in g.items() if name not in EXPERT_PARAMETERS}
+                g |= sum_over_ranks(group, parts | {"loss": np.array(loss)})
+                adam.step(p, g)
+                losses.append(float(g["loss"]))
+                progress.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+                progress.update()
+        sample = write(model, text, options, is_author=group.rank == 0)
+    for name in EXPERT_PARAMETERS:
+        p[name] = np.concatenate(group.allgather(p[name]))
+    return Trained(np.array(losses), p, sample)
+
+
+def write(model: CharacterModel, text: Text, options: argparse.Namespace, *, is_author: bool) -> str:
+    """Let the model go on from somewhere in the text. Collective, and the author alone has a token."""
+    rng = np.random.default_rng(options.seed)
+    start, _ = text.batch(rng, 1, options.context)
+    written = start[0]
+    for _ in range(options.sample):
+        contexts = written[None, -options.context :] if is_author else start[:0]
+        for probabilities in model.forward(contexts).probabilities:
+            bold = probabilities**2
+            written = np.append(written, rng.choice(len(bold), p=bold / bold.sum()))
+    return text.spell(written)
+
+
+def ranks_in_words(num_ranks: int) -> str:
+    return "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
+
+
+def is_equal(many: Trained, alone: Trained, label: str) -> bool:
+    """Compare the two runs, and say how far they are apart."""
+    in_losses = np.abs(many.losses - alone.losses).max()
+    in_parameters = np.max([np.abs(p - alone.parameters[name]).max() for name, p in many.parameters.items()])
+    passed = bool(in_losses <= TOLERANCE and in_parameters <= TOLERANCE)
+    print(
+        f"equality check {'passed' if passed else 'FAILED'}: {label} and 1 rank differ by at most "
+        f"{in_losses:.1e} in the losses, {in_parameters:.1e} in the parameters (allowed: {TOLERANCE:.0e})"
+    )
+    return passed
+
+
+def save_plot(path: Path, curves: dict[str, Floats]) -> None:
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for (label, losses), style in zip(curves.items(), ("-", "--"), strict=False):
+        axes.plot(losses, style, label=label)
+    axes.set(xlabel="step", ylabel="cross-entropy per character")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def report(trained: Trained, options: argparse.Namespace, num_ranks: int, text: Text) -> bool:
+    """Print and plot how the training went; compare it with one rank. Whether all is as it should be."""
+    first, last = trained.losses[0], trained.losses[-10:].mean()
+    passed = bool(last < 0.9 * first)
+    print(f"loss {'fell' if passed else 'DID NOT FALL'}: first {first:.3f}, last {last:.3f}", flush=True)
+    label = ranks_in_words(num_ranks)
+    curves = {label: trained.losses}
+    if num_ranks > 1 and options.compare:
+        [alone] = ep_rt.run_local(train, 1, options, text)
+        curves["1 rank"] = alone.losses
+        passed &= is_equal(trained, alone, label)
+    save_plot(options.plot, curves)
+    given, written = trained.sample[: options.context], trained.sample[options.context :]
+    print(f"loss curve saved to {options.plot}\n\nafter {given!r} the model writes:\n{written}")
+    return passed
+
+
+def main(group: ep_rt.Group, options: argparse.Namespace) -> None:
+    if options.topk > options.num_experts:
+        raise ep_rt.ConfigError(f"--topk {options.topk} of --num-experts {options.num_experts} is impossible")
+    if not options.plot.parent.is_dir():
+        raise ep_rt.ConfigError(f"--plot {options.plot}: there is no such folder")
+    text = Text("\n\n".join(topics[name] for name in sorted(topics)))
+    trained = train(group, options, text)
+    passed = report(trained, options, group.size, text) if group.rank == 0 else None
+    # The other ranks wait here while rank 0 trains alone.
+    if not group.allgather(passed, timeout_s=math.inf)[0]:
+        sys.exit(1)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = example_parser(__doc__)
+    sizes = {
+        "steps": (300, "batches to train on"),
+        "batch": (768, "characters to predict in a batch, of all ranks together"),
+        "context": (16, "characters that the model looks at"),
+        "embedding": (16, "numbers per character"),
+        "hidden": (128, "width of the MoE block"),
+        "ffn": (256, "width inside an expert"),
+        "num-experts": (8, "experts, of all ranks together"),
+        "sample": (300, "characters to write at the end"),
+    }
+    for name, (default, meaning) in sizes.items():
+        help_text = f"{meaning} (default: {default})"
+        parser.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=help_text)
+    # More than two terms would be added in an order that depends on the ranks, in float32: see Floats.
+    parser.add_argument("--topk", type=int, choices=(1, 2), default=2, help="experts per token (default: 2)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, metavar="X")
+    parser.add_argument("--plot", type=Path, default=Path("loss.png"), metavar="FILE")
+    parser.add_argument(
+        "--no-compare", dest="compare", action="store_false", help="do not repeat the training on one rank"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    launch(parser(), main)

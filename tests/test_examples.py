@@ -1,0 +1,266 @@
+"""The examples, run as a user runs them, and whether their own checks would notice a fault."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ep_rt
+
+pytest.importorskip("matplotlib", reason="the examples need ep-rt[examples]")
+pytest.importorskip("tqdm", reason="the examples need ep-rt[examples]")
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+SMALL_LAYER = "--tokens=40 --decode-tokens=8 --hidden=64 --ffn=32 --num-experts=8"
+SMALL_MODEL = "--steps=40 --batch=130 --context=8 --embedding=8 --hidden=32 --ffn=32 --sample=20"
+
+RunExample = Callable[..., "tuple[int, str]"]
+
+
+@pytest.fixture(params=["threads", "mpi"])
+def run_on_4_ranks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> RunExample:
+    """``run(script, *args)`` gives the exit code and everything that was printed."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    if request.param == "threads":
+        return lambda script, *args: run_alone(script, "--ranks", "4", *args)
+    mpirun = request.getfixturevalue("mpirun")
+
+    def run(script: str, *args: str) -> tuple[int, str]:
+        done = mpirun(4, EXAMPLES / script, *args)
+        return done.returncode, done.stdout
+
+    return run
+
+
+def run_alone(script: str, *args: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    return done.returncode, done.stdout
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """``example(name)`` imports one."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module
+
+
+# moe_layer.py
+
+
+def test_moe_layer(run_on_4_ranks: RunExample) -> None:
+    code, printed = run_on_4_ranks("moe_layer.py", *SMALL_LAYER.split())
+    assert code == 0, printed
+    assert printed.rstrip().splitlines()[-1].startswith("check passed: max error 0.")
+    assert printed.count("check passed") == 1
+    normal, low_latency = tables(printed)
+    to_rank = [f"to {rank}" for rank in range(4)]
+    for rank in range(4):
+        arrived = [row[to_rank[rank]] for row in normal]
+        assert normal[rank]["received"] == sum(arrived)
+        assert normal[rank]["logical MiB"] == pytest.approx(sum(arrived) * 64 * 2 / 2**20, abs=0.005)
+        assert normal[rank]["wire MiB"] == pytest.approx(
+            (sum(arrived) - arrived[rank]) * 64 * 2 / 2**20, abs=0.005
+        )
+    # In low-latency mode a token has a row for each of its top-4 experts.
+    assert sum(row["received"] for row in low_latency) == 4 * 8 * 4
+
+
+def tables(printed: str) -> list[list[dict[str, float]]]:
+    """The tables of moe_layer.py, of each rank a row: number by column."""
+    found: list[list[dict[str, float]]] = []
+    columns: list[str] = []
+    for line in printed.splitlines():
+        cells = line.strip().split("  ")
+        cells = [cell.strip() for cell in cells if cell.strip()]
+        if cells[:1] == ["rank"]:
+            columns = cells
+            found.append([])
+        elif columns and len(cells) == len(columns):
+            found[-1].append(dict(zip(columns, map(float, cells), strict=True)))
+    return found
+
+
+def test_moe_layer_on_one_rank() -> None:
+    code, printed = run_alone("moe_layer.py", *SMALL_LAYER.split(), "--seed", "3")
+    assert code == 0, printed
+    assert "one rank only" in printed
+    assert "check passed" in printed
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_moe_layer_notices_a_wrong_row(
+    example: Callable[[str], Any], seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moe_layer = example("moe_layer")
+    args = f"--tokens=40 --hidden=64 --ffn=32 --num-experts=4 --topk=2 --seed={seed}"
+    options = moe_layer.parser().parse_args(args.split())
+
+    def run(group: ep_rt.Group) -> list[Any]:
+        with ep_rt.Buffer.for_moe(
+            group, num_max_tokens_per_rank=40, hidden=64, num_experts=4, num_topk=2
+        ) as buffer:
+            tokens = moe_layer.random_tokens(options, group.rank)
+            experts = [moe_layer.random_expert(options, 2 * group.rank + e) for e in range(2)]
+            return group.allgather((tokens, {"normal": moe_layer.normal_layer(buffer, tokens, experts, 1)}))
+
+    everyone = ep_rt.run_local(run, 2)[0]
+    assert moe_layer.report(everyone, options)
+    y = everyone[1][1]["normal"].y
+    for wrong in (y[5, 7] * 1.05, np.nan):
+        y[5, 7] = wrong
+        assert not moe_layer.report(everyone, options)
+    assert "check FAILED" in capsys.readouterr().out
+
+
+# train_moe.py
+
+
+def test_train_moe(run_on_4_ranks: RunExample, tmp_path: Path) -> None:
+    plot = tmp_path / "loss.png"
+    code, printed = run_on_4_ranks("train_moe.py", *SMALL_MODEL.split(), "--plot", str(plot))
+    assert code == 0, printed
+    assert "loss fell: first 4." in printed
+    assert "equality check passed: 4 ranks and 1 rank differ by at most" in printed
+    assert printed.count("equality check") == 1
+    for label in ("4 ranks: 100%", "1 rank: 100%"):
+        assert label in printed
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_moe_with_top_1_and_no_comparison(tmp_path: Path) -> None:
+    args = ("--ranks", "2", "--topk", "1", "--no-compare", "--plot", str(tmp_path / "loss.png"))
+    code, printed = run_alone("train_moe.py", *SMALL_MODEL.split(), *args)
+    assert code == 0, printed
+    assert "loss fell" in printed
+    assert "equality check" not in printed
+
+
+def test_train_moe_says_when_the_loss_does_not_fall(tmp_path: Path) -> None:
+    args = ("--ranks", "2", "--steps", "10", "--learning-rate", "0", "--plot", str(tmp_path / "loss.png"))
+    code, printed = run_alone("train_moe.py", *SMALL_MODEL.split(), *args)
+    assert code == 1
+    assert "loss DID NOT FALL" in printed
+    assert "equality check passed" in printed
+
+
+def test_equality_check_notices_a_lost_token(
+    example: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_moe = example("train_moe")
+    options = train_moe.parser().parse_args([*SMALL_MODEL.split(), "--steps=3"])
+    text = train_moe.Text("the quick brown fox jumps over the lazy dog. " * 20)
+
+    def train(num_ranks: int) -> Any:
+        return ep_rt.run_local(train_moe.train, num_ranks, options, text)[0]
+
+    alone = train(1)
+    assert train_moe.is_equal(train(2), alone, "2 ranks")
+    backward = train_moe.MoeBlock.backward
+
+    def forgetful(self: Any, grad_y: Any, saved: Any) -> Any:
+        grad_y[:1] = 0
+        return backward(self, grad_y, saved)
+
+    monkeypatch.setattr(train_moe.MoeBlock, "backward", forgetful)
+    assert not train_moe.is_equal(train(2), alone, "2 ranks")
+    assert "equality check FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("num_ranks", [1, 4])
+@pytest.mark.parametrize("topk", [1, 2])
+def test_gradients_are_those_of_the_loss(example: Callable[[str], Any], num_ranks: int, topk: int) -> None:
+    """The slope of the loss along random directions in each parameter, by central differences."""
+    train_moe = example("train_moe")
+    args = f"--context=3 --embedding=8 --hidden=16 --ffn=24 --topk={topk}"
+    options = train_moe.parser().parse_args(args.split())
+    num_tokens, vocabulary_size, num_directions, step = 30, 11, 4, 1e-3
+    rng = np.random.default_rng(5)
+    contexts = rng.integers(vocabulary_size, size=(num_tokens, 3))
+    targets = rng.integers(vocabulary_size, size=num_tokens)
+    whole = train_moe.initial_parameters(options, vocabulary_size)
+    whole["b_in"] += rng.normal(size=whole["b_in"].shape)
+    directions = {name: rng.standard_normal((num_directions, *value.shape)) for name, value in whole.items()}
+
+    def run(group: ep_rt.Group) -> dict[str, list[tuple[float, float]]]:
+        def own(name: str, value: Any) -> Any:
+            is_sharded = name in train_moe.EXPERT_PARAMETERS
+            return np.split(value, group.size)[group.rank].copy() if is_sharded else value.copy()
+
+        p = {name: own(name, value) for name, value in whole.items()}
+        # Unequal shares, and rank 0 of several has none.
+        mine = np.split(np.arange(num_tokens), [0, 17, 20][: group.size - 1])[group.rank]
+        with ep_rt.Buffer.for_moe(
+            group, num_max_tokens_per_rank=30, hidden=16, num_experts=8, num_topk=topk, dtype="float32"
+        ) as buffer:
+            model = train_moe.CharacterModel(buffer, p, topk)
+
+            def loss_and_gradients() -> tuple[float, Any]:
+                loss, g = model.loss_and_gradients(contexts[mine], targets[mine], num_tokens)
+                return sum(group.allgather(loss)), g
+
+            _, g = loss_and_gradients()
+            slopes: dict[str, list[tuple[float, float]]] = {name: [] for name in p}
+            for name, original in {name: value.copy() for name, value in p.items()}.items():
+                for direction in directions[name]:
+                    unit = own(name, direction / np.linalg.norm(direction))
+                    losses = []
+                    for sign in (+1, -1):
+                        p[name][...] = original + sign * step * unit
+                        losses.append(loss_and_gradients()[0])
+                    p[name][...] = original
+                    analytical = sum(group.allgather(float((g[name] * unit).sum())))
+                    slopes[name].append(((losses[0] - losses[1]) / (2 * step), analytical))
+        return slopes
+
+    for slopes in ep_rt.run_local(run, num_ranks):
+        for name, pairs in slopes.items():
+            numerical, analytical = np.array(pairs).T
+            # One expert alone has the weight 1, whatever its score.
+            assert (np.abs(analytical).max() < 1e-3) == (name == "w_gate" and topk == 1), name
+            # The payload's rounding to float32 leaves noise of about 1e-8 / step.
+            np.testing.assert_allclose(numerical, analytical, rtol=1e-3, atol=2e-5, err_msg=name)
+
+
+# What a user may get wrong
+
+
+@pytest.mark.parametrize(
+    ("script", "args", "complaint"),
+    [
+        ("moe_layer.py", ("--num-experts", "6"), "num_experts=6 is not a positive multiple of num_ranks=4"),
+        ("moe_layer.py", ("--hidden", "30"), "pad hidden so that a row is a multiple of 16 bytes"),
+        ("moe_layer.py", ("--tokens", "0"), "argument --tokens: 0 is not positive"),
+        ("train_moe.py", ("--topk", "2", "--num-experts", "1"), "--topk 2 of --num-experts 1 is impossible"),
+    ],
+)
+def test_wrong_options_are_explained_once(
+    run_on_4_ranks: RunExample, script: str, args: tuple[str, ...], complaint: str
+) -> None:
+    code, printed = run_on_4_ranks(script, *args)
+    assert code in (1, 2)
+    assert printed.count(complaint) == 1, printed
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize("run_on_4_ranks", ["mpi"], indirect=True)
+def test_threads_within_mpi_are_refused(run_on_4_ranks: RunExample) -> None:
+    code, printed = run_on_4_ranks("moe_layer.py", "--ranks", "2")
+    assert code == 2
+    assert printed.count("mpiexec started 4 processes already") == 1
