@@ -22,6 +22,7 @@ from .events import EventOverlap
 from .exchange import Group
 from .groups import as_group, run_local
 from .handle import DispatchHandle, LowLatencyHandle
+from .results import Combined, Dispatched, DispatchLayout, LowLatencyCombined, LowLatencyDispatched
 from .topology import Topology
 
 __all__ = [
@@ -30,15 +31,20 @@ __all__ = [
     "Buffer",
     "ClosedError",
     "CollectiveMismatchError",
+    "Combined",
     "CompileError",
     "Config",
     "ConfigError",
     "DeviceError",
     "DispatchHandle",
+    "DispatchLayout",
+    "Dispatched",
     "EpError",
     "EventOverlap",
     "Group",
     "HandleError",
+    "LowLatencyCombined",
+    "LowLatencyDispatched",
     "LowLatencyHandle",
     "PeerFailedError",
     "PeerTimeoutError",

@@ -7,7 +7,8 @@ from dataclasses import astuple, dataclass
 from types import TracebackType
 from typing import Any, ClassVar
 
-from . import _version, arrays, backend as backends
+from . import _version, arrays
+from . import backend as backends
 from .config import DEFAULT_TIMEOUT_S, Config
 from .errors import BackendError, ClosedError, ConfigError, EpError
 from .events import EventOverlap
@@ -46,7 +47,7 @@ class Buffer:
     order. Arrays may be NumPy, PyTorch or JAX (on the host backend: in CPU memory) and results come back in
     the framework of the array they belong to, without a copy.
 
-    Unless said otherwise a call is collective: every rank of the group makes the same calls in the same order.
+    Unless said otherwise a call is collective: every rank makes the same calls in the same order.
     Wrong arguments on any rank, arguments that must agree and do not, and ranks making different calls raise
     the same error on every rank before anything has moved, and the buffer stays usable. A rank that does not
     arrive within `timeout_s` raises `PeerTimeoutError` naming it, after which the buffer can only be closed.
@@ -136,7 +137,7 @@ class Buffer:
 
         Args:
             num_max_tokens_per_rank: the most tokens a rank dispatches in one call.
-            hidden, num_experts, num_topk: of the model. `dispatch` then needs no ``num_experts``.
+            hidden, num_experts, num_topk: of the model. Calls then need no ``num_experts``.
             dtype: of the payload, "bfloat16", "float16", "float32", "float8_e4m3fn" or "uint8".
             options: any keyword of `Buffer`.
         """
@@ -160,7 +161,7 @@ class Buffer:
     def get_dispatch_layout(
         self,
         topk_idx: Any,
-        num_experts: int,
+        num_experts: int | None = None,
         previous_event: EventOverlap | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
@@ -169,7 +170,7 @@ class Buffer:
 
         Args:
             topk_idx: [num_tokens, num_topk], int64 or int32, expert ids; -1 for none.
-            num_experts: of all ranks together.
+            num_experts: of all ranks together; default: that of `for_moe`.
 
         Returns:
             DispatchLayout: ``num_tokens_per_rank`` int32 [num_ranks]; ``num_tokens_per_rdma_rank`` int32
@@ -183,7 +184,12 @@ class Buffer:
         """
         self._enter(previous_event)
         return self._engine.get_dispatch_layout(
-            LayoutRequest.of(topk_idx, num_experts, num_ranks=self.num_ranks, device=self._engine.device)
+            LayoutRequest.of(
+                topk_idx,
+                self._num_experts(num_experts),
+                num_ranks=self.num_ranks,
+                device=self._engine.device,
+            )
         )
 
     def dispatch(
@@ -223,7 +229,7 @@ class Buffer:
             config: accepted; see `Config`.
             previous_event: work to wait for first.
             async_finish, allocate_on_comm_stream: as in DeepEP; on the host the work is done on return.
-            num_experts: of all ranks together; needed with `topk_idx` alone.
+            num_experts: of all ranks together; needed with `topk_idx` alone. Default: that of `for_moe`.
 
         Returns:
             Dispatched: ``recv_x`` [num_recv_tokens, hidden] (or a tuple with its scale factors), rows ordered
@@ -240,7 +246,6 @@ class Buffer:
         Source: reference.dispatch, reference.dispatch_cached.
         """
         self._enter(previous_event)
-        experts = self._moe.num_experts if num_experts is None and self._moe is not None else num_experts
         return self._engine.dispatch(
             lambda: self._within_model(
                 DispatchRequest.of(
@@ -252,7 +257,7 @@ class Buffer:
                     topk_weights,
                     expert_alignment,
                     num_worst_tokens,
-                    experts,
+                    num_experts if self._moe is None else self._num_experts(num_experts),
                     owner=self._identity,
                     num_ranks=self.num_ranks,
                     device=self._engine.device,
@@ -307,8 +312,8 @@ class Buffer:
         self,
         x: Any,
         topk_idx: Any,
-        num_max_dispatch_tokens_per_rank: int,
-        num_experts: int,
+        num_max_dispatch_tokens_per_rank: int | None = None,
+        num_experts: int | None = None,
         cumulative_local_expert_recv_stats: Any = None,
         dispatch_wait_recv_cost_stats: Any = None,
         use_fp8: bool = True,
@@ -324,7 +329,8 @@ class Buffer:
         Args:
             x: [num_tokens, hidden], bfloat16, at most M tokens.
             topk_idx: [num_tokens, num_topk], int64 or int32; -1 for none.
-            num_max_dispatch_tokens_per_rank: the same on every rank.
+            num_max_dispatch_tokens_per_rank: the same on every rank. Default: that of `for_moe`.
+            num_experts: of all ranks together. Default: that of `for_moe`.
             cumulative_local_expert_recv_stats: int32 [El]; the rows of each expert are added to it.
             dispatch_wait_recv_cost_stats: int64 [R]; microseconds waited for each source are added to it.
             use_fp8: cast to float8_e4m3fn, one float32 scale factor for 128 channels.
@@ -336,8 +342,8 @@ class Buffer:
         Returns:
             LowLatencyDispatched: ``recv_x`` [El, R*M, hidden], or a tuple with scale factors float32
             [El, R*M, hidden/128] or int32 [El, R*M, ceil(hidden/512)], contiguous along R*M; ``recv_count``
-            int32 [El]; ``handle``; ``event``; ``hook``, None without `return_recv_hook`. An expert's rows come
-            first, by source rank, token and column of `topk_idx`; the other rows are unspecified.
+            int32 [El]; ``handle``; ``event``; ``hook``, None without `return_recv_hook`. An expert's
+            rows come first, by source rank, token and column of `topk_idx`; the others are unspecified.
 
         Raises:
             ArrayError, ConfigError: on every rank; nothing moved.
@@ -352,8 +358,8 @@ class Buffer:
             lambda: LowLatencyDispatchRequest.of(
                 x,
                 topk_idx,
-                num_max_dispatch_tokens_per_rank,
-                num_experts,
+                self._num_max_tokens(num_max_dispatch_tokens_per_rank),
+                self._num_experts(num_experts),
                 cumulative_local_expert_recv_stats,
                 dispatch_wait_recv_cost_stats,
                 use_fp8,
@@ -536,6 +542,18 @@ class Buffer:
                 raise ConfigError(f"{self._moe} has sizes below 1")
             local_experts(self._moe.num_experts, self.num_ranks)
         return backends.choose(backend)
+
+    def _num_experts(self, given: int | None) -> int:
+        if given is None and self._moe is None:
+            raise ConfigError("num_experts= is needed, or a buffer made by Buffer.for_moe")
+        return self._moe.num_experts if given is None and self._moe is not None else given or 0
+
+    def _num_max_tokens(self, given: int | None) -> int:
+        if given is None and self._moe is None:
+            raise ConfigError(
+                "num_max_dispatch_tokens_per_rank= is needed, or a buffer made by Buffer.for_moe"
+            )
+        return self._moe.num_max_tokens_per_rank if given is None and self._moe is not None else given or 0
 
     def _within_model(self, request: DispatchRequest) -> DispatchRequest:
         moe = self._moe

@@ -74,6 +74,7 @@ class Group(Protocol):
         Args:
             value: not to be changed afterwards: ranks that are threads see this very object.
             op: what this rank is doing; ranks doing different things is an error on all of them.
+            timeout_s: how long to wait; `math.inf` for as long as it takes. Default: the group's own.
             ranks: who takes part (this rank is always included); the others' entries are None. They
                 call too, with `ranks` of their own, or are gone: every call counts as a round.
             skip_late: do not raise for peers that are late or gone; their entries are `LATE`.
@@ -129,8 +130,11 @@ class Pending(Protocol):
     def missing(self, deadline: float) -> list[int]:
         """Sources whose bytes have not all arrived. May wait until `deadline` (time.monotonic)."""
 
-    def unsent(self, deadline: float) -> list[int]:
-        """Destinations that may still read this rank's send arrays. May wait until `deadline`."""
+    def unsent(self, deadline: float | None) -> list[int]:
+        """Destinations that may still read this rank's send arrays.
+
+        May wait until `deadline`, with None not at all.
+        """
 
 
 class Transfer:
@@ -168,7 +172,7 @@ class Transfer:
     @property
     def finished(self) -> bool:
         """Whether every peer has its bytes. Never waits."""
-        return not self._pending.unsent(time.monotonic())
+        return not self._pending.unsent(None)
 
 
 def pickled(message: Message) -> bytes:

@@ -174,7 +174,7 @@ class ThreadGroup(PeerGroup):
         return _ThreadTransfer(self.rank, self._num_transfers, self._mailboxes, send, recv)
 
     def _idle(self, idle_rounds: int, limit_s: float) -> None:
-        self._mine.arrived.wait(limit_s)
+        self._mine.arrived.wait(min(limit_s, 60.0))  # no limit is math.inf, which it refuses
 
 
 class _ThreadTransfer:
@@ -208,7 +208,7 @@ class _ThreadTransfer:
                 self._mailboxes[src].arrived.set()
         return list(self._recv)
 
-    def unsent(self, deadline: float) -> list[int]:
+    def unsent(self, deadline: float | None) -> list[int]:
         return [dst for dst, parcel in self._sent.items() if not parcel.taken]
 
 
@@ -370,7 +370,7 @@ class _MpiTransfer:
         self._recv = {src: request for src, request in self._recv.items() if not request.done()}
         return list(self._recv)
 
-    def unsent(self, deadline: float) -> list[int]:
+    def unsent(self, deadline: float | None) -> list[int]:
         self._send = {dst: request for dst, request in self._send.items() if not request.done()}
         return list(self._send)
 

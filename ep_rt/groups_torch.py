@@ -130,13 +130,17 @@ class _TorchTransfer:
         _wait_each(self._recv, deadline)
         return list(self._recv)
 
-    def unsent(self, deadline: float) -> list[int]:
-        _wait_each(self._send, deadline)
+    def unsent(self, deadline: float | None) -> list[int]:
+        if deadline is None:
+            self._send = {dst: work for dst, work in self._send.items() if not work.is_completed()}
+        else:
+            _wait_each(self._send, deadline)
         return list(self._send)
 
 
 def _wait_each(works: dict[int, Any], deadline: float) -> None:
     for peer in list(works):
         with contextlib.suppress(RuntimeError):
-            works[peer].wait(timedelta(seconds=max(1e-3, deadline - time.monotonic())))
+            remaining_s = min(deadline - time.monotonic(), 1e6)  # timedelta refuses math.inf
+            works[peer].wait(timedelta(seconds=max(1e-3, remaining_s)))
             del works[peer]

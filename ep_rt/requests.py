@@ -133,7 +133,8 @@ class DispatchRequest:
                 raise HandleError(f"x has {num_tokens} tokens; the handle's dispatch had {handle.num_tokens}")
             if num_worst_tokens not in (0, handle.num_recv_rows):
                 raise HandleError(
-                    f"num_worst_tokens={num_worst_tokens}; the handle's dispatch had {handle.num_recv_rows} rows"
+                    f"num_worst_tokens={num_worst_tokens}; "
+                    f"the handle's dispatch had {handle.num_recv_rows} rows"
                 )
             num_experts = 0
         else:
@@ -255,7 +256,7 @@ class LowLatencyDispatchRequest:
         num_local_experts = local_experts(num_experts, num_ranks)
         rows = _load_rows(x, "x", ("bfloat16",), None, device)
         num_tokens, hidden = rows.shape
-        if not 1 <= num_max_tokens_per_rank or num_tokens > num_max_tokens_per_rank:
+        if num_max_tokens_per_rank < 1 or num_tokens > num_max_tokens_per_rank:
             raise ConfigError(
                 f"x has {num_tokens} tokens; num_max_dispatch_tokens_per_rank={num_max_tokens_per_rank}"
             )

@@ -76,7 +76,8 @@ def mpirun() -> MpiRun:
 
 def _run(command: list[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
     # One thread per rank: ranks outnumber the cores here.
-    environ = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    environ = {**threads, **os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,

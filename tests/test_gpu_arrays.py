@@ -351,5 +351,5 @@ def test_host_time(cupy: Any, torch: Any, jax: Any, record_property: Any, capsys
             took[way] = (time.perf_counter() - start) / 500 * 1e6
             record_property(f"{framework}_{way}_us", took[way])
         with capsys.disabled():
-            print(f" {framework}: in {took['in']:.1f} us, out {took['out']:.1f} us;", end="")  # noqa: T201
+            print(f" {framework}: in {took['in']:.1f} us, out {took['out']:.1f} us;", end="")
         assert max(took.values()) < 1000

@@ -207,3 +207,21 @@ def test_an_exception_that_ends_the_program_reaches_the_peers(tmp_path: Path) ->
     """
     codes, outputs = run(tmp_path, script, 2)
     assert codes == [0, 1], outputs
+
+
+def test_buffer_over_a_torch_group_equals_the_oracle(tmp_path: Path) -> None:
+    script = f"""
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import ep_rt
+        from host_cases import check_low_latency, check_normal
+        with ep_rt.Buffer(dist.group.WORLD, backend="host", timeout_s=20) as buffer:
+            for seed in range(4):
+                check_normal(buffer, seed)
+                check_low_latency(buffer, seed, hook=seed % 2 == 1)
+                time.sleep(0.05 * (buffer.rank == seed % 3))  # peers are still to receive what was sent
+        print("equal")
+        dist.destroy_process_group()
+    """
+    codes, outputs = run(tmp_path, script, 3)
+    assert codes == [0, 0, 0], outputs
+    assert all("equal" in output for output in outputs)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 import ep_rt
+
+README = Path(__file__).parents[1] / "README.md"
 
 
 def test_all_is_what_is_there() -> None:
@@ -33,3 +40,12 @@ def test_import_loads_neither_cupy_nor_mpi() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_program_of_the_readme_runs() -> None:
+    match = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert match is not None
+    names: dict[str, Any] = {}
+    exec(match[1], names)
+    for difference in ep_rt.run_local(names["layer"], num_ranks=2):
+        assert np.abs(difference).max() < 1e-6

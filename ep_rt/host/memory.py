@@ -26,7 +26,7 @@ class HostPool:
     """
 
     def __init__(self) -> None:
-        # Garbage collection may give a block back in the middle of `_take`, on the thread that holds the lock.
+        # Garbage collection may give a block back within `_take`, on the thread that holds the lock.
         self._lock = threading.RLock()
         self._free: dict[int, NDArray[np.uint8]] = {}
         self._free_bytes = 0

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-# The accumulators of one block; they and the addends stay in the cache.
-_BLOCK_BYTES = 512 << 10
+# The accumulators of one block. Smaller ones stay in the second-level cache, but the threads of one process
+# then spend more time on handing the interpreter lock around than on adding.
+_BLOCK_BYTES = 3 << 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,27 +59,29 @@ def sum_terms(terms: Sequence[Term], biases: Sequence[Array], out: Array) -> Non
             total = totals[: stop - start]
             # -0.0 is the identity of addition: -0.0 + v is v for every v, signed zeros included.
             total.fill(-0.0)
-            for term, bound in zip(terms, bounds, strict=True):
-                _add(term, bound[number], bound[number + 1], start, total, addend)
+            for place, (term, bound) in enumerate(zip(terms, bounds, strict=True)):
+                rows = _rows(term, bound[number], bound[number + 1], addend)
+                if len(rows) == len(total):
+                    total += rows
+                    continue
+                tokens = term.tokens[bound[number] : bound[number + 1]] - start
+                if place == 0:
+                    total[tokens] = rows  # on -0.0, the same as to add them
+                else:
+                    total[tokens] += rows
             for bias in biases:
                 np.copyto(addend[: len(total)], bias[start:stop].reshape(total.shape))
                 total += addend[: len(total)]
-            total[~has_term[start:stop]] = 0.0
+            if not has_term[start:stop].all():
+                total[~has_term[start:stop]] = 0.0
             np.copyto(flat[start:stop], total, casting="unsafe")
 
 
-def _add(
-    term: Term, first: int, last: int, start: int, total: NDArray[np.float32], addend: NDArray[np.float32]
-) -> None:
-    """Add rows first .. last-1 of `term` to `total`, whose row 0 is token `start`. `addend` is scratch."""
-    if first == last:
-        return
+def _rows(term: Term, first: int, last: int, out: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rows first .. last-1 of `term`, weighted, at the start of `out`."""
     rows = term.rows[first:last] if term.index is None else term.rows[term.index[first:last]]
-    addend = addend[: last - first]
-    np.copyto(addend, rows.reshape(addend.shape))
+    out = out[: last - first]
+    np.copyto(out, rows.reshape(out.shape))
     if term.weights is not None:
-        addend *= term.weights[first:last, None]
-    if len(addend) == len(total):
-        total += addend
-    else:
-        total[term.tokens[first:last] - start] += addend
+        out *= term.weights[first:last, None]
+    return out
