@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -26,6 +27,7 @@ __all__ = ["LATE", "ByteArray", "Group", "Transfer", "as_group", "run_local"]
 
 T = TypeVar("T")
 
+_log = logging.getLogger("ep_rt")
 _GRACE_S = 5.0
 _END = "the end of its program"
 
@@ -50,6 +52,11 @@ def as_group(peers: object = None) -> Group:
     if peers is None:
         if "mpi4py.MPI" in sys.modules or any(name in os.environ for name in _MPI_LAUNCH_VARIABLES):
             return _mpi_group(None)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            _log.warning(
+                "one rank, although WORLD_SIZE=%s: under torchrun pass group=torch.distributed.group.WORLD",
+                os.environ["WORLD_SIZE"],
+            )
         return thread_groups(1)[0]
     # Asked of the modules that are loaded: what is not loaded has made no object.
     mpi, torch = sys.modules.get("mpi4py.MPI"), sys.modules.get("torch.distributed")

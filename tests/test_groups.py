@@ -729,6 +729,15 @@ def test_no_group_without_mpi_is_one_rank() -> None:
 
 
 @pytest.mark.usefixtures("no_mpi")
+def test_no_group_under_torchrun_says_what_to_pass(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert as_group().size == 1
+    assert "group=torch.distributed.group.WORLD" in caplog.text
+
+
+@pytest.mark.usefixtures("no_mpi")
 @pytest.mark.parametrize("name", _MPI_NAMES)
 def test_started_by_an_mpi_launcher_without_mpi4py(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "1")
