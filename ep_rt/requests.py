@@ -13,7 +13,6 @@ from typing import Any
 from . import arrays
 from .arrays import ArrayView
 from .errors import ArrayError, ConfigError, HandleError
-from .events import EventOverlap
 from .handle import DispatchHandle, LowLatencyHandle
 
 MOVED_DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn", "uint8")
@@ -25,34 +24,6 @@ ROW_ALIGN_BYTES = 16
 FP8_BLOCK = 128
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where an engine takes arrays.
-
-    Attributes:
-        device: "cpu" or "cuda:N".
-        stream: CUDA stream that reads them; see `arrays.view`.
-    """
-
-    device: str
-    stream: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
-    """When a call runs and with how much. Changes nothing of the result.
-
-    Attributes:
-        previous_event: work to wait for first.
-        async_finish: the result's ``event`` is waited for by the caller, not by the current stream.
-        num_sms: streaming multiprocessors that its kernel may use.
-    """
-
-    previous_event: EventOverlap | None = None
-    async_finish: bool = False
-    num_sms: int = 16
-
-
 def local_experts(num_experts: int, num_ranks: int) -> int:
     """Experts per rank."""
     if num_experts < 1 or num_experts % num_ranks:
@@ -61,13 +32,12 @@ def local_experts(num_experts: int, num_ranks: int) -> int:
 
 
 def load(
-    obj: object, name: str, *, dtypes: Sequence[str], shape: Sequence[int | None], place: Place
+    obj: object, name: str, *, dtypes: Sequence[str], shape: Sequence[int | None], device: str | None = None
 ) -> ArrayView:
-    """A view of `obj` at `place`, of one of `dtypes` and of `shape`, where None matches any length."""
-    view = arrays.view(obj, name=name, stream=place.stream)
-    if view.device != place.device:
-        hint = "; move it there, or use backend='host'" if view.device == "cpu" else ""
-        raise ArrayError(f"{name} lies on {view.device}; this buffer takes arrays on {place.device}{hint}")
+    """A view of `obj`, whose dtype is one of `dtypes` and whose shape matches; None matches any length."""
+    view = arrays.view(obj, name=name)
+    if device is not None and view.device.partition(":")[0] != device:
+        raise ArrayError(f"{name} lies on {view.device}; this backend takes arrays on {device}")
     if view.dtype not in dtypes:
         raise ArrayError(f"{name} has dtype {view.dtype}; accepted: {', '.join(dtypes)}")
     if len(view.shape) != len(shape) or any(
@@ -78,10 +48,8 @@ def load(
     return view
 
 
-def _load_rows(
-    obj: object, name: str, dtypes: Sequence[str], num_rows: int | None, place: Place
-) -> ArrayView:
-    rows = load(obj, name, dtypes=dtypes, shape=(num_rows, None), place=place)
+def _load_rows(obj: object, name: str, dtypes: Sequence[str], num_rows: int | None, device: str) -> ArrayView:
+    rows = load(obj, name, dtypes=dtypes, shape=(num_rows, None), device=device)
     hidden = rows.shape[1]
     row_bytes = hidden * arrays.np_dtype(rows.dtype).itemsize
     if hidden == 0 or row_bytes % ROW_ALIGN_BYTES:
@@ -105,9 +73,9 @@ class LayoutRequest:
     num_experts: int
 
     @classmethod
-    def of(cls, topk_idx: object, num_experts: int, *, num_ranks: int, place: Place) -> LayoutRequest:
+    def of(cls, topk_idx: object, num_experts: int, *, num_ranks: int, device: str) -> LayoutRequest:
         local_experts(num_experts, num_ranks)
-        ids = load(topk_idx, "topk_idx", dtypes=INDEX_DTYPES, shape=(None, None), place=place)
+        ids = load(topk_idx, "topk_idx", dtypes=INDEX_DTYPES, shape=(None, None), device=device)
         return cls(topk_idx=ids, num_experts=num_experts)
 
 
@@ -141,15 +109,15 @@ class DispatchRequest:
         *,
         owner: object,
         num_ranks: int,
-        place: Place,
+        device: str,
     ) -> DispatchRequest:
         x, sf = x if isinstance(x, tuple) else (x, None)
-        rows = _load_rows(x, "x", MOVED_DTYPES, None, place)
+        rows = _load_rows(x, "x", MOVED_DTYPES, None, device)
         num_tokens = rows.shape[0]
         scales = None
         if sf is not None:
             shape = (num_tokens,) if arrays.view(sf, name="sf").shape == (num_tokens,) else (num_tokens, None)
-            scales = load(sf, "sf", dtypes=SF_DTYPES, shape=shape, place=place)
+            scales = load(sf, "sf", dtypes=SF_DTYPES, shape=shape, device=device)
         if expert_alignment < 1:
             raise ConfigError(f"expert_alignment={expert_alignment} must be at least 1")
         if num_worst_tokens < 0:
@@ -176,21 +144,21 @@ class DispatchRequest:
                     "num_tokens_per_expert",
                     dtypes=INDEX_DTYPES,
                     shape=(num_experts,),
-                    place=place,
+                    device=device,
                 )
                 num_experts = per_expert.shape[0]
             if num_experts is None:
                 raise ConfigError("dispatch needs num_experts= (or num_tokens_per_expert, or a handle)")
             local_experts(num_experts, num_ranks)
             if topk_idx is not None:
-                ids = load(topk_idx, "topk_idx", dtypes=INDEX_DTYPES, shape=(num_tokens, None), place=place)
+                ids = load(topk_idx, "topk_idx", dtypes=INDEX_DTYPES, shape=(num_tokens, None), device=device)
             if is_token_in_rank is not None:
                 in_rank = load(
                     is_token_in_rank,
                     "is_token_in_rank",
                     dtypes=("bool",),
                     shape=(num_tokens, num_ranks),
-                    place=place,
+                    device=device,
                 )
             if ids is None and (in_rank is None or per_expert is None):
                 raise ConfigError(
@@ -200,7 +168,7 @@ class DispatchRequest:
                 if ids is None:
                     raise ConfigError("topk_weights needs topk_idx")
                 weights = load(
-                    topk_weights, "topk_weights", dtypes=("float32",), shape=ids.shape, place=place
+                    topk_weights, "topk_weights", dtypes=("float32",), shape=ids.shape, device=device
                 )
         return cls(
             x=rows,
@@ -232,14 +200,14 @@ class CombineRequest:
         bias: object,
         *,
         owner: object,
-        place: Place,
+        device: str,
     ) -> CombineRequest:
         _check_owner(handle, DispatchHandle, owner)
-        rows = _load_rows(x, "x", SUMMED_DTYPES, handle.num_recv_rows, place)
+        rows = _load_rows(x, "x", SUMMED_DTYPES, handle.num_recv_rows, device)
         weights = None
         if topk_weights is not None:
             shape = (handle.num_recv_rows, handle.num_topk or None)
-            weights = load(topk_weights, "topk_weights", dtypes=("float32",), shape=shape, place=place)
+            weights = load(topk_weights, "topk_weights", dtypes=("float32",), shape=shape, device=device)
         given = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
         if len(given) > 2:
             raise ConfigError(f"bias has {len(given)} arrays; at most 2")
@@ -249,7 +217,7 @@ class CombineRequest:
                 f"bias[{number}]",
                 dtypes=(rows.dtype,),
                 shape=(handle.num_tokens, rows.shape[1]),
-                place=place,
+                device=device,
             )
             for number, each in enumerate(given)
             if each is not None
@@ -283,10 +251,10 @@ class LowLatencyDispatchRequest:
         use_ue8m0: bool,
         *,
         num_ranks: int,
-        place: Place,
+        device: str,
     ) -> LowLatencyDispatchRequest:
         num_local_experts = local_experts(num_experts, num_ranks)
-        rows = _load_rows(x, "x", ("bfloat16",), None, place)
+        rows = _load_rows(x, "x", ("bfloat16",), None, device)
         num_tokens, hidden = rows.shape
         if num_max_tokens_per_rank < 1 or num_tokens > num_max_tokens_per_rank:
             raise ConfigError(
@@ -298,13 +266,13 @@ class LowLatencyDispatchRequest:
             raise ConfigError("use_ue8m0 needs use_fp8 and round_scale: its scales are powers of two")
         return cls(
             x=rows,
-            topk_idx=load(topk_idx, "topk_idx", dtypes=INDEX_DTYPES, shape=(num_tokens, None), place=place),
+            topk_idx=load(topk_idx, "topk_idx", dtypes=INDEX_DTYPES, shape=(num_tokens, None), device=device),
             num_max_tokens_per_rank=num_max_tokens_per_rank,
             num_experts=num_experts,
             recv_stats=_load_stats(
-                recv_stats, "cumulative_local_expert_recv_stats", "int32", num_local_experts, place
+                recv_stats, "cumulative_local_expert_recv_stats", "int32", num_local_experts, device
             ),
-            wait_stats=_load_stats(wait_stats, "dispatch_wait_recv_cost_stats", "int64", num_ranks, place),
+            wait_stats=_load_stats(wait_stats, "dispatch_wait_recv_cost_stats", "int64", num_ranks, device),
             use_fp8=use_fp8,
             round_scale=round_scale,
             use_ue8m0=use_ue8m0,
@@ -339,7 +307,7 @@ class LowLatencyCombineRequest:
         *,
         owner: object,
         num_ranks: int,
-        place: Place,
+        device: str,
     ) -> LowLatencyCombineRequest:
         _check_owner(handle, LowLatencyHandle, owner)
         num_local_experts = handle.num_experts // num_ranks
@@ -349,17 +317,17 @@ class LowLatencyCombineRequest:
             "x",
             dtypes=("bfloat16",),
             shape=(num_local_experts, num_rows, handle.hidden),
-            place=place,
+            device=device,
         )
         if use_logfmt and handle.hidden % FP8_BLOCK:
             raise ArrayError(f"x has hidden={handle.hidden}; use_logfmt needs a multiple of {FP8_BLOCK}")
         shape = handle.topk_idx.shape
-        ids = load(topk_idx, "topk_idx", dtypes=INDEX_DTYPES, shape=shape, place=place)
-        weights = load(topk_weights, "topk_weights", dtypes=("float32",), shape=shape, place=place)
+        ids = load(topk_idx, "topk_idx", dtypes=INDEX_DTYPES, shape=shape, device=device)
+        weights = load(topk_weights, "topk_weights", dtypes=("float32",), shape=shape, device=device)
         target = None
         if out is not None:
             shape = (handle.topk_idx.shape[0], handle.hidden)
-            target = load(out, "out", dtypes=("bfloat16",), shape=shape, place=place)
+            target = load(out, "out", dtypes=("bfloat16",), shape=shape, device=device)
         return cls(
             x=rows,
             topk_idx=ids,
@@ -369,9 +337,9 @@ class LowLatencyCombineRequest:
             zero_copy=zero_copy,
             out=target,
             out_array=out,
-            wait_stats=_load_stats(wait_stats, "combine_wait_recv_cost_stats", "int64", num_ranks, place),
+            wait_stats=_load_stats(wait_stats, "combine_wait_recv_cost_stats", "int64", num_ranks, device),
         )
 
 
-def _load_stats(obj: object, name: str, dtype: str, length: int, place: Place) -> ArrayView | None:
-    return None if obj is None else load(obj, name, dtypes=(dtype,), shape=(length,), place=place)
+def _load_stats(obj: object, name: str, dtype: str, length: int, device: str) -> ArrayView | None:
+    return None if obj is None else load(obj, name, dtypes=(dtype,), shape=(length,), device=device)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
+from ..errors import ConfigError
 from . import kernels
-from .hang import HangWatch, timeout_ns
+from .hang import HangWatch
 from .launch import Kernel, pack, stream_pointer
 from .layout import Operation
 from .memory import Slab
+
+# About 30 years: the kernels add it in nanoseconds to a 64-bit clock.
+MAX_TIMEOUT_S: Final = 1e9
 
 
 class Barrier:
@@ -25,6 +29,8 @@ class Barrier:
     ) -> None:
         import cupy
 
+        if not 0 < timeout_s <= MAX_TIMEOUT_S:
+            raise ConfigError(f"timeout_s={timeout_s} must be positive and at most {MAX_TIMEOUT_S:g}")
         self._watch = watch
         spec = kernels.barrier(len(slab.pointers))
         with cupy.cuda.Device(slab.device):
@@ -32,7 +38,7 @@ class Barrier:
                 pack(
                     spec.args,
                     hang=watch.record_pointer,
-                    timeout_ns=timeout_ns(timeout_s),
+                    timeout_ns=int(timeout_s * 1e9),
                     rank=slab.group.rank,
                     num_ranks=len(slab.pointers),
                     operation=operation,
