@@ -508,7 +508,7 @@ class Buffer:
         """Give everything back. Collective; calling it again does nothing."""
         if not self._closed:
             self._closed = True
-            self._engine.close()
+            self._low_latency.close()  # which knows the ranks that are lost
 
     destroy = close
 

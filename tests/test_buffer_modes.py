@@ -236,6 +236,9 @@ def test_rank_that_dies_is_masked_and_the_others_go_on(lost: int) -> None:
             status = np.zeros(3, np.int32)
             buffer.low_latency_query_mask_buffer(status)
             assert status.tolist() == [int(rank == lost) for rank in range(3)]
+            began = time.monotonic()
+            buffer.close()
+            assert time.monotonic() - began < 0.8
         except BaseException as error:
             failures.append(error)
 

@@ -33,10 +33,6 @@ class HostEngine:
         self._num_ranks = peers.group.size
         self._topology = topology
 
-    def close(self) -> None:
-        self._peers.agree("close", Announcement())
-        self._peers.finish_all()
-
     def get_dispatch_layout(self, request: LayoutRequest) -> DispatchLayout:
         topk_idx = read_topk_idx(request.topk_idx, request.num_experts)
         is_token_in_rank = token_in_rank(topk_idx, request.num_experts, self._num_ranks)

@@ -39,6 +39,12 @@ class HostLowLatency:
         self._masked = np.zeros(self._num_ranks, np.bool_)
         self._combine_buffer: Array | None = None
 
+    def close(self) -> None:
+        """The last operation of the buffer, in either mode: peers have all they were sent when it returns."""
+        self._agree("close", Announcement())
+        if not self._masked.any():  # a lost rank takes nothing any more
+            self._peers.finish_all()
+
     def dispatch(
         self, build: Callable[[], LowLatencyDispatchRequest], *, with_hook: bool
     ) -> LowLatencyDispatched:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, EpError, on_all_ranks
-from ..exchange import LATE, Group, Transfer
+from ..exchange import Group, Transfer
 from ..handle import Tokens
 from .memory import HostPool
 
@@ -151,8 +151,3 @@ def _compare_facts(operation: str, facts: Mapping[int, Mapping[str, object]]) ->
 
 def _listed(ranks: Sequence[int]) -> str:
     return ", ".join(map(str, ranks))
-
-
-def late_ranks(payloads: Sequence[Any]) -> list[int]:
-    """Ranks whose payload is `LATE`."""
-    return [rank for rank, payload in enumerate(payloads) if payload is LATE]
