@@ -145,6 +145,8 @@ class Transfer:
         self._pending = pending
         self.waited_s: dict[int, float] = {}
         """How long `receive` waited for each source, in seconds."""
+        self.is_received = False
+        """Whether `receive` has returned."""
 
     def receive(self, *, timeout_s: float | None = None, skip_late: bool = False) -> tuple[int, ...]:
         """Wait for this rank's bytes. Local: peers need not be receiving.
@@ -163,7 +165,9 @@ class Transfer:
                 self.waited_s[src] = time.monotonic() - began
             return late
 
-        return self._group._wait(missing, "all-to-all", timeout_s, skip_late)
+        late = self._group._wait(missing, "all-to-all", timeout_s, skip_late)
+        self.is_received = True
+        return late
 
     def finish(self, *, timeout_s: float | None = None, skip_late: bool = False) -> tuple[int, ...]:
         """Wait until every peer has its bytes; then the send arrays may change. Raises as `receive`."""

@@ -163,6 +163,22 @@ def test_hook_needs_the_peers_call_but_not_their_hook() -> None:
     ep_rt.run_local(run, 2, timeout_s=10)
 
 
+def test_hook_that_is_never_called_does_not_hold_the_peers() -> None:
+    def run(group: Group) -> None:
+        began = time.monotonic()
+        with Buffer(group, backend="host", timeout_s=5) as buffer:
+            ids = np.full((64, 1), 1 - group.rank, np.int64)
+            x = np.full((64, 1024), group.rank, BF16)
+            out = buffer.low_latency_dispatch(x, ids, 64, 2, use_fp8=False, return_recv_hook=True)
+            if group.rank == 0:
+                assert out.hook is not None
+                out.hook()
+            group.barrier()
+        assert time.monotonic() - began < 2
+
+    ep_rt.run_local(run, 2, timeout_s=10)
+
+
 def test_masked_rank_is_left_out_and_comes_back() -> None:
     def run(group: Group) -> None:
         status = np.full(3, 7, np.int32)

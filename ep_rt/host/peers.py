@@ -114,7 +114,10 @@ class Peers:
         return self._start(self._slices(rows, send_counts), self._slices(out, counts))
 
     def finish_all(self) -> None:
-        """Wait until no peer needs this rank's bytes any more."""
+        """Wait until no rank needs another's bytes any more. Takes what a hook that was not called left."""
+        for transfer in self._in_flight:
+            if not transfer.is_received:
+                transfer.receive(timeout_s=self.timeout_s)
         for transfer in self._in_flight:
             transfer.finish(timeout_s=self.timeout_s)
         self._in_flight.clear()
@@ -129,7 +132,9 @@ class Peers:
         return transfer
 
     def _reap(self) -> None:
-        self._in_flight = [transfer for transfer in self._in_flight if not transfer.finished]
+        self._in_flight = [
+            transfer for transfer in self._in_flight if not (transfer.is_received and transfer.finished)
+        ]
         while len(self._in_flight) > _MAX_IN_FLIGHT:
             self._in_flight.pop(0).finish(timeout_s=self.timeout_s)
 
