@@ -544,16 +544,12 @@ class Buffer:
         return backends.choose(backend)
 
     def _num_experts(self, given: int | None) -> int:
-        if given is None and self._moe is None:
-            raise ConfigError("num_experts= is needed, or a buffer made by Buffer.for_moe")
-        return self._moe.num_experts if given is None and self._moe is not None else given or 0
+        of_model = None if self._moe is None else self._moe.num_experts
+        return _given_or_of_model("num_experts", given, of_model)
 
     def _num_max_tokens(self, given: int | None) -> int:
-        if given is None and self._moe is None:
-            raise ConfigError(
-                "num_max_dispatch_tokens_per_rank= is needed, or a buffer made by Buffer.for_moe"
-            )
-        return self._moe.num_max_tokens_per_rank if given is None and self._moe is not None else given or 0
+        of_model = None if self._moe is None else self._moe.num_max_tokens_per_rank
+        return _given_or_of_model("num_max_dispatch_tokens_per_rank", given, of_model)
 
     def _within_model(self, request: DispatchRequest) -> DispatchRequest:
         moe = self._moe
@@ -571,6 +567,13 @@ class Buffer:
                     f"num_max_tokens_per_rank={moe.num_max_tokens_per_rank}"
                 )
         return request
+
+
+def _given_or_of_model(name: str, given: int | None, of_model: int | None) -> int:
+    value = of_model if given is None else given
+    if value is None:
+        raise ConfigError(f"{name}= is needed, or a buffer made by Buffer.for_moe")
+    return value
 
 
 def _check_finish(async_finish: bool, return_recv_hook: bool) -> None:

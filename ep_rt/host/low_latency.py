@@ -17,7 +17,7 @@ from ..exchange import LATE, Transfer
 from ..handle import LowLatencyHandle
 from ..requests import LowLatencyCombineRequest, LowLatencyDispatchRequest
 from ..results import LowLatencyCombined, LowLatencyDispatched
-from .engine import read_topk_idx, token_in_rank
+from .engine import count_experts, read_topk_idx, token_in_rank
 from .peers import Announcement, Peers, attempt
 from .rows import Array, Term, as_bytes, sum_terms
 
@@ -202,7 +202,7 @@ class HostLowLatency:
         payloads = self._peers.agree(
             operation, mine, ranks=np.flatnonzero(~self._masked).tolist(), skip_late=self._enable_shrink
         )
-        self._mask([rank for rank, payload in enumerate(payloads) if payload is LATE])
+        self._masked[[rank for rank, payload in enumerate(payloads) if payload is LATE]] = True
         return payloads
 
     def _receive(self, transfers: Sequence[Transfer], wait_stats: ArrayView | None) -> list[int]:
@@ -214,19 +214,15 @@ class HostLowLatency:
                 stats = wait_stats.numpy()
                 for src, waited_s in transfer.waited_s.items():
                     stats[src] += int(waited_s * 1e6)
-        self._mask(sorted(late))
+        self._masked[sorted(late)] = True
         return sorted(late)
-
-    def _mask(self, late: Sequence[int]) -> None:
-        for rank in late:
-            self._masked[rank] = True
 
     def _plan_dispatch(self, request: LowLatencyDispatchRequest, with_hook: bool) -> _DispatchPlan:
         _check_writable(request.recv_stats, "cumulative_local_expert_recv_stats")
         _check_writable(request.wait_stats, "dispatch_wait_recv_cost_stats")
         _check_hook(request.x.framework, with_hook)
         topk_idx = read_topk_idx(request.topk_idx, request.num_experts).astype(np.int32)
-        per_expert = np.bincount(topk_idx[topk_idx >= 0], minlength=request.num_experts)
+        per_expert = count_experts(topk_idx, request.num_experts)
         if per_expert.max() > request.num_max_tokens_per_rank:
             raise ArrayError(
                 f"topk_idx sends {per_expert.max()} rows to expert {per_expert.argmax()}; "
@@ -264,7 +260,7 @@ class HostLowLatency:
             x=x,
             topk_idx=topk_idx,
             topk_weights=request.topk_weights.numpy(),
-            out=None if request.out is None else arrays.host(request.out.owner, name="out", writable=True),
+            out=None if request.out is None else request.out.numpy(),
         )
 
 
