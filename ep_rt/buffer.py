@@ -353,9 +353,10 @@ class Buffer:
         Collective. Source: reference.low_latency_dispatch.
         """
         self._enter(None)
-        _check_finish(async_finish, return_recv_hook)
-        return self._low_latency.dispatch(
-            lambda: LowLatencyDispatchRequest.of(
+
+        def build() -> LowLatencyDispatchRequest:
+            _check_finish(async_finish, return_recv_hook)
+            return LowLatencyDispatchRequest.of(
                 x,
                 topk_idx,
                 self._num_max_tokens(num_max_dispatch_tokens_per_rank),
@@ -367,9 +368,9 @@ class Buffer:
                 use_ue8m0,
                 num_ranks=self.num_ranks,
                 device=self._engine.device,
-            ),
-            with_hook=return_recv_hook,
-        )
+            )
+
+        return self._low_latency.dispatch(build, with_hook=return_recv_hook)
 
     def low_latency_combine(
         self,
@@ -406,9 +407,10 @@ class Buffer:
         Collective. Source: reference.low_latency_combine.
         """
         self._enter(None)
-        _check_finish(async_finish, return_recv_hook)
-        return self._low_latency.combine(
-            lambda: LowLatencyCombineRequest.of(
+
+        def build() -> LowLatencyCombineRequest:
+            _check_finish(async_finish, return_recv_hook)
+            return LowLatencyCombineRequest.of(
                 x,
                 topk_idx,
                 topk_weights,
@@ -420,9 +422,9 @@ class Buffer:
                 owner=self._identity,
                 num_ranks=self.num_ranks,
                 device=self._engine.device,
-            ),
-            with_hook=return_recv_hook,
-        )
+            )
+
+        return self._low_latency.combine(build, with_hook=return_recv_hook)
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> Any:
         """The bfloat16 [El, R*M, hidden] array that the next combine with ``zero_copy`` reads. Local."""

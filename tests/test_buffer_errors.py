@@ -110,6 +110,13 @@ WRONG_ON_ONE_RANK: list[tuple[str, Callable[..., Any], dict[str, Any], type[EpEr
         ep_rt.ConfigError,
         "4 tokens",
     ),
+    (
+        "event and hook",
+        low_latency_dispatch,
+        {"async_finish": True, "return_recv_hook": True},
+        ep_rt.ConfigError,
+        "exclude each other",
+    ),
     ("scales", low_latency_dispatch, {"use_ue8m0": True}, ep_rt.ConfigError, "round_scale"),
     (
         "too many rows for one expert",
