@@ -54,6 +54,7 @@ _DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
         "bool": np.dtype(np.bool_),
     }
 )
+_NAMES: Mapping[np.dtype[Any], str] = MappingProxyType({dtype: name for name, dtype in _DTYPES.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +259,31 @@ def cuda_to_framework(
     raise ArrayError(f"device results go to cupy, torch or jax, not to {framework!r}")
 
 
+def current_device() -> int | None:
+    """The CUDA device that is current in this thread; None where no loaded framework uses one."""
+    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+    if torch is not None and torch.cuda.is_initialized():
+        return int(torch.cuda.current_device())
+    try:
+        return None if cupy is None else int(cupy.cuda.runtime.getDevice())
+    except RuntimeError:  # no driver, or no device
+        return None
+
+
+def current_streams(device: int, framework: str | None = None) -> tuple[int, ...]:
+    """CUDA streams that are current in this thread: of one framework, or of all that are loaded; distinct.
+
+    JAX has none: it orders its arrays itself, when they are exported and imported.
+    """
+    streams = []
+    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+    if framework in (None, "torch") and torch is not None and torch.cuda.is_initialized():
+        streams.append(torch.cuda.current_stream(device).cuda_stream)
+    if framework in (None, "cupy") and cupy is not None:
+        streams.append(cupy.cuda.get_current_stream(device).ptr)
+    return tuple(dict.fromkeys(stream or CUDA_STREAM_LEGACY for stream in streams))
+
+
 # -- recognising ---------------------------------------------------------------------------------------
 
 
@@ -268,7 +294,7 @@ def _is(obj: object, module: str, type_name: str) -> bool:
 
 
 def _load(module: str) -> Any:
-    return importlib.import_module(module)
+    return sys.modules.get(module) or importlib.import_module(module)
 
 
 def _kind(obj: object) -> str:
@@ -282,7 +308,8 @@ def _dtype_error(what: str) -> ArrayError:
 
 
 def _numpy_dtype_name(dtype: np.dtype[Any]) -> str:
-    return dtype.name if dtype.isnative else str(dtype)
+    # NumPy builds `name` anew each time, which takes longer than all else here.
+    return _NAMES.get(dtype) or (dtype.name if dtype.isnative else str(dtype))
 
 
 def _torch_dtype_name(dtype: object) -> str:

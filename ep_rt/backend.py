@@ -10,11 +10,13 @@ from .errors import BackendError, ConfigError
 
 BACKENDS = ("auto", "cuda", "host")
 
+_MIN_CAPABILITY = 80
+
 _log = logging.getLogger("ep_rt")
 
 
 def choose(requested: str) -> str:
-    """ "cuda" or "host" for a requested backend; "auto" asks ``EP_RT_BACKEND`` and then the machine.
+    """ "cuda" or "host" for a requested backend; "auto" asks ``EP_RT_BACKEND``, else it is "host".
 
     Raises:
         ConfigError: no such backend.
@@ -26,10 +28,11 @@ def choose(requested: str) -> str:
         raise ConfigError(f"backend={requested!r}; one of {', '.join(BACKENDS)}")
     if requested == "host":
         return "host"
-    missing = _missing_for_cuda()
     if requested == "auto":
-        _log.info("backend: %s", "cuda" if missing is None else f"host ({missing})")
-        return "cuda" if missing is None else "host"
+        # The CUDA engine has the normal mode alone so far, so only who asks for it gets it.
+        _log.info("backend: host")
+        return "host"
+    missing = _missing_for_cuda()
     if missing is not None:
         raise BackendError(f"backend='cuda' cannot run here: {missing}")
     return "cuda"
@@ -47,4 +50,9 @@ def _missing_for_cuda() -> str | None:
         return f"CUDA finds no device ({error})"
     if num_devices == 0:
         return "CUDA finds no device"
-    return "this version of ep_rt has no CUDA engine yet; use backend='host' with CPU arrays"
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+        return "cuda-python is not installed; install ep-rt[cuda12] or ep-rt[cuda13]"
+    capability = cupy.cuda.Device().compute_capability
+    if int(capability) < _MIN_CAPABILITY:
+        return f"the GPU has compute capability {capability[:-1]}.{capability[-1]}; 8.0 or later is needed"
+    return None

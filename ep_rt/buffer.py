@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from types import TracebackType
 from typing import Any, ClassVar
@@ -10,6 +11,10 @@ from typing import Any, ClassVar
 from . import _version, arrays
 from . import backend as backends
 from .config import DEFAULT_TIMEOUT_S, Config
+from .cuda import plan
+from .cuda.engine import CudaEngine, CudaStats
+from .cuda.low_latency import NoLowLatency
+from .cuda.streams import capture
 from .errors import BackendError, ClosedError, ConfigError, EpError
 from .events import EventOverlap
 from .groups import as_group
@@ -23,6 +28,7 @@ from .requests import (
     LayoutRequest,
     LowLatencyCombineRequest,
     LowLatencyDispatchRequest,
+    Schedule,
     local_experts,
 )
 from .results import Combined, Dispatched, DispatchLayout, LowLatencyCombined, LowLatencyDispatched
@@ -44,22 +50,35 @@ class Buffer:
     """Dispatch tokens to the ranks of their experts, and combine the experts' outputs.
 
     The calls carry the names and the argument order of DeepEP's ``Buffer``; results are named tuples in its
-    order. Arrays may be NumPy, PyTorch or JAX (on the host backend: in CPU memory) and results come back in
-    the framework of the array they belong to, without a copy.
+    order. Arrays may be CuPy, PyTorch or JAX on the GPU that is current when the buffer is made or, on the
+    host backend, NumPy, PyTorch or JAX in CPU memory. Results come back in the framework of the array they
+    belong to, without a copy.
 
     Unless said otherwise a call is collective: every rank makes the same calls in the same order.
     Wrong arguments on any rank, arguments that must agree and do not, and ranks making different calls raise
     the same error on every rank before anything has moved, and the buffer stays usable. A rank that does not
     arrive within `timeout_s` raises `PeerTimeoutError` naming it, after which the buffer can only be closed.
 
+    On GPUs hosts exchange nothing during a call, which returns when its work is enqueued. What a rank finds
+    wrong with its own arguments it raises alone, and its peers wait for its part of the call. Arguments that
+    must agree and do not, ranks making different calls, and late ranks raise on every rank, at the latest
+    by its next call; `reset` then makes the buffer usable again. Expert ids out of range count as -1, and
+    routing given beside `topk_idx` is not compared with it. The work runs on `get_comm_stream`, ordered with
+    the stream that is current for the arrays given. A result is memory of that stream: work on another one
+    that reads it must come before what that stream does once the result has been dropped. Ranks that are
+    threads on one GPU each need a non-blocking stream of their own, made current.
+
     Args:
         group: the peers: an mpi4py communicator, a torch process group, an `ep_rt.Group`, or None for
             ``MPI.COMM_WORLD`` under an MPI launcher and a single rank otherwise.
-        num_nvl_bytes, num_rdma_bytes: communication memory; the host backend needs none.
+        num_nvl_bytes: memory on this GPU that the peers write results to: enough for all results held at a
+            time. 0: from the sizes of `for_moe`, else 1 GiB. The host backend needs none.
+        num_rdma_bytes: as in DeepEP; not used yet.
         low_latency_mode, num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl,
-            explicitly_destroy: as in DeepEP; the host backend behaves the same for every value.
+            explicitly_destroy: as in DeepEP; every value means the same.
         enable_shrink: in low-latency mode, mask a late rank and go on without it instead of raising.
-        backend: "cuda", "host", or "auto": ``EP_RT_BACKEND``, else CUDA if it can run here, else host.
+        backend: "host"; "cuda", which so far has the normal mode within one node; or "auto": what
+            ``EP_RT_BACKEND`` says, else "host".
         ranks_per_node: split the ranks into nodes of this size instead of asking the machine.
         timeout_s: how long to wait for a peer.
         moe: sizes to check calls against, see `for_moe`.
@@ -118,8 +137,20 @@ class Buffer:
         peers.label = f" of buffer {tokens[0]}"
         self.topology = discover(self.group, ranks_per_node=ranks_per_node)
         self._identity = object()
-        self._engine = HostEngine(peers, self.topology, owner=self._identity)
-        self._low_latency = HostLowLatency(peers, owner=self._identity, enable_shrink=enable_shrink)
+        self._engine: HostEngine | CudaEngine
+        self._low_latency: HostLowLatency | NoLowLatency
+        if chosen == "host":
+            self._engine = HostEngine(peers, self.topology, owner=self._identity)
+            self._low_latency = HostLowLatency(peers, owner=self._identity, enable_shrink=enable_shrink)
+        else:
+            self._engine = CudaEngine(
+                self.group,
+                self.topology,
+                owner=self._identity,
+                num_bytes=self._slab_bytes(num_nvl_bytes),
+                timeout_s=timeout_s,
+            )
+            self._low_latency = NoLowLatency()
 
     @classmethod
     def for_moe(
@@ -182,14 +213,15 @@ class Buffer:
 
         Source: reference.dispatch_layout.
         """
-        self._enter(previous_event)
+        self._enter()
         return self._engine.get_dispatch_layout(
-            LayoutRequest.of(
+            lambda: LayoutRequest.of(
                 topk_idx,
                 self._num_experts(num_experts),
                 num_ranks=self.num_ranks,
-                device=self._engine.device,
-            )
+                place=self._engine.place,
+            ),
+            self._schedule(None, previous_event, async_finish),
         )
 
     def dispatch(
@@ -245,7 +277,7 @@ class Buffer:
         Collective. The backward of dispatch is `combine` of the rows' gradients with the same handle.
         Source: reference.dispatch, reference.dispatch_cached.
         """
-        self._enter(previous_event)
+        self._enter()
         return self._engine.dispatch(
             lambda: self._within_model(
                 DispatchRequest.of(
@@ -260,9 +292,10 @@ class Buffer:
                     num_experts if self._moe is None else self._num_experts(num_experts),
                     owner=self._identity,
                     num_ranks=self.num_ranks,
-                    device=self._engine.device,
+                    place=self._engine.place,
                 )
-            )
+            ),
+            self._schedule(config, previous_event, async_finish),
         )
 
     def combine(
@@ -299,11 +332,12 @@ class Buffer:
         Collective. The backward of combine is `dispatch` of the gradient with the same handle.
         Source: reference.combine.
         """
-        self._enter(previous_event)
+        self._enter()
         return self._engine.combine(
             lambda: CombineRequest.of(
-                x, handle, topk_weights, bias, owner=self._identity, device=self._engine.device
-            )
+                x, handle, topk_weights, bias, owner=self._identity, place=self._engine.place
+            ),
+            self._schedule(config, previous_event, async_finish),
         )
 
     # Low-latency mode.
@@ -352,7 +386,7 @@ class Buffer:
 
         Collective. Source: reference.low_latency_dispatch.
         """
-        self._enter(None)
+        self._enter()
 
         def build() -> LowLatencyDispatchRequest:
             _check_finish(async_finish, return_recv_hook)
@@ -367,7 +401,7 @@ class Buffer:
                 round_scale,
                 use_ue8m0,
                 num_ranks=self.num_ranks,
-                device=self._engine.device,
+                place=self._engine.place,
             )
 
         return self._low_latency.dispatch(build, with_hook=return_recv_hook)
@@ -406,7 +440,7 @@ class Buffer:
 
         Collective. Source: reference.low_latency_combine.
         """
-        self._enter(None)
+        self._enter()
 
         def build() -> LowLatencyCombineRequest:
             _check_finish(async_finish, return_recv_hook)
@@ -421,45 +455,45 @@ class Buffer:
                 combine_wait_recv_cost_stats,
                 owner=self._identity,
                 num_ranks=self.num_ranks,
-                device=self._engine.device,
+                place=self._engine.place,
             )
 
         return self._low_latency.combine(build, with_hook=return_recv_hook)
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> Any:
         """The bfloat16 [El, R*M, hidden] array that the next combine with ``zero_copy`` reads. Local."""
-        self._enter(None)
+        self._enter()
         return self._low_latency.next_combine_buffer(handle)
 
     def clean_low_latency_buffer(
         self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int
     ) -> None:
         """Nothing needs cleaning between modes; for programs that do it. Local."""
-        self._enter(None)
+        self._enter()
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Leave a rank out of this rank's low-latency calls, or take it back. Local; needs `enable_shrink`.
 
         A masked rank gets nothing from this rank; its tokens and its experts' outputs are missing.
         """
-        self._enter(None)
+        self._enter()
         self._low_latency.update_mask(rank_to_mask, mask)
 
     def low_latency_query_mask_buffer(self, mask_status: Any) -> None:
         """Fill int32 [num_ranks] with 1 for masked ranks, 0 for others. Local; needs `enable_shrink`."""
-        self._enter(None)
+        self._enter()
         arrays.host(mask_status, name="mask_status", writable=True)[...] = self._low_latency.query_mask()
 
     def low_latency_clean_mask_buffer(self) -> None:
         """Unmask every rank. Local; needs `enable_shrink`."""
-        self._enter(None)
+        self._enter()
         self._low_latency.clean_mask()
 
     # Tuning and streams.
 
     @classmethod
     def set_num_sms(cls, num_sms: int) -> None:
-        """Let kernels use this many streaming multiprocessors. The host backend has none."""
+        """Let kernels use this many streaming multiprocessors, from 1 up. The host backend has none."""
         if num_sms < 1:
             raise ConfigError(f"num_sms={num_sms} must be at least 1")
         cls.num_sms = num_sms
@@ -489,22 +523,60 @@ class Buffer:
 
     @staticmethod
     def capture() -> EventOverlap:
-        """An event for the work enqueued so far; on the host, nothing is pending."""
-        return EventOverlap()
+        """An event behind the work enqueued on the current streams; on the host, nothing is pending."""
+        return capture()
 
     def get_comm_stream(self) -> Any:
-        """The stream communication runs on."""
-        self._enter(None)
-        raise BackendError("the host backend has no streams")
+        """The stream communication runs on: a CuPy stream, which other frameworks understand too.
+
+        Raises:
+            BackendError: the host backend has none.
+        """
+        return self._cuda().comm_stream
 
     def get_local_buffer_tensor(
         self, dtype: Any, size: Any = None, offset: int = 0, use_rdma_buffer: bool = False
     ) -> Any:
-        """Raw communication memory."""
-        self._enter(None)
-        raise BackendError("the host backend has no communication memory")
+        """Raw communication memory: not there; `empty` gives arrays in it."""
+        self._cuda()
+        raise BackendError("the CUDA backend hands out no raw communication memory; use empty()")
+
+    def empty(self, shape: Sequence[int], dtype: Any = "bfloat16", *, framework: str | None = None) -> Any:
+        """An uninitialised array in communication memory, from which `combine` reads without a copy. Local.
+
+        Args:
+            dtype: a name, or a dtype of NumPy, torch or JAX.
+            framework: "cupy", "torch" or "jax"; default that of a torch dtype, else CuPy.
+
+        Raises:
+            ConfigError: there is no room.
+            BackendError: on the host backend, where every array will do.
+        """
+        if framework is None:
+            framework = "torch" if type(dtype).__module__ == "torch" else "cupy"
+        return self._cuda().empty(tuple(shape), arrays.dtype_name(dtype), framework)
+
+    @property
+    def stats(self) -> CudaStats:
+        """Counters of the CUDA backend. Local.
+
+        Raises:
+            BackendError: the host backend has none.
+        """
+        return self._cuda().stats
 
     # Life time.
+
+    def reset(self) -> None:
+        """After an error that all ranks raised, or of a late rank that came after all: start again together.
+
+        Waits for this rank's device. Results and handles of earlier calls stay valid. Collective.
+
+        Raises:
+            PeerTimeoutError, PeerFailedError: a peer did not come; make a new buffer over the others.
+        """
+        self._enter()
+        self._engine.reset()
 
     def close(self) -> None:
         """Give everything back. Collective; calling it again does nothing."""
@@ -527,11 +599,32 @@ class Buffer:
             self._closed = True
             self.group.abort(error)
 
-    def _enter(self, previous_event: EventOverlap | None) -> None:
+    def _enter(self) -> None:
         if self._closed:
             raise ClosedError("the buffer is closed")
-        if previous_event is not None:
-            previous_event.synchronize()
+
+    def _schedule(
+        self, config: Config | None, previous_event: EventOverlap | None, async_finish: bool
+    ) -> Schedule:
+        num_sms = self.num_sms if config is None else config.num_sms
+        return Schedule(previous_event=previous_event, async_finish=async_finish, num_sms=num_sms)
+
+    def _cuda(self) -> CudaEngine:
+        self._enter()
+        if not isinstance(self._engine, CudaEngine):
+            raise BackendError("the host backend has no streams and no communication memory")
+        return self._engine
+
+    def _slab_bytes(self, num_nvl_bytes: int) -> int:
+        moe = self._moe
+        if moe is None:
+            return plan.slab_bytes(num_nvl_bytes)
+        return plan.slab_bytes(
+            num_nvl_bytes,
+            row_bytes=moe.hidden * arrays.np_dtype(moe.dtype).itemsize,
+            num_topk=moe.num_topk,
+            num_rows=self.num_ranks * moe.num_max_tokens_per_rank,
+        )
 
     def _check_construction(self, backend: str, num_nvl_bytes: int, num_rdma_bytes: int) -> str:
         if num_nvl_bytes < 0 or num_rdma_bytes < 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,32 +13,53 @@ Tokens = NDArray[np.intp]
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class DispatchHandle:
+class DispatchHandle(abc.ABC):
     """The routing of one normal-mode dispatch as its rank saw it. Opaque to callers but for the counts.
 
     Attributes:
         num_tokens: tokens this rank sent from.
         num_topk: columns of ``topk_idx``; 0 when the dispatch had none.
-        num_recv_tokens: tokens that were sent to this rank, dropped ones included.
         num_recv_rows: rows of ``recv_x``: `num_recv_tokens`, or ``num_worst_tokens`` when that was given.
         num_recv_tokens_per_expert_list: as returned by the dispatch.
-        is_token_in_rank: bool [num_tokens, num_ranks].
     """
 
     owner: Any = field(repr=False)
     num_tokens: int
     num_topk: int
-    num_recv_tokens: int
     num_recv_rows: int
     num_recv_tokens_per_expert_list: list[int]
-    is_token_in_rank: NDArray[np.bool_] = field(repr=False)
-    send_tokens: tuple[Tokens, ...] = field(repr=False)
-    recv_counts: tuple[int, ...] = field(repr=False)
+
+    @property
+    @abc.abstractmethod
+    def num_recv_tokens(self) -> int:
+        """Tokens that were sent to this rank, dropped ones included.
+
+        On a GPU, after a dispatch with ``num_worst_tokens``, reading it waits for the dispatch.
+        """
 
     @property
     def overflow(self) -> bool:
         """Whether more tokens arrived than ``num_worst_tokens`` left room for; the last ones were dropped."""
         return self.num_recv_tokens > self.num_recv_rows
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class HostDispatchHandle(DispatchHandle):
+    """Of the host backend.
+
+    Attributes:
+        is_token_in_rank: bool [num_tokens, num_ranks].
+        send_tokens: tokens for each rank, ascending.
+        recv_counts: tokens from each rank.
+    """
+
+    is_token_in_rank: NDArray[np.bool_] = field(repr=False)
+    send_tokens: tuple[Tokens, ...] = field(repr=False)
+    recv_counts: tuple[int, ...] = field(repr=False)
+
+    @property
+    def num_recv_tokens(self) -> int:
+        return sum(self.recv_counts)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

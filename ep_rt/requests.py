@@ -13,6 +13,7 @@ from typing import Any
 from . import arrays
 from .arrays import ArrayView
 from .errors import ArrayError, ConfigError, HandleError
+from .events import EventOverlap
 from .handle import DispatchHandle, LowLatencyHandle
 
 MOVED_DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn", "uint8")
@@ -24,6 +25,34 @@ ROW_ALIGN_BYTES = 16
 FP8_BLOCK = 128
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an engine takes arrays.
+
+    Attributes:
+        device: "cpu" or "cuda:N".
+        stream: CUDA stream that reads them; see `arrays.view`.
+    """
+
+    device: str
+    stream: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """When a call runs and with how much. Changes nothing of the result.
+
+    Attributes:
+        previous_event: work to wait for first.
+        async_finish: the result's ``event`` is waited for by the caller, not by the current stream.
+        num_sms: streaming multiprocessors that its kernel may use.
+    """
+
+    previous_event: EventOverlap | None = None
+    async_finish: bool = False
+    num_sms: int = 16
+
+
 def local_experts(num_experts: int, num_ranks: int) -> int:
     """Experts per rank."""
     if num_experts < 1 or num_experts % num_ranks:
@@ -32,12 +61,13 @@ def local_experts(num_experts: int, num_ranks: int) -> int:
 
 
 def load(
-    obj: object, name: str, *, dtypes: Sequence[str], shape: Sequence[int | None], device: str | None = None
+    obj: object, name: str, *, dtypes: Sequence[str], shape: Sequence[int | None], place: Place
 ) -> ArrayView:
-    """A view of `obj`, whose dtype is one of `dtypes` and whose shape matches; None matches any length."""
-    view = arrays.view(obj, name=name)
-    if device is not None and view.device.partition(":")[0] != device:
-        raise ArrayError(f"{name} lies on {view.device}; this backend takes arrays on {device}")
+    """A view of `obj` at `place`, of one of `dtypes` and of `shape`, where None matches any length."""
+    view = arrays.view(obj, name=name, stream=place.stream)
+    if view.device != place.device:
+        hint = "; move it there, or use backend='host'" if view.device == "cpu" else ""
+        raise ArrayError(f"{name} lies on {view.device}; this buffer takes arrays on {place.device}{hint}")
     if view.dtype not in dtypes:
         raise ArrayError(f"{name} has dtype {view.dtype}; accepted: {', '.join(dtypes)}")
     if len(view.shape) != len(shape) or any(
@@ -48,8 +78,10 @@ def load(
     return view
 
 
-def _load_rows(obj: object, name: str, dtypes: Sequence[str], num_rows: int | None, device: str) -> ArrayView:
-    rows = load(obj, name, dtypes=dtypes, shape=(num_rows, None), device=device)
+def _load_rows(
+    obj: object, name: str, dtypes: Sequence[str], num_rows: int | None, place: Place
+) -> ArrayView:
+    rows = load(obj, name, dtypes=dtypes, shape=(num_rows, None), place=place)
     hidden = rows.shape[1]
     row_bytes = hidden * arrays.np_dtype(rows.dtype).itemsize
     if hidden == 0 or row_bytes % ROW_ALIGN_BYTES:
@@ -73,9 +105,9 @@ class LayoutRequest:
     num_experts: int
 
     @classmethod
-    def of(cls, topk_idx: object, num_experts: int, *, num_ranks: int, device: str) -> LayoutRequest:
+    def of(cls, topk_idx: object, num_experts: int, *, num_ranks: int, place: Place) -> LayoutRequest:
         local_experts(num_experts, num_ranks)
-        ids = load(topk_idx, "topk_idx", dtypes=INDEX_DTYPES, shape=(None, None), device=device)
+        ids = load(topk_idx, "topk_idx", dtypes=INDEX_DTYPES, shape=(None, None), place=place)
         return cls(topk_idx=ids, num_experts=num_experts)
 
 
@@ -109,15 +141,15 @@ class DispatchRequest:
         *,
         owner: object,
         num_ranks: int,
-        device: str,
+        place: Place,
     ) -> DispatchRequest:
         x, sf = x if isinstance(x, tuple) else (x, None)
-        rows = _load_rows(x, "x", MOVED_DTYPES, None, device)
+        rows = _load_rows(x, "x", MOVED_DTYPES, None, place)
         num_tokens = rows.shape[0]
         scales = None
         if sf is not None:
             shape = (num_tokens,) if arrays.view(sf, name="sf").shape == (num_tokens,) else (num_tokens, None)
-            scales = load(sf, "sf", dtypes=SF_DTYPES, shape=shape, device=device)
+            scales = load(sf, "sf", dtypes=SF_DTYPES, shape=shape, place=place)
         if expert_alignment < 1:
             raise ConfigError(f"expert_alignment={expert_alignment} must be at least 1")
         if num_worst_tokens < 0:
@@ -144,21 +176,21 @@ class DispatchRequest:
                     "num_tokens_per_expert",
                     dtypes=INDEX_DTYPES,
                     shape=(num_experts,),
-                    device=device,
+                    place=place,
                 )
                 num_experts = per_expert.shape[0]
             if num_experts is None:
                 raise ConfigError("dispatch needs num_experts= (or num_tokens_per_expert, or a handle)")
             local_experts(num_experts, num_ranks)
             if topk_idx is not None:
-                ids = load(topk_idx, "topk_idx", dtypes=INDEX_DTYPES, shape=(num_tokens, None), device=device)
+                ids = load(topk_idx, "topk_idx", dtypes=INDEX_DTYPES, shape=(num_tokens, None), place=place)
             if is_token_in_rank is not None:
                 in_rank = load(
                     is_token_in_rank,
                     "is_token_in_rank",
                     dtypes=("bool",),
                     shape=(num_tokens, num_ranks),
-                    device=device,
+                    place=place,
                 )
             if ids is None and (in_rank is None or per_expert is None):
                 raise ConfigError(
@@ -168,7 +200,7 @@ class DispatchRequest:
                 if ids is None:
                     raise ConfigError("topk_weights needs topk_idx")
                 weights = load(
-                    topk_weights, "topk_weights", dtypes=("float32",), shape=ids.shape, device=device
+                    topk_weights, "topk_weights", dtypes=("float32",), shape=ids.shape, place=place
                 )
         return cls(
             x=rows,
@@ -200,14 +232,14 @@ class CombineRequest:
         bias: object,
         *,
         owner: object,
-        device: str,
+        place: Place,
     ) -> CombineRequest:
         _check_owner(handle, DispatchHandle, owner)
-        rows = _load_rows(x, "x", SUMMED_DTYPES, handle.num_recv_rows, device)
+        rows = _load_rows(x, "x", SUMMED_DTYPES, handle.num_recv_rows, place)
         weights = None
         if topk_weights is not None:
             shape = (handle.num_recv_rows, handle.num_topk or None)
-            weights = load(topk_weights, "topk_weights", dtypes=("float32",), shape=shape, device=device)
+            weights = load(topk_weights, "topk_weights", dtypes=("float32",), shape=shape, place=place)
         given = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
         if len(given) > 2:
             raise ConfigError(f"bias has {len(given)} arrays; at most 2")
@@ -217,7 +249,7 @@ class CombineRequest:
                 f"bias[{number}]",
                 dtypes=(rows.dtype,),
                 shape=(handle.num_tokens, rows.shape[1]),
-                device=device,
+                place=place,
             )
             for number, each in enumerate(given)
             if each is not None
@@ -251,10 +283,10 @@ class LowLatencyDispatchRequest:
         use_ue8m0: bool,
         *,
         num_ranks: int,
-        device: str,
+        place: Place,
     ) -> LowLatencyDispatchRequest:
         num_local_experts = local_experts(num_experts, num_ranks)
-        rows = _load_rows(x, "x", ("bfloat16",), None, device)
+        rows = _load_rows(x, "x", ("bfloat16",), None, place)
         num_tokens, hidden = rows.shape
         if num_max_tokens_per_rank < 1 or num_tokens > num_max_tokens_per_rank:
             raise ConfigError(
@@ -266,13 +298,13 @@ class LowLatencyDispatchRequest:
             raise ConfigError("use_ue8m0 needs use_fp8 and round_scale: its scales are powers of two")
         return cls(
             x=rows,
-            topk_idx=load(topk_idx, "topk_idx", dtypes=INDEX_DTYPES, shape=(num_tokens, None), device=device),
+            topk_idx=load(topk_idx, "topk_idx", dtypes=INDEX_DTYPES, shape=(num_tokens, None), place=place),
             num_max_tokens_per_rank=num_max_tokens_per_rank,
             num_experts=num_experts,
             recv_stats=_load_stats(
-                recv_stats, "cumulative_local_expert_recv_stats", "int32", num_local_experts, device
+                recv_stats, "cumulative_local_expert_recv_stats", "int32", num_local_experts, place
             ),
-            wait_stats=_load_stats(wait_stats, "dispatch_wait_recv_cost_stats", "int64", num_ranks, device),
+            wait_stats=_load_stats(wait_stats, "dispatch_wait_recv_cost_stats", "int64", num_ranks, place),
             use_fp8=use_fp8,
             round_scale=round_scale,
             use_ue8m0=use_ue8m0,
@@ -307,7 +339,7 @@ class LowLatencyCombineRequest:
         *,
         owner: object,
         num_ranks: int,
-        device: str,
+        place: Place,
     ) -> LowLatencyCombineRequest:
         _check_owner(handle, LowLatencyHandle, owner)
         num_local_experts = handle.num_experts // num_ranks
@@ -317,17 +349,17 @@ class LowLatencyCombineRequest:
             "x",
             dtypes=("bfloat16",),
             shape=(num_local_experts, num_rows, handle.hidden),
-            device=device,
+            place=place,
         )
         if use_logfmt and handle.hidden % FP8_BLOCK:
             raise ArrayError(f"x has hidden={handle.hidden}; use_logfmt needs a multiple of {FP8_BLOCK}")
         shape = handle.topk_idx.shape
-        ids = load(topk_idx, "topk_idx", dtypes=INDEX_DTYPES, shape=shape, device=device)
-        weights = load(topk_weights, "topk_weights", dtypes=("float32",), shape=shape, device=device)
+        ids = load(topk_idx, "topk_idx", dtypes=INDEX_DTYPES, shape=shape, place=place)
+        weights = load(topk_weights, "topk_weights", dtypes=("float32",), shape=shape, place=place)
         target = None
         if out is not None:
             shape = (handle.topk_idx.shape[0], handle.hidden)
-            target = load(out, "out", dtypes=("bfloat16",), shape=shape, device=device)
+            target = load(out, "out", dtypes=("bfloat16",), shape=shape, place=place)
         return cls(
             x=rows,
             topk_idx=ids,
@@ -337,9 +369,9 @@ class LowLatencyCombineRequest:
             zero_copy=zero_copy,
             out=target,
             out_array=out,
-            wait_stats=_load_stats(wait_stats, "combine_wait_recv_cost_stats", "int64", num_ranks, device),
+            wait_stats=_load_stats(wait_stats, "combine_wait_recv_cost_stats", "int64", num_ranks, place),
         )
 
 
-def _load_stats(obj: object, name: str, dtype: str, length: int, device: str) -> ArrayView | None:
-    return None if obj is None else load(obj, name, dtypes=(dtype,), shape=(length,), device=device)
+def _load_stats(obj: object, name: str, dtype: str, length: int, place: Place) -> ArrayView | None:
+    return None if obj is None else load(obj, name, dtypes=(dtype,), shape=(length,), place=place)

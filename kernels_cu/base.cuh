@@ -2,7 +2,9 @@
 #pragma once
 #ifdef __CUDACC_RTC__
 using int32_t = int;
+using int64_t = long long;
 using uint8_t = unsigned char;
+using uint32_t = unsigned int;
 using uint64_t = unsigned long long;
 // A constant in every NVRTC; __builtin_offsetof came with 13.4.
 #define EP_OFFSETOF(type, field) __INTADDR__(&static_cast<type*>(nullptr)->field)
@@ -10,3 +12,17 @@ using uint64_t = unsigned long long;
 #include <cstdint>
 #define EP_OFFSETOF(type, field) __builtin_offsetof(type, field)
 #endif
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define EP_HAS_TMA 1
+#endif
+
+namespace ep {
+constexpr int kWarpSize = 32;
+constexpr uint32_t kFullWarp = 0xffffffffu;
+
+template <class T>
+__host__ __device__ constexpr T align_up(T value, T alignment) {
+    return (value + alignment - 1) / alignment * alignment;
+}
+}  // namespace ep

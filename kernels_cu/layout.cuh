@@ -10,6 +10,8 @@ constexpr int kMaxRanks = 128;  // of one NVLink domain
 enum Operation : uint64_t {
     kNoOperation = 0,  // start and reset
     kBarrier = 1,
+    kDispatch = 2,
+    kCombine = 3,
     kGaveUp = 0xffff,  // the sender left the call; above every call, so that the word still grows
 };
 
@@ -27,8 +29,10 @@ __host__ __device__ constexpr uint64_t signal_operation(uint64_t word) {
 // Why a kernel left before its work was done.
 enum Reason : uint64_t {
     kNothing = 0,
-    kExpired = 1,      // the deadline passed
-    kContradicted = 2  // a peer's signal says that it gave up, or that it is in another call
+    kExpired = 1,       // the deadline passed
+    kContradicted = 2,  // a peer's signal says that it gave up, or that it is in another call
+    kDisagreed = 3,     // a peer's arguments are not those of this rank
+    kLeft = 4           // another block of this rank gave up; never recorded
 };
 
 // What a rank saw of one peer when it gave up. expected 0: it was not waiting for this peer.
@@ -50,6 +54,89 @@ struct SlabHeader {
     uint64_t epoch;   // calls completed; advanced by the kernels, so that a graph can be replayed
     uint64_t failed;  // 1: a call was given up, and kernels that start leave at once; cleared by reset alone
     HangRecord hang;
+};
+
+// Normal mode within one NVLink domain.
+
+constexpr int kMaxLocalRanks = 8;      // unrolled, one bit each in a byte
+constexpr int kMaxLocalExperts = 512;  // of one rank
+constexpr int kMaxBlocks = 256;        // of a kernel
+
+// A word that carries the call it belongs to: who sees the epoch has the value, without a flag or a fence.
+// Such words come in two sets, by parity of the epoch: a rank may be one call ahead of a peer that still
+// reads, and not two, because every call ends by hearing from every rank.
+__host__ __device__ constexpr uint64_t stamped(uint64_t epoch, uint32_t value) { return epoch << 32 | value; }
+__host__ __device__ constexpr bool is_stamped(uint64_t word, uint64_t epoch) {
+    return static_cast<uint32_t>(word >> 32) == static_cast<uint32_t>(epoch);
+}
+
+constexpr int kOffsetUnit = 256;  // bytes; slab offsets travel as 32-bit multiples
+
+// What a rank tells every peer before rows move. All words are stamped.
+struct DispatchOffer {
+    uint64_t counts[kMaxLocalRanks];  // tokens it sends to each rank
+    uint64_t offset, capacity;        // where its own rows are to land, in kOffsetUnit, and how many fit
+    uint64_t digest;                  // of everything that must be the same on all ranks
+};
+
+struct CombineOffer {
+    uint64_t offset, weights_offset;  // where its rows and their weights lie, in kOffsetUnit
+    uint64_t digest;
+};
+
+// Follows the header of a slab. Written by the peers.
+struct Exchange {
+    DispatchOffer dispatch[2][kMaxLocalRanks];                    // [epoch & 1][src_rank]
+    CombineOffer combine[2][kMaxLocalRanks];                      // [epoch & 1][src_rank]
+    uint64_t expert_counts[2][kMaxLocalRanks][kMaxLocalExperts];  // [epoch & 1][src_rank], stamped
+    uint64_t arrivals[kMaxLocalRanks];  // [src_rank]: signal word; its part of the call is done; only grows
+};
+
+constexpr int64_t kExchangeOffset = align_up<int64_t>(sizeof(SlabHeader), 128);
+constexpr int64_t kPayloadOffset = align_up<int64_t>(kExchangeOffset + sizeof(Exchange), kOffsetUnit);
+
+// Where the parts of what a rank receives lie, from the place it offers, for `capacity` rows. Rows come last,
+// so that what the counts leave free can be given back.
+struct ReceiveLayout {
+    int64_t topk_idx, topk_weights, sf, x, end;
+};
+__host__ __device__ constexpr ReceiveLayout receive_layout(int64_t capacity, int32_t idx_row_bytes,
+                                                           int32_t weights_row_bytes, int32_t sf_row_bytes,
+                                                           int32_t row_bytes) {
+    ReceiveLayout at{};
+    at.topk_idx = 0;
+    at.topk_weights = align_up<int64_t>(at.topk_idx + capacity * idx_row_bytes, kOffsetUnit);
+    at.sf = align_up<int64_t>(at.topk_weights + capacity * weights_row_bytes, kOffsetUnit);
+    at.x = align_up<int64_t>(at.sf + capacity * sf_row_bytes, kOffsetUnit);
+    at.end = align_up<int64_t>(at.x + capacity * row_bytes, kOffsetUnit);
+    return at;
+}
+
+// What a dispatch tells its host (pinned memory) or, in a graph, leaves on the device.
+struct DispatchResult {
+    uint64_t call;                            // DispatchArgs.call, stored last: the rest is complete
+    int32_t num_recv_tokens;                  // sent here, also those that do not fit
+    uint32_t overfull_ranks;                  // bit r: more tokens go to rank r than fit there
+    int32_t recv_counts[kMaxLocalRanks];      // by source rank
+    int32_t expert_counts[kMaxLocalExperts];  // by local expert, (token, column) pairs
+};
+
+// Where this rank's tokens went, kept by the handle. Row of token t at rank d: base[d] + send_row[t][d],
+// unless send_row is -1 or not below limit[d] (then it did not fit and was dropped).
+struct SendPlan {
+    int32_t base[kMaxLocalRanks], limit[kMaxLocalRanks];
+};
+
+// Of one rank, in its own memory. Counters come in two sets, by parity of `calls`: block 0 of a call clears
+// the set of the next one, which nobody uses between the end of the last call and the start of the next.
+struct Workspace {
+    uint64_t calls;        // that used it; advanced by the last block of each
+    uint64_t tickets[2];   // rows handed out to warps
+    uint64_t arrived[2];   // blocks whose positions are written
+    uint64_t finished[2];  // blocks whose rows have landed
+    uint64_t leaving;      // 1: a block is giving the call up; cleared by reset alone
+    uint64_t block_counts[kMaxBlocks][kMaxLocalRanks];  // stamped
+    uint32_t expert_counts[2][kMaxLocalRanks * kMaxLocalExperts];
 };
 
 }  // namespace ep

@@ -70,4 +70,153 @@ __device__ inline void give_up(SlabHeader* own, HangRecord* host_hang, uint64_t*
         ptx::st_release_sys(peer_signal, signal_word(signal_epoch(expected), kGaveUp));
 }
 
+// One collective call as a block of it sees it. Many blocks, any of which may find that it cannot go on.
+struct Call {
+    uint8_t* const* slabs;
+    Workspace* workspace;
+    HangRecord* host_hang;
+    uint64_t epoch, word, deadline_ns;
+    int32_t rank, num_ranks;
+    int32_t parity;  // of the epoch: which set of stamped words
+    int32_t set;     // of the workspace's counters
+
+    __device__ SlabHeader* header(int32_t peer) const { return reinterpret_cast<SlabHeader*>(slabs[peer]); }
+    __device__ Exchange* exchange(int32_t peer) const {
+        return reinterpret_cast<Exchange*>(slabs[peer] + kExchangeOffset);
+    }
+    __device__ bool has_failed() const { return ptx::ld_relaxed_gpu(&header(rank)->failed) != 0; }
+};
+
+// Begins a call: every thread of every block. False when an earlier one was given up.
+// Block 0 tells the peers which call this is, and clears the counters of the next one.
+__device__ inline bool enter(Call& call, uint64_t operation, uint64_t timeout_ns) {
+    const SlabHeader* own = call.header(call.rank);
+    if (own->failed) return false;
+    call.deadline_ns = ptx::globaltimer_ns() + timeout_ns;
+    call.epoch = own->epoch + 1;
+    call.word = signal_word(call.epoch, operation);
+    call.parity = call.epoch & 1;
+    call.set = call.workspace->calls & 1;
+    if (blockIdx.x == 0) {
+        const int32_t peer = threadIdx.x;
+        // Orders nothing: it only says where this rank is.
+        if (peer < call.num_ranks) ptx::st_relaxed_sys(&call.header(peer)->signals[call.rank], call.word);
+        const int32_t idle = call.set ^ 1;
+        if (threadIdx.x == 0) {
+            call.workspace->tickets[idle] = 0;
+            call.workspace->arrived[idle] = 0;
+            call.workspace->finished[idle] = 0;
+        }
+        for (int32_t i = threadIdx.x; i < kMaxLocalRanks * kMaxLocalExperts; i += blockDim.x)
+            call.workspace->expert_counts[idle][i] = 0;
+    }
+    return true;
+}
+
+// kContradicted if a peer says that it gave this call up, or that it is in another one.
+__device__ inline Reason contradiction(const Call& call, int32_t peer) {
+    const uint64_t seen = ptx::ld_acquire_sys(&call.header(call.rank)->signals[peer]);
+    return arrival_of(seen, call.word) == Arrival::kContradicted ? kContradicted : kNothing;
+}
+
+// Why a thread that has polled for a while should stop: kNothing to go on. kLeft: another block gave up.
+__device__ inline Reason trouble(const Call& call, int32_t peer) {
+    if (call.has_failed()) return kLeft;
+    if (peer >= 0 && contradiction(call, peer) != kNothing) return kContradicted;
+    return ptx::globaltimer_ns() > call.deadline_ns ? kExpired : kNothing;
+}
+
+// What all threads of a block do about what each of them found: the gravest, the same answer for all.
+__device__ inline Reason agree(Reason mine) {
+    if (__syncthreads_or(mine != kNothing) == 0) return kNothing;
+    if (__syncthreads_or(mine == kLeft)) return kLeft;
+    if (__syncthreads_or(mine == kDisagreed)) return kDisagreed;
+    return __syncthreads_or(mine == kContradicted) ? kContradicted : kExpired;
+}
+
+// Waits, as one thread, until `is_there(*word)`. Acquires nothing.
+template <class IsThere>
+__device__ inline Reason poll(const Call& call, const uint64_t* word, int32_t peer, uint64_t& seen,
+                              IsThere is_there) {
+    for (uint32_t polls = 1; !is_there(seen = ptx::ld_relaxed_sys(word)); ++polls) {
+        const Reason reason = polls % 64 == 0 ? trouble(call, peer) : kNothing;
+        if (reason != kNothing) return reason;
+    }
+    return kNothing;
+}
+
+constexpr bool kAcquiring = true, kStamped = false;  // kStamped: the words say all there is to know
+
+// Waits, as one block, until each of `num_words` words satisfies `is_there(word)`. Acquires what was released
+// with them, if `kAcquires`. `word_at(i)` is word i; `peer_of(i)` the rank that stores it, -1 for a block of
+// this rank.
+template <bool kAcquires, class WordAt, class PeerOf, class IsThere>
+__device__ inline Reason wait_for_words(const Call& call, int32_t num_words, WordAt word_at, PeerOf peer_of,
+                                        IsThere is_there) {
+    Reason reason = kNothing;
+    for (int32_t i = threadIdx.x; i < num_words && reason == kNothing; i += blockDim.x) {
+        uint64_t seen;
+        reason = poll(call, word_at(i), peer_of(i), seen, is_there);
+        // An acquire load is dear: only of the word that is known to be there.
+        if (kAcquires) ptx::ld_acquire_sys(word_at(i));
+    }
+    return agree(reason);
+}
+
+// Gives the call up, as one block; of several blocks that come here, one writes the record.
+// `has_arrived(peer)` says whether this block heard what it waited for from a peer.
+template <class HasArrived>
+__device__ inline void leave(const Call& call, Reason reason, uint64_t phase, HasArrived has_arrived) {
+    if (reason == kLeft) return;
+    __shared__ bool is_first;
+    if (threadIdx.x == 0) is_first = ptx::atom_add_acq_rel_gpu(&call.workspace->leaving, 1) == 0;
+    __syncthreads();
+    if (!is_first) return;
+    const int32_t peer = threadIdx.x;
+    uint64_t* signal = nullptr;
+    uint64_t seen = call.word;
+    bool is_there = true;
+    if (peer < call.num_ranks) {
+        signal = &call.header(peer)->signals[call.rank];
+        is_there = has_arrived(peer);
+        const uint64_t entered = ptx::ld_relaxed_sys(&call.header(call.rank)->signals[peer]);
+        // A peer that entered this call, but got no further, has completed the one before.
+        seen = is_there || entered != call.word ? entered : signal_word(call.epoch - 1, kNoOperation);
+    }
+    give_up(call.header(call.rank), call.host_hang, signal, reason, phase, call.word, seen, is_there);
+}
+
+// Ends the call, as one block, once everything the block stored for peers has landed. The last block of the
+// rank tells the peers, waits until they all say the same, and advances the epoch.
+__device__ inline void finish(const Call& call, uint64_t phase) {
+    __shared__ bool is_last;
+    __syncthreads();
+    if (threadIdx.x == 0)
+        is_last = ptx::atom_add_acq_rel_gpu(&call.workspace->finished[call.set], 1) + 1 == gridDim.x;
+    __syncthreads();
+    if (!is_last || call.has_failed()) return;
+    const int32_t peer = threadIdx.x;
+    // Cumulative: what the other blocks released to this one goes before.
+    if (peer < call.num_ranks) ptx::st_release_sys(&call.exchange(peer)->arrivals[call.rank], call.word);
+    const Exchange* own = call.exchange(call.rank);
+    const Reason reason = wait_for_words<kAcquiring>(
+        call, call.num_ranks, [&](int32_t src) { return &own->arrivals[src]; },
+        [](int32_t src) { return src; }, [&](uint64_t seen) { return signal_epoch(seen) >= call.epoch; });
+    if (reason != kNothing) {
+        leave(call, reason, phase, [&](int32_t src) {
+            return signal_epoch(ptx::ld_relaxed_sys(&own->arrivals[src])) >= call.epoch;
+        });
+    } else if (threadIdx.x == 0) {
+        call.header(call.rank)->epoch = call.epoch;
+        call.workspace->calls += 1;
+    }
+}
+
+// The number of the next piece of work, in lane 0 of a warp; nothing in the others. Fetch it one piece ahead.
+__device__ __forceinline__ uint32_t take_ticket(const Call& call, int32_t lane) {
+    // The low word of the counter: little endian.
+    auto* tickets = reinterpret_cast<uint32_t*>(&call.workspace->tickets[call.set]);
+    return lane == 0 ? ptx::atom_inc_relaxed_gpu(tickets) : 0;
+}
+
 }  // namespace ep::sync

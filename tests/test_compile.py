@@ -75,6 +75,15 @@ def test_a_field_in_another_place_does_not_compile() -> None:
         ("uint64_t epoch;   //", "uint64_t between, epoch;   //"),
         ("kGaveUp = 0xffff", "kGaveUp = 0xfffe"),
         ("constexpr int kMaxRanks = 128;", "constexpr int kMaxRanks = 64;"),
+        ("kCombine = 3", "kCombine = 4"),
+        ("kDisagreed = 3", "kDisagreed = 5"),
+        ("constexpr int kOffsetUnit = 256;", "constexpr int kOffsetUnit = 512;"),
+        ("uint64_t offset, capacity;", "uint64_t capacity, offset;"),
+        ("uint64_t offset, weights_offset;", "uint64_t weights_offset, offset;"),
+        ("int32_t num_recv_tokens;", "int64_t num_recv_tokens;"),
+        ("int32_t base[kMaxLocalRanks], limit", "int32_t limit[kMaxLocalRanks], base"),
+        ("uint64_t arrived[2];", "uint64_t arrived[3];"),
+        ("at.x + capacity * row_bytes, kOffsetUnit", "at.x + capacity * row_bytes, kOffsetUnit / 2"),
     ],
 )
 def test_a_change_of_one_layout_twin_does_not_compile(before: str, after: str) -> None:

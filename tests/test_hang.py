@@ -6,7 +6,7 @@ import numpy as np
 
 from ep_rt.cuda.hang import Report, verdict
 from ep_rt.cuda.layout import HANG_RECORD, Operation, Reason, signal_word
-from ep_rt.errors import CollectiveMismatchError, EpError, PeerTimeoutError
+from ep_rt.errors import CollectiveMismatchError, ConfigError, EpError, PeerTimeoutError
 
 BARRIER = Operation.BARRIER
 GAVE_UP = Operation.GAVE_UP
@@ -89,6 +89,29 @@ def test_different_operations_are_named() -> None:
     error = verdict(reports, rank=2, timeout_s=1.0)
     assert isinstance(error, CollectiveMismatchError)
     assert error.operations == ("barrier", "operation 7", None)
+
+
+def test_different_arguments_are_an_error_on_all() -> None:
+    other, same = (4, 0), (5, GAVE_UP)
+    reports = [
+        report(0, {2: other}, reason=Reason.DISAGREED, operation=Operation.DISPATCH, phase=2),
+        report(1, {0: same, 2: other}, reason=Reason.CONTRADICTED, operation=Operation.DISPATCH, phase=2),
+        report(2, {0: other, 1: other}, reason=Reason.DISAGREED, operation=Operation.DISPATCH, phase=2),
+    ]
+    for rank in range(3):
+        error = verdict(reports, rank=rank, timeout_s=1.0)
+        assert isinstance(error, ConfigError)
+        assert error.is_collective
+        assert "dispatch (call 5): ranks differ" in str(error)
+        assert "0, 1; 2" in str(error)
+
+
+def test_different_arguments_that_one_rank_alone_reports() -> None:
+    reports = [None, report(1, {0: (4, 0)}, reason=Reason.DISAGREED, operation=Operation.COMBINE), None]
+    error = verdict(reports, rank=0, timeout_s=1.0)
+    assert isinstance(error, ConfigError)
+    assert "combine (call 5)" in str(error)
+    assert "0; 1, 2" in str(error)
 
 
 def test_report_of_a_record() -> None:

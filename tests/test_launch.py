@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 
 from ep_rt.cuda import kernels, launch, layout
@@ -24,8 +27,19 @@ def test_pack_wants_every_field_and_no_other(change: dict[str, int | None]) -> N
         launch.pack(kernels.barrier(3).args, **values)
 
 
+def test_fields_are_the_same_memory() -> None:
+    spec = kernels.intranode_combine("bfloat16")
+    args = np.zeros(1, spec.args)
+    fields: Any = launch.fields_of(args)
+    fields.out, fields.digest, fields.num_topk = 1 << 63, 2**32 - 1, -5
+    fields.bias[1] = 77
+    assert args["out"][0] == 1 << 63
+    assert (args["digest"][0], args["num_topk"][0]) == (2**32 - 1, -5)
+    assert args["bias"][0].tolist() == [0, 77]
+
+
 def test_more_ranks_than_a_domain_has() -> None:
-    assert kernels.barrier(layout.MAX_RANKS).cfg.max_ranks == layout.MAX_RANKS
+    assert kernels.barrier(layout.MAX_RANKS).name == f"barrier_r{layout.MAX_RANKS}_t{layout.MAX_RANKS}"
     with pytest.raises(TopologyError, match="at most 128"):
         kernels.barrier(layout.MAX_RANKS + 1)
 

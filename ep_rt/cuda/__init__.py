@@ -1,1 +1,1 @@
-"""The engine on GPUs. Nothing here is imported by ``import ep_rt``; CUDA is touched inside functions only."""
+"""The engine on GPUs. Importing it needs no CUDA, which is touched inside functions only."""

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
-from ..errors import ConfigError
 from . import kernels
-from .hang import HangWatch
+from .hang import HangWatch, timeout_ns
 from .launch import Kernel, pack, stream_pointer
 from .layout import Operation
 from .memory import Slab
-
-# About 30 years: the kernels add it in nanoseconds to a 64-bit clock.
-MAX_TIMEOUT_S: Final = 1e9
 
 
 class Barrier:
@@ -29,8 +25,6 @@ class Barrier:
     ) -> None:
         import cupy
 
-        if not 0 < timeout_s <= MAX_TIMEOUT_S:
-            raise ConfigError(f"timeout_s={timeout_s} must be positive and at most {MAX_TIMEOUT_S:g}")
         self._watch = watch
         spec = kernels.barrier(len(slab.pointers))
         with cupy.cuda.Device(slab.device):
@@ -38,7 +32,7 @@ class Barrier:
                 pack(
                     spec.args,
                     hang=watch.record_pointer,
-                    timeout_ns=int(timeout_s * 1e9),
+                    timeout_ns=timeout_ns(timeout_s),
                     rank=slab.group.rank,
                     num_ranks=len(slab.pointers),
                     operation=operation,

@@ -15,12 +15,21 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ClosedError, CollectiveMismatchError, DeviceError, EpError, PeerTimeoutError
+from ..errors import (
+    ClosedError,
+    CollectiveMismatchError,
+    ConfigError,
+    DeviceError,
+    EpError,
+    PeerTimeoutError,
+    on_all_ranks,
+)
 from .layout import (
     HANG_RECORD,
     SLAB_HEADER,
     Operation,
     Reason,
+    Struct,
     field_offset,
     operation_name,
     signal_epoch,
@@ -32,6 +41,40 @@ from .memory import Slab
 # A rank that gave up told its peers, and their kernels leave within microseconds of hearing it.
 _SETTLE_S: Final = 0.1
 _HOST_ALLOC_PORTABLE_MAPPED: Final = 1 | 2
+
+# About 30 years: the kernels add it in nanoseconds to a 64-bit clock.
+MAX_TIMEOUT_S: Final = 1e9
+
+
+def timeout_ns(timeout_s: float) -> int:
+    """What kernels take as their deadline.
+
+    Raises:
+        ConfigError: not positive, or too long for their clock.
+    """
+    if not 0 < timeout_s <= MAX_TIMEOUT_S:
+        raise ConfigError(f"timeout_s={timeout_s} must be positive and at most {MAX_TIMEOUT_S:g}")
+    return int(timeout_s * 1e9)
+
+
+class PinnedStruct:
+    """A zeroed struct in host memory that kernels write and this rank's host polls.
+
+    Attributes:
+        pointer: valid on every device; with unified addressing the same for host and device.
+        array: the struct [1].
+        word: its first eight bytes, for polling.
+    """
+
+    def __init__(self, struct: Struct) -> None:
+        import cupy
+
+        self._memory = cupy.cuda.PinnedMemory(struct.itemsize, _HOST_ALLOC_PORTABLE_MAPPED)
+        self.pointer: int = self._memory.ptr
+        buffer = (ctypes.c_uint8 * struct.itemsize).from_address(self.pointer)
+        self.array: NDArray[Any] = np.frombuffer(memoryview(buffer), struct)
+        self.array[:] = 0
+        self.word = ctypes.c_uint64.from_address(self.pointer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,9 +116,9 @@ def verdict(reports: Sequence[Report | None], *, rank: int, timeout_s: float) ->
     """The error that this rank raises, given every rank's report (None: has not given up, or cannot be read).
 
     The earliest wait decides, by epoch and phase: later ones are its consequences. At that epoch, ranks in
-    different operations are a `CollectiveMismatchError`. Else those are late that a rank whose own deadline
-    passed had not heard from; ranks that gave up themselves are named only when nobody else is left.
-    The error's `seen` and `expected` count the calls of the slab.
+    different operations are a `CollectiveMismatchError`, and different arguments a `ConfigError`. Else those
+    are late that a rank whose own deadline passed had not heard from; ranks that gave up themselves are named
+    only when nobody else is left. The error's `seen` and `expected` count the calls of the slab.
     """
     known = [report for report in reports if report is not None]
     epoch, phase = min((report.epoch, report.phase) for report in known)
@@ -83,6 +126,11 @@ def verdict(reports: Sequence[Report | None], *, rank: int, timeout_s: float) ->
     if len(set(operations.values())) > 1:
         return CollectiveMismatchError(
             [operation_name(operations[peer]) if peer in operations else None for peer in range(len(reports))]
+        )
+    if any(report.epoch == epoch and report.reason == Reason.DISAGREED for report in known):
+        return _disagreement(
+            [report for report in known if report.epoch == epoch and report.reason == Reason.DISAGREED],
+            num_ranks=len(reports),
         )
     first = [report for report in known if (report.epoch, report.phase) == (epoch, phase)]
     witnesses = [report for report in first if report.reason == Reason.EXPIRED] or first
@@ -98,6 +146,23 @@ def verdict(reports: Sequence[Report | None], *, rank: int, timeout_s: float) ->
         timeout_s=timeout_s,
         seen=None if wait is None else signal_epoch(wait[1]),
         expected=None if wait is None else signal_epoch(wait[0]),
+    )
+
+
+def _disagreement(reports: Sequence[Report], *, num_ranks: int) -> EpError:
+    """Of ranks that saw arguments other than their own; they waited for exactly those peers."""
+    alike = {tuple(peer for peer in range(num_ranks) if peer not in report.waits) for report in reports}
+    # A rank that heard of it before it had compared left no such report: what others say of it must do.
+    differing = tuple(sorted({peer for report in reports for peer in report.waits}))
+    if len(alike) == 1:
+        alike.add(differing)
+    listing = "; ".join(", ".join(map(str, ranks)) for ranks in sorted(alike) if ranks)
+    return on_all_ranks(
+        ConfigError(
+            f"{operation_name(reports[0].operation)} (call {reports[0].epoch}): ranks differ in dtype, "
+            "hidden, scale factors, columns of topk_idx, topk_weights, num_experts, num_worst_tokens or "
+            f"handle. Ranks that agree among each other: {listing}"
+        )
     )
 
 
@@ -127,17 +192,11 @@ class HangWatch:
     """
 
     def __init__(self, slab: Slab, *, timeout_s: float) -> None:
-        import cupy
-
         self._slab = slab
         self._timeout_s = timeout_s
-        self._memory = cupy.cuda.PinnedMemory(HANG_RECORD.itemsize, _HOST_ALLOC_PORTABLE_MAPPED)
-        # With unified addressing the device uses the same address.
-        self.record_pointer: int = self._memory.ptr
-        buffer = (ctypes.c_uint8 * HANG_RECORD.itemsize).from_address(self.record_pointer)
-        self._record: NDArray[Any] = np.frombuffer(memoryview(buffer), HANG_RECORD)
-        self._record[:] = 0
-        self._reason = ctypes.c_uint64.from_address(self.record_pointer)
+        self._pinned = PinnedStruct(HANG_RECORD)
+        self._record = self._pinned.array
+        self.record_pointer = self._pinned.pointer
         self._error: EpError | None = None
 
     def check(self) -> None:
@@ -148,8 +207,9 @@ class HangWatch:
         Raises:
             PeerTimeoutError: naming the ranks that were really late.
             CollectiveMismatchError: ranks were in different operations.
+            ConfigError: their arguments, which must agree, do not.
         """
-        if self._reason.value:
+        if self._pinned.word.value:
             if self._error is None:
                 self._error = self._explain()
             raise self._error

@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
@@ -51,7 +51,7 @@ def render(spec: KernelSpec, *, sources: Path | None = None) -> Source:
         f"// kernels_cu sha256 {digest}",
         f'#include "{spec.source}"',
         *layout_asserts(),
-        f"static_assert(sizeof({prefix}Cfg) == {4 * len(spec.cfg.__slots__)});",
+        f"static_assert(sizeof({prefix}Cfg) == {4 * len(fields(spec.cfg))});",
         f"constexpr {prefix}Cfg {spec.name}_cfg{{{spec.cfg_initializer}}};",
         f"using {args} = {prefix}Args<{spec.name}_cfg>;",
         *twin_asserts(args, spec.args),

@@ -7,18 +7,57 @@ host packs by it and the rendered source asserts it, so both sides agree or the 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Final, Protocol
 
 import numpy as np
 
 from ..errors import TopologyError
-from .layout import MAX_RANKS, Struct, align_up
+from . import plan
+from .layout import MAX_LOCAL_EXPERTS, MAX_LOCAL_RANKS, MAX_RANKS, Struct, align_up
+
+ELEMENTS: Final = ("float32", "float16", "bfloat16")
+"""What `combine` sums, in the order of `IntranodeCombineCfg.element`."""
+
+
+class Cfg(Protocol):
+    """A dataclass of ints: what shapes the code of a kernel. Twin of the C++ struct of the same name."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def num_threads(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BarrierCfg:
-    """What shapes the code of `barrier.cu`. Twin of its struct of the same name."""
-
     max_ranks: int
+    num_threads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntranodeDispatchCfg:
+    num_threads: int
+    num_data_warps: int
+    num_stages: int
+    stage_bytes: int
+    scale_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntranodeCombineCfg:
+    num_threads: int
+    num_stages: int
+    stage_bytes: int
+    element: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DispatchLayoutCfg:
+    num_threads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContiguousCfg:
     num_threads: int
 
 
@@ -31,12 +70,16 @@ class KernelSpec:
         function: the template in namespace ep; its structs are named after it (BarrierCfg, BarrierArgs).
         cfg: the template argument; all its fields are ints.
         args: the argument struct.
+        shared_bytes: dynamic shared memory from Hopper on, where rows pass through it.
+        shared_bytes_sm80: before.
     """
 
     source: str
     function: str
-    cfg: BarrierCfg
+    cfg: Cfg
     args: Struct
+    shared_bytes: int = 0
+    shared_bytes_sm80: int = 0
 
     @property
     def name(self) -> str:
@@ -48,7 +91,7 @@ class KernelSpec:
 
     @property
     def struct_prefix(self) -> str:
-        """``"Barrier"`` of BarrierCfg and BarrierArgs."""
+        """``"IntranodeDispatch"`` of IntranodeDispatchCfg and IntranodeDispatchArgs."""
         return self.function.title().replace("_", "")
 
     @property
@@ -85,6 +128,123 @@ def barrier(num_ranks: int) -> KernelSpec:
     )
 
 
+def intranode_dispatch() -> KernelSpec:
+    """Dispatch within one NVLink domain, for every dtype and shape."""
+    stages = plan.DISPATCH_STAGES
+    return KernelSpec(
+        source="intranode_dispatch.cu",
+        function="intranode_dispatch",
+        cfg=IntranodeDispatchCfg(
+            num_threads=stages.num_threads,
+            num_data_warps=stages.num_data_warps,
+            num_stages=stages.num_stages,
+            stage_bytes=stages.stage_bytes,
+            scale_bytes=stages.scale_bytes,
+        ),
+        args=np.dtype(
+            [
+                *_pointers("hang", "workspace", "result", "x", "sf", "topk_idx", "topk_weights"),
+                *_pointers("is_token_in_rank", "send_row", "send_plan", "masks", "send_token"),
+                ("timeout_ns", "<u8"),
+                ("call", "<u8"),
+                ("digest", "<u4"),
+                ("recv_offset", "<u4"),
+                ("recv_capacity", "<u4"),
+                *_ints("rank", "num_ranks", "num_tokens", "num_topk", "num_experts"),
+                *_ints("row_bytes", "sf_row_bytes", "idx_bytes", "is_cached"),
+                ("slabs", "<u8", (MAX_LOCAL_RANKS,)),
+            ],
+            align=True,
+        ),
+        # The same memory holds a histogram of the experts first.
+        shared_bytes=max(stages.shared_bytes, _HISTOGRAM_BYTES),
+        shared_bytes_sm80=_HISTOGRAM_BYTES,
+    )
+
+
+def intranode_combine(element: str) -> KernelSpec:
+    """Combine within one NVLink domain, for rows of one of `ELEMENTS`."""
+    stages = plan.COMBINE_STAGES
+    return KernelSpec(
+        source="intranode_combine.cu",
+        function="intranode_combine",
+        cfg=IntranodeCombineCfg(
+            num_threads=stages.num_threads,
+            num_stages=stages.num_stages,
+            stage_bytes=stages.stage_bytes,
+            element=ELEMENTS.index(element),
+        ),
+        args=np.dtype(
+            [
+                *_pointers("hang", "workspace", "send_row", "send_plan"),
+                ("bias", "<u8", (2,)),
+                *_pointers("out", "out_weights"),
+                ("timeout_ns", "<u8"),
+                ("digest", "<u4"),
+                ("y_offset", "<u4"),
+                ("weights_offset", "<u4"),
+                *_ints("rank", "num_ranks", "num_tokens", "row_bytes", "num_topk"),
+                ("slabs", "<u8", (MAX_LOCAL_RANKS,)),
+            ],
+            align=True,
+        ),
+        shared_bytes=stages.shared_bytes,
+    )
+
+
+def dispatch_layout() -> KernelSpec:
+    """Counts and destinations of one rank's tokens."""
+    return KernelSpec(
+        source="layout.cu",
+        function="dispatch_layout",
+        cfg=DispatchLayoutCfg(num_threads=256),
+        args=np.dtype(
+            [
+                *_pointers("topk_idx", "num_tokens_per_rank", "num_tokens_per_expert", "is_token_in_rank"),
+                *_ints("num_ranks", "num_tokens", "num_topk", "num_experts", "idx_bytes"),
+            ],
+            align=True,
+        ),
+    )
+
+
+def contiguous() -> KernelSpec:
+    """A contiguous copy of a matrix of any strides."""
+    return KernelSpec(
+        source="contiguous.cu",
+        function="contiguous",
+        cfg=ContiguousCfg(num_threads=256),
+        args=np.dtype(
+            [
+                *_pointers("source", "destination"),
+                ("num_rows", "<i8"),
+                ("num_columns", "<i8"),
+                ("row_stride_bytes", "<i8"),
+                ("column_stride_bytes", "<i8"),
+                ("element_bytes", "<i4"),
+            ],
+            align=True,
+        ),
+    )
+
+
+def normal_mode_specs() -> list[KernelSpec]:
+    """What one engine of the normal mode loads."""
+    combines = [intranode_combine(element) for element in ELEMENTS]
+    return [intranode_dispatch(), *combines, dispatch_layout(), contiguous()]
+
+
 def all_specs() -> list[KernelSpec]:
     """Every instance that can be asked for."""
-    return [barrier(8), barrier(MAX_RANKS)]
+    return [barrier(8), barrier(MAX_RANKS), *normal_mode_specs()]
+
+
+_HISTOGRAM_BYTES: Final = 4 * MAX_LOCAL_RANKS * MAX_LOCAL_EXPERTS
+
+
+def _pointers(*names: str) -> list[tuple[str, str]]:
+    return [(name, "<u8") for name in names]
+
+
+def _ints(*names: str) -> list[tuple[str, str]]:
+    return [(name, "<i4") for name in names]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,9 @@ from ..errors import ArrayError, DeviceError
 from . import jit
 from .kernels import KernelSpec
 from .layout import Struct
+
+# A block may have so much dynamic shared memory without asking for more.
+_UNASKED_SHARED_BYTES: Final = 48 << 10
 
 
 class Kernel:
@@ -27,27 +31,31 @@ class Kernel:
         self.spec = spec
         self.device: int = cupy.cuda.runtime.getDevice()
         make_context_current()
-        capability = cupy.cuda.Device().compute_capability
-        self.architecture = jit.architecture((int(capability[:-1]), int(capability[-1])))
+        digits = cupy.cuda.Device().compute_capability
+        capability = int(digits[:-1]), int(digits[-1])
+        self.architecture = jit.architecture(capability)
+        self.shared_bytes = spec.shared_bytes if capability >= (9, 0) else spec.shared_bytes_sm80
         path = jit.cubin(spec, self.architecture, cache_dir=cache_dir)
         # The raw kernel keeps its module loaded.
         self._raw = cupy.RawModule(path=str(path)).get_function(spec.name)
         self.function: int = self._raw.kernel.ptr
+        if self.shared_bytes > _UNASKED_SHARED_BYTES:
+            _allow_shared_bytes(self.function, self.shared_bytes, spec.name)
 
     def max_resident_blocks(self) -> int:
         """Blocks of this kernel that run at the same time on an otherwise idle device."""
         import cupy
 
         per_sm = cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(
-            self.function, self.spec.cfg.num_threads, 0
+            self.function, self.spec.cfg.num_threads, self.shared_bytes
         )
         return int(per_sm) * int(cupy.cuda.Device().attributes["MultiProcessorCount"])
 
     def bind(self, args: NDArray[Any], *, num_blocks: int) -> Launch:
-        """Fix the arguments and the grid.
+        """Fix the place of the arguments and the most blocks.
 
         Args:
-            args: from `pack`. Changing it in place changes later launches.
+            args: from `pack`. Changing it in place changes later launches, not those enqueued.
 
         Raises:
             DeviceError: `num_blocks` cannot all be resident, which kernels that wait need; the grid is never
@@ -63,33 +71,52 @@ class Kernel:
 
 
 class Launch:
-    """A kernel with its arguments. Calling it enqueues it: one driver call, no allocation."""
+    """A kernel with its arguments. Calling it enqueues it: one driver call, no allocation.
+
+    Attributes:
+        args: the fields of the argument struct, to be assigned to before a call. Pointers are integers.
+    """
 
     def __init__(self, kernel: Kernel, args: NDArray[Any], num_blocks: int) -> None:
         from cuda.bindings import driver
 
         self._keep_alive = (kernel, args)
+        self.args: Any = fields_of(args)
         self._params = np.array([args.ctypes.data], np.uint64)
-        grid = (num_blocks, 1, 1, kernel.spec.cfg.num_threads, 1, 1)
-        self._before_stream = (driver.CUfunction(kernel.function), *grid, 0)
+        self._max_blocks = num_blocks
+        self._function = driver.CUfunction(kernel.function)
+        self._after_grid = (1, 1, kernel.spec.cfg.num_threads, 1, 1, kernel.shared_bytes)
         self._params_address = self._params.ctypes.data
         self._launch_kernel = driver.cuLaunchKernel
         self._success = driver.CUresult.CUDA_SUCCESS
         self._no_context = driver.CUresult.CUDA_ERROR_INVALID_CONTEXT
         self._name = kernel.spec.name
 
-    def __call__(self, stream: int) -> None:
+    def __call__(self, stream: int, num_blocks: int | None = None) -> None:
         """Enqueue on a stream of the kernel's device, which must be current in this thread.
 
+        Args:
+            num_blocks: at most, and by default, what was bound.
+
         Raises:
-            DeviceError: the driver refused.
+            DeviceError: the driver refused, or there are more blocks than were bound.
         """
-        (status,) = self._launch_kernel(*self._before_stream, stream, self._params_address, 0)
+        if num_blocks is None:
+            num_blocks = self._max_blocks
+        elif num_blocks > self._max_blocks:
+            raise DeviceError(f"launching {self._name}: {num_blocks} blocks, bound were {self._max_blocks}")
+        status = self._enqueue(stream, num_blocks)
         if status == self._no_context:  # this thread has not used CUDA yet
             make_context_current()
-            (status,) = self._launch_kernel(*self._before_stream, stream, self._params_address, 0)
+            status = self._enqueue(stream, num_blocks)
         if status != self._success:
             raise DeviceError(f"launching {self._name}: {status.name}")
+
+    def _enqueue(self, stream: int, num_blocks: int) -> Any:
+        (status,) = self._launch_kernel(
+            self._function, num_blocks, *self._after_grid, stream, self._params_address, 0
+        )
+        return status
 
 
 def make_context_current() -> None:
@@ -110,6 +137,27 @@ def pack(struct: Struct, **values: Any) -> NDArray[Any]:
         else:
             record[name] = value
     return record
+
+
+def fields_of(record: NDArray[Any]) -> ctypes.Structure:
+    """The fields of a packed struct as attributes, over the same memory: NumPy is slow at single fields."""
+    struct = record.dtype
+    names = struct.names or ()
+    kinds = [(name, np.ctypeslib.as_ctypes_type(struct[name])) for name in names]
+    view: Any = type("Fields", (ctypes.Structure,), {"_fields_": kinds})
+    assert ctypes.sizeof(view) == struct.itemsize
+    assert all(getattr(view, name).offset == struct.fields[name][1] for name in names)  # type: ignore[index]
+    fields: ctypes.Structure = view.from_address(record.ctypes.data)
+    return fields
+
+
+def _allow_shared_bytes(function: int, num_bytes: int, name: str) -> None:
+    from cuda.bindings import driver
+
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    (status,) = driver.cuFuncSetAttribute(driver.CUfunction(function), attribute, num_bytes)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise DeviceError(f"{name}: {num_bytes} bytes of shared memory: {status.name}")
 
 
 def stream_pointer(stream: Any) -> int:

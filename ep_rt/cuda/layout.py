@@ -5,6 +5,7 @@ Every rendered kernel asserts that both twins agree, so a difference is a compil
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any, Final
 
@@ -15,6 +16,18 @@ MAX_RANKS: Final = 128
 
 OPERATION_BITS: Final = 16
 
+MAX_LOCAL_RANKS: Final = 8
+"""Most ranks of one NVLink domain that the normal mode serves."""
+
+MAX_LOCAL_EXPERTS: Final = 512
+"""Most experts of one rank."""
+
+MAX_BLOCKS: Final = 256
+"""Most blocks of a kernel."""
+
+OFFSET_UNIT: Final = 256
+"""Bytes; slab offsets travel as 32-bit multiples."""
+
 Struct = np.dtype[Any]
 """A C struct: fields by name, aligned as C++ aligns them."""
 
@@ -24,6 +37,8 @@ class Operation(IntEnum):
 
     NO_OPERATION = 0
     BARRIER = 1
+    DISPATCH = 2
+    COMBINE = 3
     GAVE_UP = 0xFFFF
 
 
@@ -33,6 +48,8 @@ class Reason(IntEnum):
     NOTHING = 0
     EXPIRED = 1
     CONTRADICTED = 2
+    DISAGREED = 3
+    LEFT = 4
 
 
 PEER_WAIT: Final[Struct] = np.dtype([("expected", "<u8"), ("seen", "<u8")], align=True)
@@ -53,13 +70,106 @@ SLAB_HEADER: Final[Struct] = np.dtype(
 )
 
 
+DISPATCH_OFFER: Final[Struct] = np.dtype(
+    [("counts", "<u8", (MAX_LOCAL_RANKS,)), ("offset", "<u8"), ("capacity", "<u8"), ("digest", "<u8")],
+    align=True,
+)
+
+COMBINE_OFFER: Final[Struct] = np.dtype(
+    [("offset", "<u8"), ("weights_offset", "<u8"), ("digest", "<u8")], align=True
+)
+
+EXCHANGE: Final[Struct] = np.dtype(
+    [
+        ("dispatch", DISPATCH_OFFER, (2, MAX_LOCAL_RANKS)),
+        ("combine", COMBINE_OFFER, (2, MAX_LOCAL_RANKS)),
+        ("expert_counts", "<u8", (2, MAX_LOCAL_RANKS, MAX_LOCAL_EXPERTS)),
+        ("arrivals", "<u8", (MAX_LOCAL_RANKS,)),
+    ],
+    align=True,
+)
+
+DISPATCH_RESULT: Final[Struct] = np.dtype(
+    [
+        ("call", "<u8"),
+        ("num_recv_tokens", "<i4"),
+        ("overfull_ranks", "<u4"),
+        ("recv_counts", "<i4", (MAX_LOCAL_RANKS,)),
+        ("expert_counts", "<i4", (MAX_LOCAL_EXPERTS,)),
+    ],
+    align=True,
+)
+
+SEND_PLAN: Final[Struct] = np.dtype(
+    [("base", "<i4", (MAX_LOCAL_RANKS,)), ("limit", "<i4", (MAX_LOCAL_RANKS,))], align=True
+)
+
+WORKSPACE: Final[Struct] = np.dtype(
+    [
+        ("calls", "<u8"),
+        ("tickets", "<u8", (2,)),
+        ("arrived", "<u8", (2,)),
+        ("finished", "<u8", (2,)),
+        ("leaving", "<u8"),
+        ("block_counts", "<u8", (MAX_BLOCKS, MAX_LOCAL_RANKS)),
+        ("expert_counts", "<u4", (2, MAX_LOCAL_RANKS * MAX_LOCAL_EXPERTS)),
+    ],
+    align=True,
+)
+
+
 def align_up(value: int, alignment: int) -> int:
     """The smallest multiple of `alignment` that is not below `value`."""
     return -(-value // alignment) * alignment
 
 
-PAYLOAD_OFFSET: Final = align_up(SLAB_HEADER.itemsize, 128)
-"""Where the part of a slab begins that the header does not use."""
+EXCHANGE_OFFSET: Final = align_up(SLAB_HEADER.itemsize, 128)
+"""Where a slab's `EXCHANGE` lies."""
+
+PAYLOAD_OFFSET: Final = align_up(EXCHANGE_OFFSET + EXCHANGE.itemsize, OFFSET_UNIT)
+"""Where the part of a slab begins that holds no control words."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiveLayout:
+    """Byte offsets of the parts of what a rank receives, from the place it offers."""
+
+    topk_idx: int
+    topk_weights: int
+    sf: int
+    x: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReceivedRow:
+    """Bytes that a received token takes in each part; 0 where the part is absent."""
+
+    idx_bytes: int
+    weights_bytes: int
+    sf_bytes: int
+    row_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Of a token in all parts together."""
+        return self.idx_bytes + self.weights_bytes + self.sf_bytes + self.row_bytes
+
+    def layout(self, capacity: int) -> ReceiveLayout:
+        """Where the parts lie when `capacity` tokens must fit. Twin of ``receive_layout``."""
+        topk_weights = align_up(capacity * self.idx_bytes, OFFSET_UNIT)
+        sf = topk_weights + align_up(capacity * self.weights_bytes, OFFSET_UNIT)
+        x = sf + align_up(capacity * self.sf_bytes, OFFSET_UNIT)
+        end = x + align_up(capacity * self.row_bytes, OFFSET_UNIT)
+        return ReceiveLayout(0, topk_weights, sf, x, end)
+
+    def capacity(self, num_bytes: int) -> int:
+        """Tokens that fit into `num_bytes` for certain, whatever the alignment of the parts costs."""
+        return max(0, num_bytes - 4 * OFFSET_UNIT) // self.total_bytes
+
+    def num_bytes(self, capacity: int) -> int:
+        """Bytes from which on `capacity` tokens fit for certain. The inverse of `capacity`."""
+        return align_up(capacity * self.total_bytes + 4 * OFFSET_UNIT, OFFSET_UNIT)
 
 
 def signal_word(epoch: int, operation: int) -> int:
@@ -104,14 +214,47 @@ def twin_asserts(cxx_name: str, struct: Struct) -> list[str]:
 
 def layout_asserts() -> list[str]:
     """The C++ lines that hold layout.cuh to this file."""
+    constants = {
+        "kMaxRanks": MAX_RANKS,
+        "kOperationBits": OPERATION_BITS,
+        "kMaxLocalRanks": MAX_LOCAL_RANKS,
+        "kMaxLocalExperts": MAX_LOCAL_EXPERTS,
+        "kMaxBlocks": MAX_BLOCKS,
+        "kOffsetUnit": OFFSET_UNIT,
+        "kExchangeOffset": EXCHANGE_OFFSET,
+        "kPayloadOffset": PAYLOAD_OFFSET,
+    }
+    structs = {
+        "PeerWait": PEER_WAIT,
+        "HangRecord": HANG_RECORD,
+        "SlabHeader": SLAB_HEADER,
+        "DispatchOffer": DISPATCH_OFFER,
+        "CombineOffer": COMBINE_OFFER,
+        "Exchange": EXCHANGE,
+        "DispatchResult": DISPATCH_RESULT,
+        "SendPlan": SEND_PLAN,
+        "Workspace": WORKSPACE,
+    }
     return [
-        f"static_assert(ep::kMaxRanks == {MAX_RANKS});",
-        f"static_assert(ep::kOperationBits == {OPERATION_BITS});",
+        *(f"static_assert(ep::{name} == {value});" for name, value in constants.items()),
         *(f"static_assert(ep::{_cxx_constant(member.name)} == {member.value});" for member in Operation),
         *(f"static_assert(ep::{_cxx_constant(member.name)} == {member.value});" for member in Reason),
-        *twin_asserts("ep::PeerWait", PEER_WAIT),
-        *twin_asserts("ep::HangRecord", HANG_RECORD),
-        *twin_asserts("ep::SlabHeader", SLAB_HEADER),
+        *(line for name, struct in structs.items() for line in twin_asserts(f"ep::{name}", struct)),
+        *_receive_layout_asserts(),
+    ]
+
+
+def _receive_layout_asserts() -> list[str]:
+    """The two functions agree where every part needs padding, and where parts are absent."""
+    samples = [
+        (1001, ReceivedRow(idx_bytes=72, weights_bytes=36, sf_bytes=224, row_bytes=7184)),
+        (3, ReceivedRow(idx_bytes=0, weights_bytes=0, sf_bytes=4, row_bytes=16)),
+    ]
+    return [
+        f"static_assert(ep::receive_layout({capacity}, {row.idx_bytes}, {row.weights_bytes}, {row.sf_bytes}, "
+        f"{row.row_bytes}).{part.name} == {getattr(row.layout(capacity), part.name)});"
+        for capacity, row in samples
+        for part in fields(ReceiveLayout)
     ]
 
 

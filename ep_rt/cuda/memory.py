@@ -6,8 +6,10 @@ import contextlib
 import logging
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from ..errors import (
     on_all_ranks,
 )
 from ..exchange import LATE, Group
-from .layout import SLAB_HEADER, align_up
+from .layout import PAYLOAD_OFFSET, align_up
 
 _LOG = logging.getLogger("ep_rt")
 
@@ -51,13 +53,13 @@ class Slab:
 
     Args:
         group: the ranks of one NVLink domain: processes of one host, threads of one process, or both.
-        num_bytes: size of the part that is not the header; the same on all ranks.
+        num_bytes: size of the payload, which begins at `PAYLOAD_OFFSET`; the same on all ranks.
         timeout_s: deadline of the exchange; None for the group's own.
 
     Attributes:
         device: the current device at construction, where the slab lies.
-        pointers: [num_ranks] base addresses, valid on `device`. Each slab starts with a `SLAB_HEADER` of
-            zeros; what follows it is not initialised.
+        pointers: [num_ranks] base addresses, valid on `device`. Each slab starts with a `SLAB_HEADER` and
+            an `EXCHANGE` of zeros; the payload is not initialised.
 
     Raises:
         ConfigError: sizes differ between ranks.
@@ -69,7 +71,7 @@ class Slab:
 
         self.group = group
         self.device: int = cupy.cuda.runtime.getDevice()
-        self.num_bytes = align_up(SLAB_HEADER.itemsize, 128) + num_bytes
+        self.num_bytes = PAYLOAD_OFFSET + num_bytes
         self.pointers: tuple[int, ...] = ()
         # Copies of headers must not wait for the default stream, which may wait for a peer.
         self._stream = cupy.cuda.Stream(non_blocking=True)
@@ -112,8 +114,17 @@ class Slab:
         contiguous = np.ascontiguousarray(value)
         self._copy(self._pointer + offset, contiguous.ctypes.data, contiguous.nbytes)
 
-    def close(self, *, timeout_s: float | None = None) -> None:
+    def close(
+        self,
+        *,
+        timeout_s: float | None = None,
+        when_unused: Callable[[Callable[[], None]], None] | None = None,
+    ) -> None:
         """Unmap the peers' slabs, and free this rank's once no peer maps it. May be called twice.
+
+        Args:
+            when_unused: calls its argument once nothing on this rank uses the memory any more; default: at
+                once.
 
         Waits for this rank's device first, so no kernel of this rank can touch an unmapped slab. When a peer
         does not confirm in time, or has failed, this rank's memory stays allocated until the process
@@ -138,8 +149,10 @@ class Slab:
             return
         if missing:
             _LOG.warning("a slab of %d bytes stays allocated: no word from ranks %s", self.num_bytes, missing)
-            return
-        self._release()
+        elif when_unused is None:
+            self._release()
+        else:
+            when_unused(self._release_late)
 
     # Steps of the construction. Errors are returned, so that the ranks stay in step.
 
@@ -151,7 +164,7 @@ class Slab:
         try:
             with device_errors("allocating the slab"):
                 self._pointer = runtime.malloc(align_up(self.num_bytes, _PAGE_BYTES))
-                runtime.memsetAsync(self._pointer, 0, SLAB_HEADER.itemsize, self._stream.ptr)
+                runtime.memsetAsync(self._pointer, 0, PAYLOAD_OFFSET, self._stream.ptr)
                 self._stream.synchronize()
             with contextlib.suppress(runtime.CUDARuntimeError):  # threads of one process need no handle
                 handle = runtime.ipcGetMemHandle(self._pointer)
@@ -217,6 +230,16 @@ class Slab:
                 runtime.free(self._pointer)
         self._pointer = 0
 
+    def _release_late(self) -> None:
+        """For garbage collection, on any thread: raises nothing."""
+        try:
+            import cupy
+
+            with cupy.cuda.Device(self.device):
+                self._release()
+        except Exception as error:
+            _LOG.warning("freeing a slab of %d bytes: %s", self.num_bytes, error)
+
     def _copy(self, destination: int, source: int, num_bytes: int) -> None:
         import cupy
 
@@ -227,12 +250,23 @@ class Slab:
             self._stream.synchronize()
 
 
-@contextlib.contextmanager
-def device_errors(doing: str) -> Iterator[None]:
+def device_errors(doing: str) -> AbstractContextManager[None]:
     """Turn what CuPy raises for a failed CUDA call into `DeviceError`."""
-    from cupy.cuda import runtime
+    return _DeviceErrors(doing)
 
-    try:
-        yield
-    except runtime.CUDARuntimeError as error:
-        raise DeviceError(f"{doing}: {error}") from error
+
+class _DeviceErrors(AbstractContextManager[None]):
+    # Not a generator: calls to the device are often, and this is around each of them.
+    __slots__ = ("_doing",)
+
+    def __init__(self, doing: str) -> None:
+        self._doing = doing
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            from cupy.cuda import runtime
+
+            if isinstance(error, runtime.CUDARuntimeError):
+                raise DeviceError(f"{self._doing}: {error}") from error

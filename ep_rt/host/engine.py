@@ -13,8 +13,8 @@ from .. import arrays
 from ..arrays import ArrayView
 from ..errors import ArrayError, ConfigError, EpError
 from ..events import EventOverlap
-from ..handle import DispatchHandle
-from ..requests import CombineRequest, DispatchRequest, LayoutRequest, local_experts
+from ..handle import HostDispatchHandle
+from ..requests import CombineRequest, DispatchRequest, LayoutRequest, Place, Schedule, local_experts
 from ..results import Combined, Dispatched, DispatchLayout
 from ..topology import Topology
 from .peers import Announcement, Peers, attempt
@@ -24,7 +24,7 @@ from .rows import Array, Term, as_bytes, sum_terms
 class HostEngine:
     """Dispatch and combine in NumPy. Every operation is complete when its call returns."""
 
-    device = "cpu"
+    place = Place("cpu")
 
     def __init__(self, peers: Peers, topology: Topology, *, owner: object) -> None:
         self._peers = peers
@@ -33,7 +33,12 @@ class HostEngine:
         self._num_ranks = peers.group.size
         self._topology = topology
 
-    def get_dispatch_layout(self, request: LayoutRequest) -> DispatchLayout:
+    def reset(self) -> None:
+        self._peers.agree("reset", Announcement())
+
+    def get_dispatch_layout(self, build: Callable[[], LayoutRequest], schedule: Schedule) -> DispatchLayout:
+        _wait_for(schedule)
+        request = build()
         topk_idx = read_topk_idx(request.topk_idx, request.num_experts)
         is_token_in_rank = token_in_rank(topk_idx, request.num_experts, self._num_ranks)
         per_node = None
@@ -51,7 +56,8 @@ class HostEngine:
             event=EventOverlap(),
         )
 
-    def dispatch(self, build: Callable[[], DispatchRequest]) -> Dispatched:
+    def dispatch(self, build: Callable[[], DispatchRequest], schedule: Schedule) -> Dispatched:
+        _wait_for(schedule)
         plan = attempt(lambda: self._plan_dispatch(build()))
         payloads = self._peers.agree("dispatch", plan if isinstance(plan, EpError) else plan.announcement())
         assert not isinstance(plan, EpError)  # agree raised it
@@ -81,15 +87,14 @@ class HostEngine:
                 recv_weights[elsewhere] = 0
 
         if request.handle is not None:
-            handle = request.handle
+            handle = _host_handle(request)
         else:
             first_expert = self._rank * num_local_experts
             per_expert = np.sum([counts for _, counts in payloads], axis=0)
-            handle = DispatchHandle(
+            handle = HostDispatchHandle(
                 owner=self._owner,
                 num_tokens=len(plan.x),
                 num_topk=0 if plan.topk_idx is None else plan.topk_idx.shape[1],
-                num_recv_tokens=num_recv_tokens,
                 num_recv_rows=num_rows,
                 num_recv_tokens_per_expert_list=[]
                 if request.num_worst_tokens
@@ -116,14 +121,16 @@ class HostEngine:
             event=EventOverlap(),
         )
 
-    def combine(self, build: Callable[[], CombineRequest]) -> Combined:
+    def combine(self, build: Callable[[], CombineRequest], schedule: Schedule) -> Combined:
+        _wait_for(schedule)
         request = attempt(build)
         announced: Announcement | EpError
         if isinstance(request, EpError):
             announced = request
         else:
             # Rows that did not fit into num_worst_tokens cannot come back: say how many of each source can.
-            ends = np.minimum(np.cumsum(request.handle.recv_counts), request.handle.num_recv_rows)
+            handle = _host_handle(request)
+            ends = np.minimum(np.cumsum(handle.recv_counts), handle.num_recv_rows)
             weights = request.topk_weights
             announced = Announcement(
                 facts={
@@ -144,11 +151,12 @@ class HostEngine:
 
     def _plan_dispatch(self, request: DispatchRequest) -> _DispatchPlan:
         if request.handle is not None:
+            handle = _host_handle(request)
             return _DispatchPlan(
                 request=request,
                 topk_idx=None,
-                is_token_in_rank=request.handle.is_token_in_rank,
-                send_tokens=request.handle.send_tokens,
+                is_token_in_rank=handle.is_token_in_rank,
+                send_tokens=handle.send_tokens,
                 num_tokens_per_expert=np.zeros(0, np.int32),
             )
         topk_idx = in_rank = per_expert = None
@@ -199,7 +207,7 @@ class HostEngine:
             mine = dst == self._rank
             first = sum(send_counts[: self._rank]) if mine else end - count
             source = rows if mine else arrived
-            tokens = request.handle.send_tokens[dst][:count]
+            tokens = _host_handle(request).send_tokens[dst][:count]
             terms.append(Term(rows=source[first : first + count], tokens=tokens))
         total = self._peers.pool.empty((request.handle.num_tokens, *row_shape), rows.dtype)
         sum_terms(terms, [bias.numpy() for bias in biases], total)
@@ -246,6 +254,16 @@ class _DispatchPlan:
             },
             payload=([len(tokens) for tokens in self.send_tokens], self.num_tokens_per_expert),
         )
+
+
+def _wait_for(schedule: Schedule) -> None:
+    if schedule.previous_event is not None:
+        schedule.previous_event.synchronize()
+
+
+def _host_handle(request: DispatchRequest | CombineRequest) -> HostDispatchHandle:
+    assert isinstance(request.handle, HostDispatchHandle)  # its owner is this buffer
+    return request.handle
 
 
 def read_topk_idx(view: ArrayView, num_experts: int) -> Array:

@@ -31,7 +31,7 @@ def device_count() -> int:
         return 0
 
 
-def run_ranks(place: str, fn: Callable[[Group], T]) -> list[T]:
+def run_ranks(place: str, fn: Callable[[Group], T], *, num_virtual_ranks: int = NUM_VIRTUAL_RANKS) -> list[T]:
     """Run ``fn(group)`` on every rank of a place, each on its device; skips if the place is not here.
 
     Under MPI the list holds this process's result alone.
@@ -48,7 +48,7 @@ def run_ranks(place: str, fn: Callable[[Group], T]) -> list[T]:
         except BaseException as error:
             group.abort(error)
             raise
-    devices = [0] * NUM_VIRTUAL_RANKS if place == "virtual" else list(range(num_devices))
+    devices = [0] * num_virtual_ranks if place == "virtual" else list(range(num_devices))
     if len(devices) == 1:
         pytest.skip("one GPU")
     return run_on_devices(devices, fn)

@@ -1,0 +1,65 @@
+"""Device memory that only its own rank touches: results of combine, handles, copies of strided inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import DeviceError
+from .streams import allocation_in_capture
+
+
+class Block:
+    """Device memory that is given back when nobody holds this object any more.
+
+    Attributes:
+        pointer: its address, a multiple of 512.
+        kept: what must live as long.
+    """
+
+    __slots__ = ("__weakref__", "_heap", "_memory", "kept", "pointer")
+
+    def __init__(self, heap: Heap, memory: Any) -> None:
+        self._heap = heap
+        self._memory = memory
+        self.pointer = int(memory.ptr)
+        self.kept: object = None
+
+    def __del__(self) -> None:
+        # Before the memory, which this object still holds, can be handed out again.
+        self._heap.num_released += 1
+
+
+class Heap:
+    """Hands out device memory that is used on the communication stream first.
+
+    A pool of CuPy's, but its own one: blocks return in the order of the communication stream, which waits
+    for their readers before it writes to them again.
+
+    Attributes:
+        num_released: blocks given back so far. Grows before any of them is handed out again.
+    """
+
+    def __init__(self) -> None:
+        import cupy
+
+        self._pool = cupy.cuda.MemoryPool()
+        self._out_of_memory = cupy.cuda.memory.OutOfMemoryError
+        self.num_released = 0
+
+    def reserve(self, num_bytes: int) -> None:
+        """Have memory at hand, so that `take` need not ask the driver for it."""
+        self.take(num_bytes)
+
+    def take(self, num_bytes: int, *, is_capturing: bool = False) -> Block:
+        """Uninitialised memory on the current device.
+
+        Raises:
+            DeviceError: there is not enough.
+        """
+        try:
+            if is_capturing:
+                with allocation_in_capture():
+                    return Block(self, self._pool.malloc(max(1, num_bytes)))
+            return Block(self, self._pool.malloc(max(1, num_bytes)))
+        except self._out_of_memory as error:
+            raise DeviceError(f"allocating {num_bytes} bytes: {error}") from error

@@ -1,0 +1,81 @@
+"""How a call is laid over a GPU: blocks, warps, stages, memory. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from ..errors import ConfigError
+from .layout import MAX_BLOCKS, MAX_LOCAL_RANKS, OFFSET_UNIT, align_up
+
+DEFAULT_SLAB_BYTES: Final = 1 << 30
+_MIN_MODEL_SLAB_BYTES: Final = 64 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stages:
+    """Warps that move rows through rings in shared memory, and warps beside them."""
+
+    num_data_warps: int
+    num_other_warps: int
+    num_stages: int
+    stage_bytes: int
+    scale_bytes: int = 0  # of a stage besides, for the scale factors of a row
+
+    @property
+    def num_threads(self) -> int:
+        return 32 * (self.num_data_warps + self.num_other_warps)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of all rings together."""
+        return self.num_data_warps * self.num_stages * (self.stage_bytes + self.scale_bytes)
+
+
+# Measured on H200: the shape of the stages hardly matters, one warp for the metadata is too few.
+DISPATCH_STAGES: Final = Stages(
+    num_data_warps=12, num_other_warps=4, num_stages=4, stage_bytes=3584, scale_bytes=512
+)
+COMBINE_STAGES: Final = Stages(num_data_warps=16, num_other_warps=0, num_stages=6, stage_bytes=2048)
+
+
+def num_blocks(num_sms: int, *, num_device_sms: int, num_sharing: int) -> int:
+    """Blocks of a kernel that waits for its peers, one per SM, so that all of them run at once.
+
+    Args:
+        num_sharing: ranks on this GPU. They wait for each other, so they divide its SMs: each gets at most
+            its part, and that is the one case in which `num_sms` is not taken as it is.
+
+    Raises:
+        ConfigError: the GPU has fewer SMs, or too few for its ranks.
+    """
+    if not 1 <= num_sms <= min(num_device_sms, MAX_BLOCKS):
+        raise ConfigError(
+            f"num_sms={num_sms}; this GPU has {num_device_sms} and a kernel uses 1 to {MAX_BLOCKS}"
+        )
+    share = num_device_sms // num_sharing
+    if share == 0:
+        raise ConfigError(f"{num_sharing} ranks share a GPU of {num_device_sms} SMs")
+    return min(num_sms, share)
+
+
+def slab_bytes(num_nvl_bytes: int, *, row_bytes: int = 0, num_topk: int = 0, num_rows: int = 0) -> int:
+    """Payload of a slab.
+
+    Args:
+        num_nvl_bytes: what the caller asked for; 0 to decide from the model.
+        row_bytes, num_topk: of the model's rows; `row_bytes` 0 for no model.
+        num_rows: the most a rank can receive in one call.
+    """
+    if num_nvl_bytes:
+        return align_up(num_nvl_bytes, OFFSET_UNIT)
+    if not row_bytes:
+        return DEFAULT_SLAB_BYTES
+    # A result, and an expert's output or the next result; scale factors take a 32nd of an FP8 row.
+    metadata_bytes = 12 * num_topk + row_bytes // 32
+    return max(_MIN_MODEL_SLAB_BYTES, align_up(2 * num_rows * (row_bytes + metadata_bytes), OFFSET_UNIT))
+
+
+def scratch_bytes(num_tokens: int) -> int:
+    """Of a dispatch besides its results: a mask for each token, and a list of tokens for each rank."""
+    return num_tokens * (4 * MAX_LOCAL_RANKS + 1)

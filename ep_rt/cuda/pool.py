@@ -1,0 +1,154 @@
+"""Places inside a slab: handed out by the host, given back when the last array over them is gone. Pure.
+
+What the device does with a place is ordered elsewhere: it is used on the communication stream only after that
+stream has waited for those that read it before.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from .layout import OFFSET_UNIT, align_up
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolStats:
+    """`num_taken`, `num_released` and `num_refused` count since construction; the rest is as of now."""
+
+    num_bytes: int
+    used_bytes: int
+    most_used_bytes: int
+    largest_free_bytes: int
+    num_taken: int
+    num_released: int
+    num_refused: int
+
+
+class Lease:
+    """A place that is given back when nobody holds this object any more. Kept by the arrays over it.
+
+    Attributes:
+        offset, num_bytes: within the pool, multiples of `OFFSET_UNIT`; `num_bytes` shrinks with `Pool.trim`.
+        kept: what must live as long.
+    """
+
+    __slots__ = ("__weakref__", "_give_back", "kept", "num_bytes", "offset")
+
+    def __init__(self, give_back: Callable[[int, int], None], offset: int, num_bytes: int) -> None:
+        self._give_back = give_back
+        self.offset = offset
+        self.num_bytes = num_bytes
+        self.kept: object = None
+
+    def __del__(self) -> None:
+        self._give_back(self.offset, self.num_bytes)
+
+
+class Pool:
+    """Hands out places in `num_bytes` bytes: the smallest gap that fits, and there the lowest address.
+
+    Threads may share it. Garbage collection gives places back at any moment, also while this thread is inside
+    a method here, so giving back only notes it; the next method accounts for it.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes: Final = num_bytes // OFFSET_UNIT * OFFSET_UNIT
+        self._lock = threading.RLock()
+        self._gaps: list[tuple[int, int]] = [(0, self.num_bytes)] if self.num_bytes else []  # by address
+        self._returned: deque[tuple[int, int]] = deque()
+        self._used_bytes = self._most_used_bytes = 0
+        self._num_taken = self._num_settled = self._num_refused = 0
+        self._when_empty: Callable[[], None] | None = None
+
+    def largest_free(self) -> int:
+        """Bytes of the largest gap."""
+        with self._lock:
+            self._settle()
+            return max((num_bytes for _, num_bytes in self._gaps), default=0)
+
+    def take(self, num_bytes: int) -> Lease | None:
+        """A place of at least `num_bytes`; None when no gap is so large."""
+        wanted = align_up(num_bytes, OFFSET_UNIT)
+        with self._lock:
+            self._settle()
+            fitting = ((size, offset) for offset, size in self._gaps if size >= wanted)
+            size, offset = min(fitting, default=(-1, 0))
+            if wanted == 0:
+                size, offset = 0, 0
+            if size < 0:
+                self._num_refused += 1
+                return None
+            if wanted:
+                at = self._gaps.index((offset, size))
+                self._gaps[at : at + 1] = [(offset + wanted, size - wanted)] if size > wanted else []
+            self._used_bytes += wanted
+            self._most_used_bytes = max(self._most_used_bytes, self._used_bytes)
+            self._num_taken += 1
+        return Lease(self._give_back, offset, wanted)
+
+    def trim(self, lease: Lease, num_bytes: int) -> None:
+        """Give the end of a place back: what lies beyond its first `num_bytes`."""
+        kept = align_up(num_bytes, OFFSET_UNIT)
+        with self._lock:
+            freed = lease.num_bytes - kept
+            if freed > 0:
+                self._insert(lease.offset + kept, freed)
+                lease.num_bytes = kept
+
+    def close(self, when_empty: Callable[[], None]) -> None:
+        """Call `when_empty` once every place has been given back: now, or later on any thread."""
+        with self._lock:
+            self._when_empty = when_empty
+            self._settle()
+
+    @property
+    def num_released(self) -> int:
+        """Places given back so far. Grows before any of them is handed out again."""
+        with self._lock:
+            self._settle()
+            return self._num_settled
+
+    @property
+    def stats(self) -> PoolStats:
+        with self._lock:
+            return PoolStats(
+                num_bytes=self.num_bytes,
+                largest_free_bytes=self.largest_free(),
+                used_bytes=self._used_bytes,
+                most_used_bytes=self._most_used_bytes,
+                num_taken=self._num_taken,
+                num_released=self._num_settled,
+                num_refused=self._num_refused,
+            )
+
+    def _give_back(self, offset: int, num_bytes: int) -> None:
+        self._returned.append((offset, num_bytes))
+        if self._when_empty is not None:
+            with self._lock:
+                self._settle()
+
+    def _settle(self) -> None:
+        """Account for what was given back. Under the lock."""
+        while self._returned:
+            offset, num_bytes = self._returned.popleft()
+            self._num_settled += 1
+            if num_bytes:
+                self._insert(offset, num_bytes)
+        if self._when_empty is not None and self._num_settled == self._num_taken:
+            then, self._when_empty = self._when_empty, None
+            then()
+
+    def _insert(self, offset: int, num_bytes: int) -> None:
+        """Make a gap, joined with its neighbours."""
+        self._used_bytes -= num_bytes
+        gaps: list[tuple[int, int]] = []
+        for gap in sorted([*self._gaps, (offset, num_bytes)]):
+            if gaps and sum(gaps[-1]) == gap[0]:
+                gaps[-1] = gaps[-1][0], gaps[-1][1] + gap[1]
+            else:
+                gaps.append(gap)
+        self._gaps = gaps

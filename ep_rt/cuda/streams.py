@@ -1,0 +1,147 @@
+"""The communication stream, and points in it that others wait for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from .. import arrays
+from ..errors import DeviceError
+from ..events import EventOverlap
+from .launch import make_context_current, stream_pointer
+from .memory import device_errors
+
+
+class CudaEvent:
+    """A point in the work of some streams of one device.
+
+    Args:
+        framework: whose current stream waits when none is named; None for those of all that are loaded.
+    """
+
+    def __init__(self, device: int, streams: Iterable[int], framework: str | None) -> None:
+        import cupy
+
+        self._device = device
+        self._framework = framework
+        self._events = []
+        with device_errors("recording an event"):
+            for stream in streams:
+                event = cupy.cuda.Event(disable_timing=True)
+                cupy.cuda.runtime.eventRecord(event.ptr, stream)
+                self._events.append(event)
+
+    def wait(self, stream: Any) -> None:
+        from cupy.cuda import runtime
+
+        waiting = (
+            arrays.current_streams(self._device, self._framework)
+            if stream is None
+            else (stream_pointer(stream),)
+        )
+        with device_errors("waiting for an event"):
+            for each in waiting:
+                for event in self._events:
+                    runtime.streamWaitEvent(each, event.ptr)
+
+    def synchronize(self) -> None:
+        with device_errors("waiting for an event"):
+            for event in self._events:
+                event.synchronize()
+
+    def query(self) -> bool:
+        return all(event.done for event in self._events)
+
+
+def capture() -> EventOverlap:
+    """A point behind the work enqueued so far on the current streams of the loaded frameworks."""
+    device = arrays.current_device()
+    if device is None:
+        return EventOverlap()
+    return EventOverlap(CudaEvent(device, arrays.current_streams(device), None))
+
+
+class CommStream:
+    """A stream of the highest priority that waits for no other by itself.
+
+    Attributes:
+        pointer: the ``cudaStream_t``.
+        stream: the same as a CuPy stream.
+    """
+
+    def __init__(self, device: int) -> None:
+        import cupy
+        from cuda.bindings import driver
+
+        make_context_current()
+        status, _, highest = driver.cuCtxGetStreamPriorityRange()
+        if status == driver.CUresult.CUDA_SUCCESS:
+            non_blocking = driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value
+            status, stream = driver.cuStreamCreateWithPriority(non_blocking, highest)
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise DeviceError(f"creating the communication stream: {status.name}")
+        self.device = device
+        self.pointer = int(stream)
+        self.stream = cupy.cuda.ExternalStream(self.pointer, device)
+        self._event = cupy.cuda.Event(disable_timing=True)
+        self._runtime = cupy.cuda.runtime
+
+    def wait_for(self, streams: Iterable[int]) -> None:
+        """Later work here comes after the work enqueued on `streams` so far."""
+        for stream in streams:
+            self._order(stream, self.pointer)
+
+    def release(self, streams: Iterable[int]) -> None:
+        """Later work on `streams` comes after the work enqueued here so far."""
+        for stream in streams:
+            self._order(self.pointer, stream)
+
+    def event(self, framework: str) -> CudaEvent:
+        """The end of the work enqueued here so far."""
+        return CudaEvent(self.device, (self.pointer,), framework)
+
+    def is_idle(self) -> bool:
+        """Whether all work enqueued here is done.
+
+        Raises:
+            DeviceError: the device has failed.
+        """
+        with device_errors("the communication stream"):
+            status = self._runtime.streamQuery(self.pointer)
+            if status in (0, 600):  # cudaSuccess, cudaErrorNotReady
+                return bool(status == 0)
+            raise DeviceError(f"the communication stream failed: CUDA error {status}")
+
+    def is_capturing(self, streams: Iterable[int]) -> bool:
+        """Whether a graph is being captured on one of `streams`."""
+        legacy = arrays.CUDA_STREAM_LEGACY  # cannot be captured, nor asked while another one is
+        return any(self._runtime.streamIsCapturing(stream) for stream in streams if stream != legacy)
+
+    def synchronize(self) -> None:
+        """Make the host wait for all work enqueued here."""
+        with device_errors("the communication stream"):
+            self._runtime.streamSynchronize(self.pointer)
+
+    def close(self) -> None:
+        """Destroy the stream. Nobody uses it any more."""
+        self._runtime.streamDestroy(self.pointer)
+
+    def _order(self, first: int, then: int) -> None:
+        if first != then:
+            with device_errors("ordering streams"):
+                self._runtime.eventRecord(self._event.ptr, first)
+                self._runtime.streamWaitEvent(then, self._event.ptr)
+
+
+@contextlib.contextmanager
+def allocation_in_capture() -> Iterator[None]:
+    """Let this thread allocate device memory while a graph is being captured; no graph owns it."""
+    from cuda.bindings import runtime
+
+    relaxed = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
+    _, previous = runtime.cudaThreadExchangeStreamCaptureMode(relaxed)
+    try:
+        yield
+    finally:
+        runtime.cudaThreadExchangeStreamCaptureMode(previous)

@@ -1,0 +1,102 @@
+"""NumPy arrays to a GPU and back, bit by bit, for CuPy, torch and JAX alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import cupy
+import numpy as np
+from numpy.typing import NDArray
+
+from ep_rt import Buffer, arrays
+from ep_rt.cuda.layout import PAYLOAD_OFFSET
+from ep_rt.exchange import Group
+
+Array = NDArray[Any]
+
+
+def put(array: Array, framework: str = "cupy") -> Any:
+    """The same bits on the current device."""
+    # While ranks that share a GPU wait for each other, nothing may load a kernel or take pinned memory.
+    contiguous = np.ascontiguousarray(array)
+    memory = cupy.cuda.alloc(max(1, contiguous.nbytes))
+    stream = cupy.cuda.get_current_stream()
+    cupy.cuda.runtime.memcpyAsync(
+        memory.ptr,
+        contiguous.ctypes.data,
+        contiguous.nbytes,
+        cupy.cuda.runtime.memcpyHostToDevice,
+        stream.ptr,
+    )
+    stream.synchronize()
+    device = cupy.cuda.runtime.getDevice()
+    return arrays.cuda_to_framework(
+        memory.ptr,
+        array.shape,
+        arrays.dtype_name(array.dtype),
+        device=f"cuda:{device}",
+        framework=framework,
+        owner=memory,
+    )
+
+
+def fetch(array: Any, dtype: Any = None) -> Array:
+    """The same bits on the host, once the current stream has made them. `dtype` for float8 in CuPy."""
+    stream = cupy.cuda.get_current_stream()
+    seen = arrays.view(array, stream=stream.ptr)
+    if seen.stream not in (None, stream.ptr):
+        cupy.cuda.runtime.streamSynchronize(seen.stream)
+    kind = arrays.np_dtype(seen.dtype)
+    raw = np.empty(int(np.prod(seen.shape)) * kind.itemsize, np.uint8)
+    # A copy to ordinary host memory waits inside the driver, where the process's other ranks would wait too.
+    stream.synchronize()
+    if raw.size:
+        expected_strides = np.empty(seen.shape, kind).strides
+        assert tuple(stride * kind.itemsize for stride in seen.strides) == expected_strides
+        cupy.cuda.runtime.memcpyAsync(
+            raw.ctypes.data, seen.pointer, raw.nbytes, cupy.cuda.runtime.memcpyDeviceToHost, stream.ptr
+        )
+        stream.synchronize()
+    result: Array = raw.view(kind).reshape(seen.shape)
+    return result if dtype is None else result.view(dtype)
+
+
+def overwrite(array: Any, value: Array) -> None:
+    """Other contents for a device array, in the order of the current stream."""
+    stream = cupy.cuda.get_current_stream()
+    contiguous = np.ascontiguousarray(value)
+    cupy.cuda.runtime.memcpyAsync(
+        arrays.view(array).pointer,
+        contiguous.ctypes.data,
+        contiguous.nbytes,
+        cupy.cuda.runtime.memcpyHostToDevice,
+        stream.ptr,
+    )
+    stream.synchronize()
+
+
+@contextmanager
+def cuda_buffer(group: Group, **options: Any) -> Iterator[Buffer]:
+    """A buffer, with a non-blocking stream of this rank current."""
+    options = {"backend": "cuda", "num_nvl_bytes": 64 << 20, "timeout_s": 20.0, **options}
+    group.barrier()  # short deadlines are for what the test does
+    with cupy.cuda.Stream(non_blocking=True), Buffer(group, **options) as buffer:
+        # As in the engine: no allocation by the driver while ranks on this GPU wait for each other.
+        cupy.cuda.alloc(256 << 20)
+        group.barrier()
+        yield buffer
+        cupy.cuda.get_current_stream().synchronize()
+
+
+def poison(buffer: Buffer, value: int) -> None:
+    """Fill the free memory of the slab. Nothing is held, and no call is under way on any rank."""
+    slab = buffer._engine._slab  # type: ignore[union-attr]
+    cupy.cuda.runtime.deviceSynchronize()
+    stream = cupy.cuda.get_current_stream()
+    cupy.cuda.runtime.memsetAsync(
+        slab.pointers[buffer.rank] + PAYLOAD_OFFSET, value, slab.num_bytes - PAYLOAD_OFFSET, stream.ptr
+    )
+    stream.synchronize()
+    buffer.group.barrier()

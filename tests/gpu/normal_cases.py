@@ -1,0 +1,190 @@
+"""Random operations of the CUDA backend beside the oracle; every rank draws the whole case from its seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import cupy
+import ml_dtypes
+import numpy as np
+from device_arrays import Array, fetch, overwrite, put
+from host_cases import DTYPES, Case, random_bits, random_values, same_bits
+
+from ep_rt import Buffer, Config, reference
+
+SUMMED = (ml_dtypes.bfloat16, np.float16, np.float32)
+
+
+def check_normal(
+    buffer: Buffer,
+    seed: int,
+    *,
+    case: Case | None = None,
+    num_sms: int = 16,
+    framework: str = "cupy",
+    pause: Callable[[], None] = lambda: None,
+    **options: Any,
+) -> list[Any]:
+    """dispatch, cached dispatch and combine of one random layer; the results, for whoever keeps them."""
+    case = case or Case.draw(seed, buffer.num_ranks)
+    rng, rank = case.rng, buffer.rank
+    dtype = DTYPES[seed % len(DTYPES)]
+    config = Config(num_sms=num_sms)
+    x = [random_bits(rng, (count, case.hidden), dtype) for count in case.num_tokens]
+    again = [random_bits(rng, (count, case.hidden), dtype) for count in case.num_tokens]
+    with_sf, with_weights = seed % 4 != 1, seed % 3 != 1
+    sf = [
+        random_bits(rng, (count, 1 + seed % 70), (np.float32, np.int32)[seed % 2])
+        for count in case.num_tokens
+    ]
+    ids = [some.astype((np.int64, np.int32)[seed // 2 % 2]) for some in case.topk_idx]
+    alignment = int(rng.choice([1, 8, 128]))
+    expected = reference.dispatch(
+        x,
+        ids,
+        num_experts=case.num_experts,
+        topk_weights=case.topk_weights if with_weights else None,
+        sf=sf if with_sf else None,
+        expert_alignment=alignment,
+    )
+    mine = expected[rank]
+
+    def payload(rows: list[Array]) -> Any:
+        given = put(rows[rank], framework)
+        return (given, put(sf[rank], framework)) if with_sf else given
+
+    pause()
+    out = buffer.dispatch(
+        payload(x),
+        topk_idx=put(ids[rank], framework),
+        topk_weights=put(case.topk_weights[rank], framework) if with_weights else None,
+        num_experts=case.num_experts,
+        expert_alignment=alignment,
+        config=config,
+        **options,
+    )
+    out.event.current_stream_wait()
+    recv_x, recv_sf = out.recv_x if with_sf else (out.recv_x, None)
+    assert same_bits(fetch(recv_x, dtype), mine.recv_x)
+    if with_sf:
+        assert same_bits(fetch(recv_sf), mine.recv_sf)
+    assert same_bits(fetch(out.recv_topk_idx), mine.recv_topk_idx.astype(ids[0].dtype))
+    if with_weights:
+        assert same_bits(fetch(out.recv_topk_weights), mine.recv_topk_weights)
+    else:
+        assert out.recv_topk_weights is None
+    assert out.num_recv_tokens_per_expert_list == mine.num_recv_tokens_per_expert
+    assert out.handle.num_recv_tokens == mine.num_recv_tokens
+    assert not out.handle.overflow
+
+    pause()
+    cached = buffer.dispatch(payload(again), handle=out.handle, config=config, **options)
+    cached.event.current_stream_wait()
+    expected_x, expected_sf = reference.dispatch_cached(again, expected, sf if with_sf else None)[rank]
+    cached_x, cached_sf = cached.recv_x if with_sf else (cached.recv_x, None)
+    assert same_bits(fetch(cached_x, dtype), expected_x)
+    assert not with_sf or same_bits(fetch(cached_sf), expected_sf)
+
+    summed = SUMMED[seed % 3]
+    y = [random_values(rng, each.recv_x.shape, summed) for each in expected]
+    shape = [(count, case.hidden) for count in case.num_tokens]
+    biases = [tuple(random_values(rng, each, summed) for _ in range(seed // 3 % 3)) for each in shape]
+    weights = [rng.random(each.recv_topk_idx.shape, np.float32) - 0.5 for each in expected]
+    combined = reference.combine(
+        y,
+        expected,
+        num_tokens=case.num_tokens,
+        topk_weights=weights if with_weights else None,
+        bias=[each if len(each) == 2 else each[0] for each in biases] if biases[0] else None,
+    )[rank]
+    if seed % 2 and framework == "cupy":
+        mine_y = buffer.empty(y[rank].shape, y[rank].dtype)
+        overwrite(mine_y, y[rank])
+    else:
+        mine_y = put(y[rank], framework)
+    pause()
+    back = buffer.combine(
+        mine_y,
+        out.handle,
+        topk_weights=put(weights[rank], framework) if with_weights else None,
+        bias=tuple(put(each, framework) for each in biases[rank]) or None,
+        config=config,
+        **options,
+    )
+    back.event.current_stream_wait()
+    assert same_bits(fetch(back.combined_x), combined.x)
+    if with_weights:
+        assert same_bits(fetch(back.combined_topk_weights), combined.topk_weights)
+    return [out, cached, back]
+
+
+def check_worst_case(buffer: Buffer, seed: int, *, num_sms: int = 16) -> None:
+    """num_worst_tokens, with and without overflow, the cached dispatch and the combine that follow."""
+    case = Case.draw(seed, buffer.num_ranks)
+    rng, rank = case.rng, buffer.rank
+    config = Config(num_sms=num_sms)
+    x, again = ([random_values(rng, (n, case.hidden), np.float32) for n in case.num_tokens] for _ in range(2))
+    capacity = int(rng.integers(1, 2 * sum(case.num_tokens) + 2))
+    expected = reference.dispatch(
+        x,
+        case.topk_idx,
+        num_experts=case.num_experts,
+        topk_weights=case.topk_weights,
+        num_worst_tokens=capacity,
+    )
+    out = buffer.dispatch(
+        put(x[rank]),
+        topk_idx=put(case.topk_idx[rank]),
+        topk_weights=put(case.topk_weights[rank]),
+        num_experts=case.num_experts,
+        num_worst_tokens=capacity,
+        config=config,
+    )
+    mine = expected[rank]
+    rows = min(capacity, mine.num_recv_tokens)
+    assert out.recv_x.shape == (capacity, case.hidden)
+    assert same_bits(fetch(out.recv_x)[:rows], mine.recv_x[:rows])
+    assert same_bits(fetch(out.recv_topk_idx), mine.recv_topk_idx)
+    assert same_bits(fetch(out.recv_topk_weights), mine.recv_topk_weights)
+    assert out.num_recv_tokens_per_expert_list == []
+    assert out.handle.overflow == mine.overflow
+    assert out.handle.num_recv_tokens == mine.num_recv_tokens
+
+    cached = buffer.dispatch(put(again[rank]), handle=out.handle, num_worst_tokens=capacity, config=config)
+    expected_x, _ = reference.dispatch_cached(again, expected)[rank]
+    assert same_bits(fetch(cached.recv_x)[:rows], expected_x[:rows])
+
+    y = [random_values(rng, each.recv_x.shape, np.float32) for each in expected]
+    combined = reference.combine(y, expected, num_tokens=case.num_tokens)
+    back = buffer.combine(put(y[rank]), out.handle, config=config)
+    assert same_bits(fetch(back.combined_x), combined[rank].x)
+
+
+def wide_case(
+    seed: int, num_ranks: int, *, num_tokens: int, hidden: int, num_topk: int, num_local_experts: int
+) -> Case:
+    """As a model has it: distinct experts, rows of many pieces."""
+    rng = np.random.default_rng(seed)
+    num_experts = num_ranks * num_local_experts
+    counts = [num_tokens - 7 * rank for rank in range(num_ranks)]
+    ids = [
+        np.argsort(rng.random((count, num_experts)), axis=1)[:, :num_topk].astype(np.int64)
+        for count in counts
+    ]
+    return Case(
+        rng=rng,
+        num_ranks=num_ranks,
+        num_experts=num_experts,
+        num_tokens=counts,
+        topk_idx=ids,
+        topk_weights=[rng.random(some.shape, np.float32) for some in ids],
+        hidden=hidden,
+    )
+
+
+def context_is_alive() -> None:
+    """Work that has nothing to do with ep_rt still runs. No rank is waiting."""
+    stream = cupy.cuda.get_current_stream()
+    assert int(cupy.arange(1000).sum()) == 499500
+    stream.synchronize()

@@ -1,0 +1,536 @@
+"""Normal mode on GPUs: dispatch and combine against the oracle, and under misuse and faults."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+from host_cases import Case, random_values, same_bits
+from ranks import PLACES, device_count, run_ranks
+
+import ep_rt
+from ep_rt import Buffer, Config, Group, reference
+
+if device_count():
+    import cupy
+    from device_arrays import cuda_buffer, fetch, overwrite, poison, put
+    from normal_cases import check_normal, check_worst_case, context_is_alive, wide_case
+
+pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("place", PLACES)]
+
+T = TypeVar("T")
+SHORT_S = 2.0
+
+
+def run(place: str, body: Callable[[Group], T]) -> list[T]:
+    return run_ranks(place, body, num_virtual_ranks=4)
+
+
+def raised(call: Callable[[], Any]) -> Exception | None:
+    try:
+        call()
+    except Exception as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("num_sms", [1, 2, 5, 16])
+def test_random_layers_equal_the_oracle(place: str, num_sms: int) -> None:
+    def body(group: Group) -> None:
+        with cuda_buffer(group) as buffer:
+            for seed in range(24):
+                if seed % 4 == 0:
+                    gc.collect()
+                    poison(buffer, 0xFF if seed % 8 else 0xA5)
+                check_normal(buffer, seed, num_sms=num_sms)
+
+    run(place, body)
+
+
+@pytest.mark.parametrize("num_sms", [1, 2, 16])
+def test_worst_case_capacity_equals_the_oracle(place: str, num_sms: int) -> None:
+    def body(group: Group) -> None:
+        with cuda_buffer(group) as buffer:
+            poison(buffer, 0x5A)
+            for seed in range(20):
+                check_worst_case(buffer, seed, num_sms=num_sms)
+
+    run(place, body)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "hidden", "num_topk", "num_local_experts"),
+    [(700, 7168, 8, 32), (300, 8, 2, 1), (257, 16384, 1, 3), (130, 1832, 64, 64), (2000, 64, 6, 512)],
+)
+def test_shapes_of_models(
+    place: str, num_tokens: int, hidden: int, num_topk: int, num_local_experts: int
+) -> None:
+    def body(group: Group) -> None:
+        with cuda_buffer(group, num_nvl_bytes=512 << 20) as buffer:
+            for seed in range(2):  # bfloat16, float16
+                case = wide_case(
+                    seed,
+                    group.size,
+                    num_tokens=num_tokens,
+                    hidden=hidden,
+                    num_topk=min(num_topk, group.size * num_local_experts),
+                    num_local_experts=num_local_experts,
+                )
+                check_normal(buffer, 6 * seed, case=case)
+
+    run(place, body)
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_other_frameworks(place: str, framework: str) -> None:
+    pytest.importorskip(framework)
+
+    def body(group: Group) -> None:
+        if framework == "torch":
+            import torch
+
+            torch.cuda.set_device(cupy.cuda.runtime.getDevice())
+            current: Any = torch.cuda.stream(torch.cuda.Stream())
+        else:
+            current = cupy.cuda.Stream(non_blocking=True)
+        with current, cuda_buffer(group) as buffer:
+            for seed in (0, 4, 8, 12):
+                check_normal(buffer, seed, framework=framework)
+
+    if framework == "torch":
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("torch without CUDA")
+    else:
+        import jax
+
+        if jax.default_backend() != "gpu":
+            pytest.skip("JAX without CUDA")
+        if not jax.config.jax_enable_x64:
+            pytest.skip("JAX narrows int64")
+        if place == "virtual":
+            pytest.skip("JAX's stream is common to the threads")
+    run(place, body)
+
+
+def test_no_tokens_and_no_experts(place: str) -> None:
+    def body(group: Group) -> None:
+        with cuda_buffer(group) as buffer:
+            for counts in ([0] * group.size, [5 * (rank == 1) for rank in range(group.size)]):
+                num_tokens = counts[group.rank]
+                x = np.ones((num_tokens, 64), np.float32)
+                ids = np.full((num_tokens, 3), 0, np.int64)
+                out = buffer.dispatch(put(x), topk_idx=put(ids), num_experts=2 * group.size)
+                assert out.recv_x.shape == (sum(counts) if group.rank == 0 else 0, 64)
+                back = buffer.combine(out.recv_x, out.handle)
+                assert (fetch(back.combined_x) == 1).all()
+            nowhere = np.full((7, 2), -1, np.int64)
+            out = buffer.dispatch(
+                put(np.ones((7, 64), np.float32)), topk_idx=put(nowhere), num_experts=group.size
+            )
+            assert out.num_recv_tokens_per_expert_list == [0]
+            back = buffer.combine(out.recv_x, out.handle)
+            assert same_bits(fetch(back.combined_x), np.zeros((7, 64), np.float32))
+
+    run(place, body)
+
+
+def test_ids_out_of_range_go_nowhere(place: str) -> None:
+    def body(group: Group) -> None:
+        with cuda_buffer(group) as buffer:
+            num_experts = 2 * group.size
+            ids = [
+                np.random.default_rng(rank).integers(-5, num_experts + 5, (50, 3)).astype(np.int64)
+                for rank in range(group.size)
+            ]
+            ids[0][:, 0] = 2**40
+            x = [np.full((50, 16), rank, np.float32) for rank in range(group.size)]
+            valid = [np.where((some >= 0) & (some < num_experts), some, -1) for some in ids]
+            mine = reference.dispatch(x, valid, num_experts=num_experts)[group.rank]
+            out = buffer.dispatch(put(x[group.rank]), topk_idx=put(ids[group.rank]), num_experts=num_experts)
+            assert same_bits(fetch(out.recv_x), mine.recv_x)
+            assert same_bits(fetch(out.recv_topk_idx), mine.recv_topk_idx)
+            assert out.num_recv_tokens_per_expert_list == mine.num_recv_tokens_per_expert
+
+    run(place, body)
+
+
+def test_layout_and_dispatch_from_a_layout(place: str) -> None:
+    def body(group: Group) -> None:
+        with cuda_buffer(group) as buffer:
+            for seed, dtype in enumerate((np.int64, np.int32, np.int64)):
+                case = Case.draw(seed, group.size, max_tokens=3000)
+                ids = case.topk_idx[group.rank].astype(dtype)
+                expected = reference.dispatch_layout(ids, num_experts=case.num_experts, num_ranks=group.size)
+                layout = buffer.get_dispatch_layout(put(ids), case.num_experts)
+                assert same_bits(fetch(layout.num_tokens_per_rank), expected.num_tokens_per_rank)
+                assert same_bits(fetch(layout.num_tokens_per_expert), expected.num_tokens_per_expert)
+                assert same_bits(fetch(layout.is_token_in_rank), expected.is_token_in_rank)
+                assert layout.num_tokens_per_rdma_rank is None
+                x = [np.full((count, 16), rank, np.float32) for rank, count in enumerate(case.num_tokens)]
+                mine = reference.dispatch(x, case.topk_idx, num_experts=case.num_experts)[group.rank]
+                out = buffer.dispatch(
+                    put(x[group.rank]),
+                    is_token_in_rank=layout.is_token_in_rank,
+                    num_tokens_per_expert=layout.num_tokens_per_expert,
+                )
+                assert same_bits(fetch(out.recv_x), mine.recv_x)
+                assert out.recv_topk_idx is None
+                assert out.num_recv_tokens_per_expert_list == mine.num_recv_tokens_per_expert
+
+    run(place, body)
+
+
+def test_any_strides(place: str) -> None:
+    def body(group: Group) -> None:
+        with cuda_buffer(group) as buffer:
+            rng = np.random.default_rng(group.rank)
+            x = rng.random((30, 64), np.float32)
+            sf = rng.random((30, 5), np.float32)
+            ids = rng.integers(0, group.size, (30, 2))
+            plain = buffer.dispatch((put(x), put(sf)), topk_idx=put(ids), num_experts=group.size)
+            wide = np.zeros((30, 100), np.float32)
+            wide[:, 3:67] = x
+            strided = buffer.dispatch(
+                (put(wide)[:, 3:67], put(sf.T).T),
+                topk_idx=put(np.repeat(ids, 2, axis=1))[:, ::2],
+                num_experts=group.size,
+            )
+            assert same_bits(fetch(strided.recv_x[0]), fetch(plain.recv_x[0]))
+            assert same_bits(fetch(strided.recv_x[1]), fetch(plain.recv_x[1]))
+            assert same_bits(fetch(strided.recv_topk_idx), fetch(plain.recv_topk_idx))
+            y = fetch(plain.recv_x[0])
+            y_wide = np.zeros((len(y), 100), np.float32)
+            y_wide[:, 1:65] = y
+            back = buffer.combine(put(y_wide)[:, 1:65], plain.handle)
+            assert same_bits(fetch(back.combined_x), fetch(buffer.combine(put(y), plain.handle).combined_x))
+            assert buffer.stats.num_copied_inputs == 3
+
+    run(place, body)
+
+
+def test_many_rounds_with_sleeps_and_kept_results(place: str) -> None:
+    def body(group: Group) -> None:
+        sleeps = random.Random(group.rank)
+
+        def pause() -> None:
+            if sleeps.random() < 0.2:
+                time.sleep(sleeps.random() * 2e-3)
+
+        with cuda_buffer(group) as buffer:
+            kept: list[Any] = []
+            for seed in range(100):
+                results = check_normal(buffer, seed, num_sms=1 + seed % 16, pause=pause)
+                # The same on every rank: what is held decides how much fits.
+                if seed % 3 == 0:
+                    kept.append((fetch(results[2].combined_x), results))
+                if len(kept) > 5:
+                    kept.pop(seed % 5)
+                for combined, held in kept:
+                    assert same_bits(fetch(held[2].combined_x), combined)
+            del results, held
+            kept.clear()
+            gc.collect()
+            assert buffer.stats.slab.used_bytes == 0
+            assert buffer.stats.slab.num_taken == buffer.stats.slab.num_released
+
+    run(place, body)
+
+
+def test_asynchronous_calls_and_events(place: str) -> None:
+    def body(group: Group) -> None:
+        with cuda_buffer(group) as buffer:
+            for seed in range(6):
+                check_normal(buffer, seed, async_finish=True, previous_event=Buffer.capture())
+            x = np.full((64, 1024), group.rank, np.float32)
+            ids = np.arange(64 * group.size).reshape(64, group.size) % group.size
+            given_x, given_ids = put(x), put(ids)
+            first = buffer.dispatch(given_x, topk_idx=given_ids, num_experts=group.size, async_finish=True)
+            other = cupy.cuda.Stream(non_blocking=True)
+            with other:  # another stream, ordered by the event alone
+                second = buffer.combine(
+                    first.recv_x, first.handle, previous_event=first.event, async_finish=True
+                )
+                with second.event:
+                    pass
+                assert same_bits(fetch(second.combined_x), x * group.size)
+            first.event.synchronize()
+            assert first.event.query()
+
+    run(place, body)
+
+
+def test_two_buffers(place: str) -> None:
+    def body(group: Group) -> None:
+        with cuda_buffer(group) as first, cuda_buffer(group) as second:
+            for seed in range(8):
+                for buffer in (first, second) if seed % 2 else (second, first):
+                    check_normal(buffer, seed, num_sms=4)
+            out = first.dispatch(
+                put(np.ones((4, 16), np.float32)),
+                topk_idx=put(np.zeros((4, 1), np.int64)),
+                num_experts=group.size,
+            )
+            with pytest.raises(ep_rt.HandleError, match="another buffer"):
+                second.combine(out.recv_x, out.handle)
+
+    run(place, body)
+
+
+def test_results_outlive_their_buffer(place: str) -> None:
+    def body(group: Group) -> None:
+        x = np.full((8, 16), 3, np.float32)
+        with cuda_buffer(group) as buffer:
+            ids = np.full((8, 1), group.rank, np.int64)
+            out = buffer.dispatch(put(x), topk_idx=put(ids), num_experts=group.size, num_worst_tokens=8)
+        with cupy.cuda.Stream(non_blocking=True):
+            assert same_bits(fetch(out.recv_x), x)
+            with pytest.raises(ep_rt.ClosedError):
+                out.handle.num_recv_tokens  # noqa: B018
+        buffer.close()
+        group.barrier()
+
+    run(place, body)
+
+
+def test_graph_of_dispatch_and_combine_with_changing_routing(place: str) -> None:
+    def body(group: Group) -> None:
+        num_experts, hidden, num_tokens, capacity = 4 * group.size, 512, 64, 48 * group.size
+        rng = np.random.default_rng(5)
+
+        def draw() -> tuple[list[Any], list[Any], list[Any]]:
+            x = [random_values(rng, (num_tokens, hidden), np.float32) for _ in range(group.size)]
+            ids = [rng.integers(-1, num_experts, (num_tokens, 3)) for _ in range(group.size)]
+            weights = [rng.random((num_tokens, 3), np.float32) for _ in range(group.size)]
+            return x, ids, weights
+
+        with cuda_buffer(group) as buffer:
+            stream = cupy.cuda.get_current_stream()
+            given = [put(each[group.rank]) for each in draw()]
+
+            def layer() -> tuple[Any, Any]:
+                out = buffer.dispatch(
+                    given[0],
+                    topk_idx=given[1],
+                    topk_weights=given[2],
+                    num_experts=num_experts,
+                    num_worst_tokens=capacity,
+                )
+                return out, buffer.combine(out.recv_x, out.handle, topk_weights=out.recv_topk_weights)
+
+            layer()
+            stream.begin_capture()
+            with pytest.raises(ep_rt.ConfigError, match="num_worst_tokens"):
+                buffer.dispatch(given[0], topk_idx=given[1], num_experts=num_experts)
+            out, back = layer()
+            graph = stream.end_capture()
+            graph.upload(stream)
+            stream.synchronize()
+            group.barrier()
+            saw_overflow = set()
+            for number in range(12):
+                drawn = draw()
+                if number == 3:  # everything to one rank: more than fits
+                    drawn[1][:] = [np.full((num_tokens, 3), 0, np.int64)] * group.size
+                for array, values in zip(given, drawn, strict=True):
+                    overwrite(array, values[group.rank])
+                for _ in range(1 + number % 3):
+                    graph.launch(stream)
+                stream.synchronize()
+                x, ids, weights = drawn
+                expected = reference.dispatch(
+                    x, ids, num_experts=num_experts, topk_weights=weights, num_worst_tokens=capacity
+                )
+                mine = expected[group.rank]
+                rows = min(capacity, mine.num_recv_tokens)
+                assert same_bits(fetch(out.recv_x)[:rows], mine.recv_x[:rows])
+                assert same_bits(fetch(out.recv_topk_idx), mine.recv_topk_idx)
+                assert same_bits(fetch(out.recv_topk_weights), mine.recv_topk_weights)
+                assert out.handle.num_recv_tokens == mine.num_recv_tokens
+                saw_overflow.add(out.handle.overflow)
+                combined = reference.combine(
+                    [each.recv_x for each in expected],
+                    expected,
+                    num_tokens=[num_tokens] * group.size,
+                    topk_weights=[each.recv_topk_weights for each in expected],  # type: ignore[misc]
+                )[group.rank]
+                assert same_bits(fetch(back.combined_x), combined.x)
+                assert same_bits(fetch(back.combined_topk_weights), combined.topk_weights)
+                check_normal(buffer, number, num_sms=4)  # eager calls between replays
+            assert group.rank != 0 or saw_overflow == {False, True}
+
+    run(place, body)
+
+
+def test_missing_rank_is_named_and_reset_helps(place: str) -> None:
+    missing = 1
+
+    def body(group: Group) -> None:
+        with cuda_buffer(group, timeout_s=SHORT_S) as buffer:
+            check_normal(buffer, 1)
+            x, ids = put(np.ones((4, 16), np.float32)), put(np.zeros((4, 1), np.int64))
+            group.barrier()
+            for num_worst_tokens in (0, 16):
+                if group.rank != missing:
+                    start = time.monotonic()
+
+                    def dispatch(num_worst_tokens: int = num_worst_tokens) -> Any:
+                        return buffer.dispatch(
+                            x, topk_idx=ids, num_experts=group.size, num_worst_tokens=num_worst_tokens
+                        )
+
+                    error = raised(dispatch)
+                    if num_worst_tokens:  # not known when the call returns
+                        assert error is None
+                        cupy.cuda.runtime.deviceSynchronize()
+                        error = raised(dispatch)
+                    assert SHORT_S * 0.9 < time.monotonic() - start < SHORT_S * 3
+                    assert isinstance(error, ep_rt.PeerTimeoutError)
+                    assert error.peers == (missing,)
+                    assert "dispatch" in error.phase
+                group.barrier()
+                buffer.reset()
+                context_is_alive()
+                group.barrier()
+                check_normal(buffer, 2)
+
+    run(place, body)
+
+
+def test_ranks_in_different_operations(place: str) -> None:
+    def body(group: Group) -> None:
+        with cuda_buffer(group) as buffer:
+            out = buffer.dispatch(
+                put(np.ones((4, 16), np.float32)),
+                topk_idx=put(np.zeros((4, 1), np.int64)),
+                num_experts=group.size,
+            )
+            x = put(np.ones((4, 16), np.float32))
+            cupy.cuda.get_current_stream().synchronize()
+            start = time.monotonic()
+
+            def call() -> None:
+                if group.rank == 0:
+                    buffer.dispatch(x, handle=out.handle)
+                else:
+                    buffer.combine(out.recv_x, out.handle)
+                cupy.cuda.get_current_stream().synchronize()
+                buffer.combine(out.recv_x, out.handle)  # says what happened to the last call
+
+            error = raised(call)
+            assert isinstance(error, ep_rt.CollectiveMismatchError)
+            assert error.operations == ("dispatch", *["combine"] * (group.size - 1))
+            assert time.monotonic() - start < 10
+            group.barrier()
+            buffer.reset()
+            check_normal(buffer, 3)
+
+    run(place, body)
+
+
+@pytest.mark.parametrize("what", ["hidden", "dtype", "num_experts", "topk_weights", "num_worst_tokens"])
+def test_arguments_that_differ(place: str, what: str) -> None:
+    def body(group: Group) -> None:
+        with cuda_buffer(group) as buffer:
+            odd = group.rank == group.size - 1
+            dtype = np.dtype(np.float16 if what == "dtype" and odd else np.float32)
+            row_bytes = 128 if what == "hidden" and odd else 64
+            x = np.ones((4, row_bytes // dtype.itemsize), dtype)
+            weights = put(np.ones((4, 1), np.float32)) if what == "topk_weights" and odd else None
+
+            def call() -> None:
+                buffer.dispatch(
+                    put(x),
+                    topk_idx=put(np.zeros((4, 1), np.int64)),
+                    topk_weights=weights,
+                    num_experts=group.size * (2 if what == "num_experts" and odd else 1),
+                    num_worst_tokens=64 * (what == "num_worst_tokens" and odd),
+                )
+                cupy.cuda.get_current_stream().synchronize()
+                buffer.dispatch(put(x), topk_idx=put(np.zeros((4, 1), np.int64)), num_experts=group.size)
+
+            error = raised(call)
+            assert isinstance(error, ep_rt.ConfigError)
+            assert error.is_collective
+            assert f"{', '.join(map(str, range(group.size - 1)))}; {group.size - 1}" in str(error)
+            group.barrier()
+            buffer.reset()
+            check_normal(buffer, 4)
+
+    run(place, body)
+
+
+def test_what_does_not_fit_says_how_much_would(place: str) -> None:
+    def body(group: Group) -> None:
+        num_tokens, hidden = 512, 1024
+        x = np.full((num_tokens, hidden), group.rank, np.float32)
+        ids = np.zeros((num_tokens, 1), np.int64)  # all to rank 0
+        with cuda_buffer(group, num_nvl_bytes=4 << 20) as buffer:
+            for _ in range(2):
+                error = raised(lambda: buffer.dispatch(put(x), topk_idx=put(ids), num_experts=group.size))
+                assert isinstance(error, ep_rt.ConfigError)
+                assert error.is_collective
+                assert "rank 0 receives" in str(error)
+                messages = group.allgather(str(error))
+                assert len(set(messages)) == 1
+            needed = int(str(error).partition("must be at least ")[2].partition(",")[0])
+            del error
+            check_normal(buffer, 5)  # still in step
+            with pytest.raises(ep_rt.ConfigError, match="no room for"):
+                buffer.dispatch(put(x), topk_idx=put(ids), num_experts=group.size, num_worst_tokens=1 << 20)
+            check_normal(buffer, 6)
+        with cuda_buffer(group, num_nvl_bytes=needed) as buffer:
+            out = buffer.dispatch(put(x), topk_idx=put(ids), num_experts=group.size)
+            assert out.recv_x.shape[0] == (num_tokens * group.size if group.rank == 0 else 0)
+
+    run(place, body)
+
+
+def test_misuse_is_refused_before_anything_happens(place: str) -> None:
+    def body(group: Group) -> None:
+        ids = np.zeros((4, 1), np.int64)
+        x = np.ones((4, 16), np.float32)
+        with cuda_buffer(group) as buffer:
+            with pytest.raises(ep_rt.ArrayError, match="lies on cpu"):
+                buffer.dispatch(x, topk_idx=put(ids), num_experts=group.size)
+            with pytest.raises(ep_rt.ConfigError, match="num_sms=9999"):
+                buffer.dispatch(
+                    put(x), topk_idx=put(ids), num_experts=group.size, config=Config(num_sms=9999)
+                )
+            with pytest.raises(ep_rt.ConfigError, match="at most 512 on each"):
+                buffer.dispatch(put(x), topk_idx=put(ids), num_experts=group.size * 513)
+            with pytest.raises(ep_rt.BackendError, match="low-latency"):
+                buffer.low_latency_dispatch(put(x), put(ids), 4, group.size)
+            check_normal(buffer, 7)
+
+    run(place, body)
+
+
+def test_threads_on_one_gpu_need_streams_of_their_own(place: str) -> None:
+    if place != "virtual":
+        pytest.skip("ranks that share nothing may use the default stream")
+
+    def body(group: Group) -> None:
+        with cuda_buffer(group) as buffer:
+            x, ids = put(np.ones((4, 16), np.float32)), put(np.zeros((4, 1), np.int64))
+            with cupy.cuda.Stream.null, pytest.raises(ep_rt.ConfigError, match="stream of its own"):
+                buffer.dispatch(x, topk_idx=ids, num_experts=group.size)
+            check_normal(buffer, 8)
+
+    run(place, body)
+
+
+def test_nodes_are_refused(place: str) -> None:
+    def body(group: Group) -> None:
+        with pytest.raises(ep_rt.TopologyError, match="internode"):
+            Buffer(group, backend="cuda", ranks_per_node=1)
+        with cuda_buffer(group) as buffer:
+            check_normal(buffer, 9)
+
+    run(place, body)

@@ -1,0 +1,107 @@
+"""What the ranks of a call compare."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ep_rt.cuda.digest import combine_digest, dispatch_digest
+from ep_rt.handle import HostDispatchHandle
+from ep_rt.requests import CombineRequest, DispatchRequest, Place
+
+OWNER = object()
+PLACE = Place("cpu")  # shapes and dtypes are the same anywhere
+
+
+def dispatch(handle_call: int = 0, **changes: Any) -> int:
+    arguments: dict[str, Any] = {
+        "x": np.ones((3, 16), np.float32),
+        "handle": None,
+        "is_token_in_rank": None,
+        "num_tokens_per_expert": None,
+        "topk_idx": np.zeros((3, 2), np.int64),
+        "topk_weights": None,
+        "expert_alignment": 1,
+        "num_worst_tokens": 0,
+        "num_experts": 8,
+    }
+    arguments |= changes
+    request = DispatchRequest.of(*arguments.values(), owner=OWNER, num_ranks=2, place=PLACE)
+    return dispatch_digest(request, handle_call=handle_call)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"x": np.ones((3, 32), np.float32)},
+        {"x": np.ones((3, 32), np.float16)},
+        {"x": (np.ones((3, 16), np.float32), np.ones((3, 1), np.float32))},
+        {"topk_idx": np.zeros((3, 2), np.int32)},
+        {"topk_idx": np.zeros((3, 1), np.int64)},
+        {"topk_weights": np.zeros((3, 2), np.float32)},
+        {"num_experts": 16},
+        {"num_worst_tokens": 5},
+        {"handle_call": 3},
+    ],
+    ids=str,
+)
+def test_what_must_agree_is_in_it(changes: dict[str, Any]) -> None:
+    assert dispatch(**changes) != dispatch()
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({}, {"x": np.zeros((5, 16), np.float32), "topk_idx": np.ones((5, 2), np.int64)}),
+        ({}, {"expert_alignment": 128}),
+        ({"num_worst_tokens": 5}, {"num_worst_tokens": 6}),
+    ],
+)
+def test_what_may_differ_is_not(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert dispatch(**one) == dispatch(**other)
+
+
+def test_combine_knows_its_dispatch() -> None:
+    handle = HostDispatchHandle(
+        owner=OWNER,
+        num_tokens=4,
+        num_topk=2,
+        num_recv_rows=3,
+        num_recv_tokens_per_expert_list=[3],
+        is_token_in_rank=np.zeros((4, 2), np.bool_),
+        send_tokens=(),
+        recv_counts=(3,),
+    )
+    x, weights = np.ones((3, 16), np.float32), np.ones((3, 2), np.float32)
+
+    def digest(x: Any, weights: Any, call: int) -> int:
+        request = CombineRequest.of(x, handle, weights, None, owner=OWNER, place=PLACE)
+        return combine_digest(request, handle_call=call)
+
+    digests = {
+        digest(x, None, 1),
+        digest(x, weights, 1),
+        digest(x, None, 2),
+        digest(x.astype(np.float16), None, 1),
+    }
+    assert len(digests) == 4
+
+
+def test_processes_agree() -> None:
+    program = "import test_digest; print(test_digest.dispatch())"
+    seen = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=__file__.rpartition("/")[0],
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert seen == {f"{dispatch()}\n"}

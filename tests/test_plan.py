@@ -1,0 +1,73 @@
+"""How calls are laid over a GPU, and where what is received lies."""
+
+from __future__ import annotations
+
+import pytest
+
+from ep_rt.cuda import kernels, plan
+from ep_rt.cuda.layout import MAX_BLOCKS, OFFSET_UNIT, ReceivedRow
+from ep_rt.errors import ConfigError
+
+ROWS = [
+    ReceivedRow(idx_bytes=64, weights_bytes=32, sf_bytes=224, row_bytes=7168),
+    ReceivedRow(idx_bytes=0, weights_bytes=0, sf_bytes=0, row_bytes=16),
+    ReceivedRow(idx_bytes=8, weights_bytes=0, sf_bytes=4, row_bytes=14336),
+]
+
+
+def test_blocks_are_the_sms_asked_for() -> None:
+    assert [plan.num_blocks(num_sms, num_device_sms=132, num_sharing=1) for num_sms in (1, 2, 16, 132)] == [
+        1,
+        2,
+        16,
+        132,
+    ]
+
+
+def test_ranks_on_one_gpu_divide_its_sms() -> None:
+    assert plan.num_blocks(16, num_device_sms=132, num_sharing=8) == 16
+    assert plan.num_blocks(24, num_device_sms=132, num_sharing=8) == 16
+    assert plan.num_blocks(1, num_device_sms=132, num_sharing=8) == 1
+
+
+@pytest.mark.parametrize(
+    ("num_sms", "num_device_sms", "num_sharing"),
+    [(0, 132, 1), (133, 132, 1), (MAX_BLOCKS + 1, 300, 1), (1, 4, 8)],
+)
+def test_grids_that_cannot_be(num_sms: int, num_device_sms: int, num_sharing: int) -> None:
+    with pytest.raises(ConfigError):
+        plan.num_blocks(num_sms, num_device_sms=num_device_sms, num_sharing=num_sharing)
+
+
+def test_slab_sizes() -> None:
+    assert plan.slab_bytes(1000) == 1024
+    assert plan.slab_bytes(0) == 1 << 30
+    assert plan.slab_bytes(5 << 20, row_bytes=14336, num_topk=8, num_rows=32768) == 5 << 20
+    assert plan.slab_bytes(0, row_bytes=32, num_topk=2, num_rows=64) == 64 << 20
+    assert plan.slab_bytes(0, row_bytes=14336, num_topk=8, num_rows=32768) > 2 * 32768 * (14336 + 96)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_what_fits_into_a_place_fits(row: ReceivedRow) -> None:
+    for num_bytes in (0, 1, OFFSET_UNIT, 5 * OFFSET_UNIT, 1 << 20, (1 << 30) + 256):
+        capacity = row.capacity(num_bytes)
+        assert capacity == 0 or row.layout(capacity).end <= num_bytes
+        assert row.capacity(row.num_bytes(capacity)) >= capacity
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_parts_do_not_overlap(row: ReceivedRow) -> None:
+    at = row.layout(1001)
+    assert at.topk_idx + 1001 * row.idx_bytes <= at.topk_weights
+    assert at.topk_weights + 1001 * row.weights_bytes <= at.sf
+    assert at.sf + 1001 * row.sf_bytes <= at.x
+    assert at.x + 1001 * row.row_bytes <= at.end
+    assert all(part % OFFSET_UNIT == 0 for part in (at.topk_weights, at.sf, at.x, at.end))
+
+
+@pytest.mark.parametrize("spec", kernels.normal_mode_specs(), ids=lambda spec: spec.name)
+def test_kernels_fit_into_a_multiprocessor(spec: kernels.KernelSpec) -> None:
+    static_bytes = 6 << 10  # more than any of them has
+    assert spec.shared_bytes + static_bytes <= 227 << 10
+    assert spec.shared_bytes_sm80 + static_bytes <= 48 << 10
+    assert spec.cfg.num_threads <= 1024
