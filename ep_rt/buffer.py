@@ -150,7 +150,7 @@ class Buffer:
                 num_bytes=self._slab_bytes(num_nvl_bytes),
                 timeout_s=timeout_s,
             )
-            self._low_latency = NoLowLatency()
+            self._low_latency = NoLowLatency(self._engine.close)
 
     @classmethod
     def for_moe(

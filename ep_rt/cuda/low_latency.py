@@ -9,7 +9,14 @@ from ..errors import BackendError
 
 
 class NoLowLatency:
-    """Stands for the low-latency mode, which the CUDA backend does not have yet: every call says so."""
+    """Stands for the low-latency mode, which the CUDA backend does not have yet: every call says so.
+
+    Args:
+        close: what `close` does.
+    """
+
+    def __init__(self, close: Callable[[], None]) -> None:
+        self.close = close
 
     def __getattr__(self, name: str) -> Callable[..., NoReturn]:
         raise BackendError(
