@@ -259,6 +259,13 @@ def cuda_to_framework(
     raise ArrayError(f"device results go to cupy, torch or jax, not to {framework!r}")
 
 
+def torch_bytes(pointer: int, num_bytes: int, *, device: int, owner: object) -> Any:
+    """`cuda_to_framework` for a torch tensor of bytes, the shortest way."""
+    capsule = np.asarray(_Bytes(pointer, num_bytes, owner)).__dlpack__()
+    dlpack.relabel(capsule, cuda_index=device, dtype="uint8")
+    return _load("torch").utils.dlpack.from_dlpack(capsule)
+
+
 def current_device() -> int | None:
     """The CUDA device that is current in this thread; None where no loaded framework uses one."""
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
@@ -502,6 +509,21 @@ class _Memory:
             "shape": seen.shape,
             "strides": tuple(stride * itemsize for stride in seen.strides),
             "typestr": np.dtype(f"u{itemsize}").str,
+        }
+
+
+class _Bytes:
+    """The same for bytes."""
+
+    __slots__ = ("__array_interface__", "owner")
+
+    def __init__(self, pointer: int, num_bytes: int, owner: object) -> None:
+        self.owner = owner
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (pointer, False),
+            "shape": (num_bytes,),
+            "typestr": "|u1",
         }
 
 

@@ -12,7 +12,7 @@ from . import _version, arrays
 from . import backend as backends
 from .config import DEFAULT_TIMEOUT_S, Config
 from .cuda import plan
-from .cuda.engine import CudaEngine, CudaStats
+from .cuda.engine import CudaEngine, CudaStats, MemoryReport
 from .cuda.low_latency import NoLowLatency
 from .cuda.streams import capture
 from .errors import BackendError, ClosedError, ConfigError, EpError
@@ -242,26 +242,42 @@ class Buffer:
         allocate_on_comm_stream: bool = False,
         *,
         num_experts: int | None = None,
+        layout: str = "rank",
+        zero_padding: bool = False,
+        quantize: str | None = None,
     ) -> Dispatched:
         """Send every token once to each rank that owns at least one of its experts.
+
+        Rows travel the same way whatever the `layout`: it says how a rank finds what it received. With "rank"
+        there is one row for each token. With "expert" there is one for each local expert of a token, and the
+        rows of an expert lie together, in the order of (source rank, source token, column): what a grouped
+        GEMM takes.
 
         Args:
             x: [num_tokens, hidden], bfloat16, float16, float32, float8_e4m3fn or uint8, rows of a multiple
                 of 16 bytes; or a tuple (x, sf) with scale factors [num_tokens, any], float32 or int32.
-            handle: repeat the routing of an earlier dispatch with new rows; give `x` alone then.
+            handle: repeat the routing of an earlier dispatch with new rows; give `x` alone then. The layout
+                is that of the earlier dispatch.
             num_tokens_per_rank, num_tokens_per_rdma_rank: accepted; they follow from `is_token_in_rank`.
             is_token_in_rank: bool [num_tokens, num_ranks]; computed from `topk_idx` if not given.
             num_tokens_per_expert: int32 [num_experts]; computed from `topk_idx` if not given.
             topk_idx: [num_tokens, num_topk], int64 or int32, expert ids; -1 for none.
             topk_weights: float32 [num_tokens, num_topk]; delivered, not applied.
-            expert_alignment: per-expert counts are rounded up to it.
+            expert_alignment: per-expert counts are rounded up to it. With layout "expert" each expert's rows
+                begin at a multiple of it, and padding rows follow them up to the next one.
             num_worst_tokens: if not 0, the results have exactly this many rows. Rows past the received ones
                 are unspecified, with expert ids -1 and weights 0; rows that do not fit are dropped and
-                ``handle.overflow`` says so.
+                ``handle.overflow`` says so. With layout "expert" these are the rows from there on once all
+                padded segments are laid out, and where even more tokens arrived, the last tokens before that.
             config: accepted; see `Config`.
             previous_event: work to wait for first.
             async_finish, allocate_on_comm_stream: as in DeepEP; on the host the work is done on return.
             num_experts: of all ranks together; needed with `topk_idx` alone. Default: that of `for_moe`.
+            layout: "rank" or "expert"; "expert" needs `topk_idx`, or the handle of such a dispatch.
+            zero_padding: with layout "expert", fill the padding rows of ``recv_x`` and of its scale factors
+                with zeros; else they are unspecified. Rows past the last segment are padding too.
+            quantize: "fp8" casts rows before they travel: `x` is bfloat16 without scale factors, hidden a
+                multiple of 128, and ``recv_x`` a tuple (float8_e4m3fn, float32 [.., hidden / 128]).
 
         Returns:
             Dispatched: ``recv_x`` [num_recv_tokens, hidden] (or a tuple with its scale factors), rows ordered
@@ -270,32 +286,30 @@ class Buffer:
             ``num_recv_tokens_per_expert_list``, one count per local expert, [] with `num_worst_tokens`;
             ``handle`` for `combine`; ``event``. With `handle` the ids and weights are None.
 
+            With layout "expert" ``recv_x`` has P rows, P the sum of the padded segments, or
+            `num_worst_tokens`; ``recv_topk_idx`` is None; ``recv_topk_weights`` is float32 [P], the weight of
+            each row, 0 in padding; ``num_recv_tokens_per_expert_list`` holds the lengths of the padded
+            segments; ``handle.psum_num_tokens_per_expert`` says where the true rows of each expert end.
+
         Raises:
             ArrayError, ConfigError, HandleError: on every rank; nothing moved.
             CollectiveMismatchError, PeerTimeoutError, PeerFailedError: see `Buffer`.
 
         Collective. The backward of dispatch is `combine` of the rows' gradients with the same handle.
-        Source: reference.dispatch, reference.dispatch_cached.
+        Source: reference.dispatch, reference.dispatch_cached, reference.expand, reference.quantize_fp8.
         """
         self._enter()
+        given = (x, handle, is_token_in_rank, num_tokens_per_expert, topk_idx, topk_weights)
+        options = (
+            expert_alignment,
+            num_worst_tokens,
+            num_experts if self._moe is None else self._num_experts(num_experts),
+            layout,
+            zero_padding,
+            quantize,
+        )
         return self._engine.dispatch(
-            lambda: self._within_model(
-                DispatchRequest.of(
-                    x,
-                    handle,
-                    is_token_in_rank,
-                    num_tokens_per_expert,
-                    topk_idx,
-                    topk_weights,
-                    expert_alignment,
-                    num_worst_tokens,
-                    num_experts if self._moe is None else self._num_experts(num_experts),
-                    owner=self._identity,
-                    num_ranks=self.num_ranks,
-                    place=self._engine.place,
-                )
-            ),
-            self._schedule(config, previous_event, async_finish),
+            (*given, *options), self._dispatch_request, self._schedule(config, previous_event, async_finish)
         )
 
     def combine(
@@ -311,32 +325,37 @@ class Buffer:
     ) -> Combined:
         """Return every token's rows to its source rank and sum them.
 
-        The sum is not weighted: experts apply ``recv_topk_weights`` to their outputs, rank by rank.
+        With layout "rank" the sum is not weighted: experts apply ``recv_topk_weights`` to their outputs, rank
+        by rank. With "expert" each rank first sums the rows of a received token over its columns, weighted if
+        `topk_weights` is given, and what travels is that one row.
 
         Args:
             x: [rows of recv_x, hidden], bfloat16, float16 or float32, rows as the dispatch delivered them.
+                Padding rows of layout "expert" are ignored.
             handle: of that dispatch.
             topk_weights: float32 [rows of recv_x, num_topk], summed the same way (the gradient of the
-                weights, in a backward pass).
+                weights, in a backward pass). With layout "expert" float32 [rows of recv_x], such as
+                ``recv_topk_weights``: each row is multiplied by its weight before it is added.
             bias: [num_tokens, hidden], or a tuple of two, dtype of `x`, added at the end.
 
         Returns:
             Combined: ``combined_x`` [num_tokens, hidden], dtype of `x`: the rows in ascending order of rank,
             then the biases, added in float32 and rounded once to nearest even; ``combined_topk_weights``
-            float32 [num_tokens, num_topk] or None; ``event``.
+            float32 [num_tokens, num_topk], or None without `topk_weights` and with layout "expert";
+            ``event``. With layout "expert" a rank's row is the sum of its products, each rounded to float32,
+            over the columns in ascending order, added in float32 and rounded once to the dtype of `x`.
 
         Raises:
             ArrayError, ConfigError, HandleError: on every rank; nothing moved.
             CollectiveMismatchError, PeerTimeoutError, PeerFailedError: see `Buffer`.
 
         Collective. The backward of combine is `dispatch` of the gradient with the same handle.
-        Source: reference.combine.
+        Source: reference.combine, reference.collapse.
         """
         self._enter()
         return self._engine.combine(
-            lambda: CombineRequest.of(
-                x, handle, topk_weights, bias, owner=self._identity, place=self._engine.place
-            ),
+            (x, handle, topk_weights, bias),
+            self._combine_request,
             self._schedule(config, previous_event, async_finish),
         )
 
@@ -544,12 +563,14 @@ class Buffer:
     def empty(self, shape: Sequence[int], dtype: Any = "bfloat16", *, framework: str | None = None) -> Any:
         """An uninitialised array in communication memory, from which `combine` reads without a copy. Local.
 
+        Where that memory would not have room for another result then, the array lies elsewhere on the device,
+        and `stats` counts it.
+
         Args:
             dtype: a name, or a dtype of NumPy, torch or JAX.
             framework: "cupy", "torch" or "jax"; default that of a torch dtype, else CuPy.
 
         Raises:
-            ConfigError: there is no room.
             BackendError: on the host backend, where every array will do.
         """
         if framework is None:
@@ -564,6 +585,14 @@ class Buffer:
             BackendError: the host backend has none.
         """
         return self._cuda().stats
+
+    def memory_report(self) -> MemoryReport:
+        """The device memory held by the CUDA backend; print it for a table. Local.
+
+        Raises:
+            BackendError: the host backend holds none.
+        """
+        return self._cuda().memory_report()
 
     # Life time.
 
@@ -646,11 +675,15 @@ class Buffer:
         of_model = None if self._moe is None else self._moe.num_max_tokens_per_rank
         return _given_or_of_model("num_max_dispatch_tokens_per_rank", given, of_model)
 
-    def _within_model(self, request: DispatchRequest) -> DispatchRequest:
+    def _dispatch_request(self, x: Any, *given: Any) -> DispatchRequest:
+        request = DispatchRequest.of(
+            x, *given, owner=self._identity, num_ranks=self.num_ranks, place=self._engine.place
+        )
         moe = self._moe
         if moe is not None:
             num_tokens, hidden = request.x.shape
-            row_bytes = hidden * arrays.np_dtype(request.x.dtype).itemsize
+            itemsize = 1 if request.quantize else arrays.np_dtype(request.x.dtype).itemsize
+            row_bytes = hidden * itemsize
             if row_bytes > moe.hidden * arrays.np_dtype(moe.dtype).itemsize:
                 raise ConfigError(
                     f"x has rows of {hidden} x {request.x.dtype}; the buffer was made for "
@@ -662,6 +695,9 @@ class Buffer:
                     f"num_max_tokens_per_rank={moe.num_max_tokens_per_rank}"
                 )
         return request
+
+    def _combine_request(self, x: Any, handle: DispatchHandle, weights: Any, bias: Any) -> CombineRequest:
+        return CombineRequest.of(x, handle, weights, bias, owner=self._identity, place=self._engine.place)
 
 
 def _given_or_of_model(name: str, given: int | None, of_model: int | None) -> int:

@@ -7,8 +7,10 @@ Source: dlpack.h of DLPack 1.1.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 HOST_DEVICE_TYPES = (1, 3)  # kDLCPU, kDLCUDAHost
 CUDA_DEVICE_TYPES = (2, 13)  # kDLCUDA, kDLCUDAManaged
@@ -76,10 +78,7 @@ def open_capsule(capsule: object) -> tuple[Tensor, bool]:
 
     The capsule keeps its name, so it stays unconsumed and releases the memory when it is dropped.
     """
-    get_name = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(("PyCapsule_GetName", ctypes.pythonapi))
-    get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
-        ("PyCapsule_GetPointer", ctypes.pythonapi)
-    )
+    get_name, get_pointer = _capsule_functions()
     name = get_name(capsule)
     address = get_pointer(capsule, name)
     if name == b"dltensor_versioned":
@@ -93,3 +92,14 @@ def relabel(capsule: object, *, cuda_index: int, dtype: str) -> None:
     tensor, _ = open_capsule(capsule)
     tensor.device_type, tensor.device_id = CUDA_DEVICE_TYPES[0], cuda_index
     tensor.code, tensor.bits = CODES[dtype]
+
+
+@functools.cache
+def _capsule_functions() -> tuple[Any, Any]:
+    """PyCapsule_GetName and PyCapsule_GetPointer. Making them takes longer than a call."""
+    get_name = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)
+    get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
+    return (
+        get_name(("PyCapsule_GetName", ctypes.pythonapi)),
+        get_pointer(("PyCapsule_GetPointer", ctypes.pythonapi)),
+    )

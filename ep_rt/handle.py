@@ -19,8 +19,13 @@ class DispatchHandle(abc.ABC):
     Attributes:
         num_tokens: tokens this rank sent from.
         num_topk: columns of ``topk_idx``; 0 when the dispatch had none.
-        num_recv_rows: rows of ``recv_x``: `num_recv_tokens`, or ``num_worst_tokens`` when that was given.
+        num_recv_rows: rows of ``recv_x``: `num_needed_rows`, or ``num_worst_tokens`` when that was given.
         num_recv_tokens_per_expert_list: as returned by the dispatch.
+        layout: "rank" or "expert", of the rows.
+        psum_num_tokens_per_expert: with layout "expert" int32 [num_local_experts], where each expert's true
+            rows end, at most `num_recv_rows`; an expert's rows begin at the first multiple of
+            ``expert_alignment`` from the end of the one before, the first's at 0. In the framework of
+            ``topk_idx``; on a GPU it lies there, and reading it there needs no host. None with "rank".
     """
 
     owner: Any = field(repr=False)
@@ -28,6 +33,8 @@ class DispatchHandle(abc.ABC):
     num_topk: int
     num_recv_rows: int
     num_recv_tokens_per_expert_list: list[int]
+    layout: str = "rank"
+    psum_num_tokens_per_expert: Any = field(default=None, repr=False)
 
     @property
     @abc.abstractmethod
@@ -38,9 +45,34 @@ class DispatchHandle(abc.ABC):
         """
 
     @property
+    def num_needed_rows(self) -> int:
+        """Rows that ``num_worst_tokens`` would have to be at least, for nothing to be dropped.
+
+        With layout "rank" `num_recv_tokens`. With "expert" the padded segments of all experts together; that
+        is a lower bound where more tokens arrived than ``num_worst_tokens``. Waits as `num_recv_tokens` does.
+        """
+        return self.num_recv_tokens
+
+    @property
     def overflow(self) -> bool:
-        """Whether more tokens arrived than ``num_worst_tokens`` left room for; the last ones were dropped."""
-        return self.num_recv_tokens > self.num_recv_rows
+        """Whether ``num_worst_tokens`` left room for fewer rows than were needed; the last were dropped."""
+        return self.num_needed_rows > self.num_recv_rows
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class ExpertRows:
+    """What the rows of the expert-major layout stand for, on the host.
+
+    Attributes:
+        received_row, topk: int64 [num_recv_rows], the received token and its column; -1 in padding.
+        num_received_rows: received tokens that are kept, in their own order.
+        num_needed_rows: see `DispatchHandle`.
+    """
+
+    received_row: NDArray[np.int64]
+    topk: NDArray[np.int64]
+    num_received_rows: int
+    num_needed_rows: int
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -51,15 +83,21 @@ class HostDispatchHandle(DispatchHandle):
         is_token_in_rank: bool [num_tokens, num_ranks].
         send_tokens: tokens for each rank, ascending.
         recv_counts: tokens from each rank.
+        expert_rows: with layout "expert".
     """
 
     is_token_in_rank: NDArray[np.bool_] = field(repr=False)
     send_tokens: tuple[Tokens, ...] = field(repr=False)
     recv_counts: tuple[int, ...] = field(repr=False)
+    expert_rows: ExpertRows | None = field(default=None, repr=False)
 
     @property
     def num_recv_tokens(self) -> int:
         return sum(self.recv_counts)
+
+    @property
+    def num_needed_rows(self) -> int:
+        return self.num_recv_tokens if self.expert_rows is None else self.expert_rows.num_needed_rows
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

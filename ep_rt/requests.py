@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import arrays
 from .arrays import ArrayView
@@ -20,9 +20,12 @@ MOVED_DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn", "uint8")
 SUMMED_DTYPES = ("bfloat16", "float16", "float32")
 SF_DTYPES = ("float32", "int32")
 INDEX_DTYPES = ("int64", "int32")
+LAYOUTS = ("rank", "expert")
+QUANTIZERS = (None, "fp8")
 
 ROW_ALIGN_BYTES = 16
 FP8_BLOCK = 128
+MAX_ALIGNMENT = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +41,7 @@ class Place:
     stream: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
+class Schedule(NamedTuple):
     """When a call runs and with how much. Changes nothing of the result.
 
     Attributes:
@@ -113,7 +115,10 @@ class LayoutRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchRequest:
-    """`num_experts` is 0 when `handle` repeats an earlier dispatch."""
+    """`num_experts` is 0 when `handle` repeats an earlier dispatch; `layout` is the handle's then.
+
+    With `quantize`, `x` is what is cast, and the rows that travel are its FP8 rows and their scale factors.
+    """
 
     x: ArrayView
     sf: ArrayView | None
@@ -125,6 +130,9 @@ class DispatchRequest:
     expert_alignment: int
     num_worst_tokens: int
     handle: DispatchHandle | None
+    layout: str
+    zero_padding: bool
+    quantize: str | None
 
     @classmethod
     def of(
@@ -138,22 +146,35 @@ class DispatchRequest:
         expert_alignment: int,
         num_worst_tokens: int,
         num_experts: int | None,
+        layout: str = "rank",
+        zero_padding: bool = False,
+        quantize: str | None = None,
         *,
         owner: object,
         num_ranks: int,
         place: Place,
     ) -> DispatchRequest:
         x, sf = x if isinstance(x, tuple) else (x, None)
-        rows = _load_rows(x, "x", MOVED_DTYPES, None, place)
-        num_tokens = rows.shape[0]
+        if quantize not in QUANTIZERS:
+            raise ConfigError(f"quantize={quantize!r}; None or 'fp8'")
+        if quantize is not None and sf is not None:
+            raise ConfigError(f"quantize={quantize!r} makes the scale factors; give x alone")
+        rows = _load_rows(x, "x", MOVED_DTYPES if quantize is None else ("bfloat16",), None, place)
+        num_tokens, hidden = rows.shape
+        if quantize is not None and hidden % FP8_BLOCK:
+            raise ArrayError(
+                f"x has hidden={hidden}; with quantize={quantize!r} it must be a multiple of {FP8_BLOCK}"
+            )
         scales = None
         if sf is not None:
             shape = (num_tokens,) if arrays.view(sf, name="sf").shape == (num_tokens,) else (num_tokens, None)
             scales = load(sf, "sf", dtypes=SF_DTYPES, shape=shape, place=place)
-        if expert_alignment < 1:
-            raise ConfigError(f"expert_alignment={expert_alignment} must be at least 1")
+        if not 1 <= expert_alignment <= MAX_ALIGNMENT:
+            raise ConfigError(f"expert_alignment={expert_alignment} must be from 1 to {MAX_ALIGNMENT}")
         if num_worst_tokens < 0:
             raise ConfigError(f"num_worst_tokens={num_worst_tokens} is negative")
+        if layout not in LAYOUTS:
+            raise ConfigError(f"layout={layout!r}; one of {', '.join(LAYOUTS)}")
 
         ids = weights = in_rank = per_expert = None
         if handle is not None:
@@ -168,6 +189,9 @@ class DispatchRequest:
                     f"num_worst_tokens={num_worst_tokens}; "
                     f"the handle's dispatch had {handle.num_recv_rows} rows"
                 )
+            if layout == "expert" and handle.layout != layout:
+                raise HandleError(f"layout={layout!r}; the handle's dispatch had layout={handle.layout!r}")
+            layout = handle.layout
             num_experts = 0
         else:
             if num_tokens_per_expert is not None:
@@ -196,12 +220,16 @@ class DispatchRequest:
                 raise ConfigError(
                     "dispatch needs topk_idx, or is_token_in_rank with num_tokens_per_expert, or a handle"
                 )
+            if layout == "expert" and ids is None:
+                raise ConfigError("layout='expert' needs topk_idx, or the handle of such a dispatch")
             if topk_weights is not None:
                 if ids is None:
                     raise ConfigError("topk_weights needs topk_idx")
                 weights = load(
                     topk_weights, "topk_weights", dtypes=("float32",), shape=ids.shape, place=place
                 )
+        if zero_padding and layout != "expert":
+            raise ConfigError("zero_padding needs layout='expert': other layouts have no padding")
         return cls(
             x=rows,
             sf=scales,
@@ -213,11 +241,16 @@ class DispatchRequest:
             expert_alignment=expert_alignment,
             num_worst_tokens=num_worst_tokens,
             handle=handle,
+            layout=layout,
+            zero_padding=zero_padding,
+            quantize=quantize,
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CombineRequest:
+    """With a handle of layout "expert" `topk_weights` is [rows of x], and multiplies the rows."""
+
     x: ArrayView
     handle: DispatchHandle
     topk_weights: ArrayView | None
@@ -238,7 +271,9 @@ class CombineRequest:
         rows = _load_rows(x, "x", SUMMED_DTYPES, handle.num_recv_rows, place)
         weights = None
         if topk_weights is not None:
-            shape = (handle.num_recv_rows, handle.num_topk or None)
+            shape: tuple[int | None, ...] = (handle.num_recv_rows,)
+            if handle.layout == "rank":
+                shape = (handle.num_recv_rows, handle.num_topk or None)
             weights = load(topk_weights, "topk_weights", dtypes=("float32",), shape=shape, place=place)
         given = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
         if len(given) > 2:

@@ -1,17 +1,23 @@
-"""How the examples start: flags they share, and one function that runs on every rank."""
+"""How the examples start: flags they share, one function that runs on every rank, and the rank's GPU."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import io
+import os
+import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import ep_rt
 
+FRAMEWORKS = ("numpy", "cupy", "torch", "jax")
 
-def example_parser(description: str | None) -> argparse.ArgumentParser:
+
+def example_parser(description: str | None, *, frameworks: Sequence[str]) -> argparse.ArgumentParser:
     """A parser with the flags that every example has."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -22,7 +28,18 @@ def example_parser(description: str | None) -> argparse.ArgumentParser:
         metavar="N",
         help="run N ranks as threads of this process (default: the ranks that mpiexec started, or one)",
     )
-    parser.add_argument("--backend", choices=("auto", "host", "cuda"), default="auto")
+    parser.add_argument(
+        "--backend",
+        choices=("auto", "host", "cuda"),
+        default="auto",
+        help="cuda: a GPU for each rank; threads may outnumber the GPUs and then share them, processes may "
+        "not. auto (default): cuda where that is possible, else host",
+    )
+    parser.add_argument(
+        "--framework",
+        choices=frameworks,
+        help="whose arrays to use (default: numpy; on GPUs torch if it is installed for them, else cupy)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
@@ -46,6 +63,10 @@ def launch(parser: argparse.ArgumentParser, run: Callable[[ep_rt.Group, argparse
         options = parser.parse_args()
         if options.ranks and group.size > 1:
             parser.error(f"--ranks starts threads, but mpiexec started {group.size} processes already")
+        if (options.backend, options.framework) in (("cuda", "numpy"), ("host", "cupy")):
+            parser.error(f"--framework {options.framework} has no arrays for --backend {options.backend}")
+        if options.framework and importlib.util.find_spec(options.framework) is None:
+            parser.error(f"--framework {options.framework} is not installed")
         if not options.ranks and group.size == 1:
             print("one rank only; more with --ranks 4, or mpiexec -n 4 before python", file=sys.stderr)
     try:
@@ -55,3 +76,138 @@ def launch(parser: argparse.ArgumentParser, run: Callable[[ep_rt.Group, argparse
             run(group, options)
     except (ep_rt.ConfigError, ep_rt.ArrayError, ep_rt.BackendError) as error:
         sys.exit(f"error: {error}" if group.rank == 0 else 1)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank computes.
+
+    Attributes:
+        backend: to ask a buffer for; its answer says whether the GPU is used.
+        framework: what ``--framework`` asks for, or None.
+        gpu: the CUDA device that is current in this thread; None if there is none to use.
+        gpu_framework: whose arrays are used there.
+        is_shared: other ranks have the same GPU.
+        has_threads_beside: other ranks are threads of this process.
+    """
+
+    group: ep_rt.Group
+    backend: str
+    framework: str | None
+    gpu: int | None = None
+    gpu_framework: str = "cupy"
+    is_shared: bool = False
+    has_threads_beside: bool = False
+
+
+@contextlib.contextmanager
+def place_of(group: ep_rt.Group, options: argparse.Namespace) -> Iterator[Place]:
+    """Make this rank's GPU current if there is one for it, and a stream of its own. Collective.
+
+    Buffers work on the device and the streams that are current, so they are made within. The default stream
+    will not do for threads on one GPU: it is common to them, and they wait for each other.
+    """
+    # Both are read when the GPU is first used. Streams in one hardware queue run one after the other, so
+    # ranks that wait for each other must not share one. JAX would take most of the memory for itself.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+    host = Place(group, "host", options.framework)
+    if options.backend == "host" or options.framework == "numpy":
+        yield host
+        return
+    everyone = group.allgather((platform.node(), os.getpid(), visible_gpus()))
+    if not all(gpus for _, _, gpus in everyone):
+        yield replace(host, backend=options.backend)  # if that is cuda, the buffer says what is missing
+        return
+    framework = options.framework or default_gpu_framework()
+    homes, obstacle = assign_gpus(everyone, framework)
+    if obstacle is not None:
+        if options.backend == "cuda":
+            raise ep_rt.ConfigError(f"--backend cuda: {obstacle}")
+        if group.rank == 0:
+            print(f"host backend: {obstacle}", file=sys.stderr)
+        yield host
+        return
+    home = homes[group.rank]
+    node, pid, gpus = everyone[group.rank]
+    gpu = gpus.index(home[1])
+    with current_gpu(gpu, framework):
+        yield Place(
+            group,
+            options.backend,
+            options.framework,
+            gpu,
+            framework,
+            is_shared=homes.count(home) > 1,
+            has_threads_beside=[rank[:2] for rank in everyone].count((node, pid)) > 1,
+        )
+
+
+def assign_gpus(
+    ranks: Sequence[tuple[str, int, list[str]]], framework: str
+) -> tuple[list[tuple[str, str]], str | None]:
+    """Give every rank the GPU that follows from its number among the ranks of its node.
+
+    Args:
+        ranks: node, process and visible GPUs of each. A launcher may show every process another GPU.
+
+    Returns:
+        Node and GPU of each, and why they cannot be used like that, or None.
+    """
+    nodes = [node for node, _, _ in ranks]
+    homes = [(node, gpus[nodes[:rank].count(node) % len(gpus)]) for rank, (node, _, gpus) in enumerate(ranks)]
+    num_gpus = len(set(homes))
+    obstacle = None
+    if len({(home, pid) for home, (_, pid, _) in zip(homes, ranks, strict=True)}) > num_gpus:
+        obstacle = "there are more processes than GPUs, and only threads can share one: see --ranks"
+    elif framework == "jax" and len(homes) > num_gpus:
+        obstacle = "with JAX, whose streams are common to all threads, every rank needs a GPU of its own"
+    elif not knows_cuda(framework):
+        obstacle = f"{framework} as installed here knows no GPU"
+    return homes, obstacle
+
+
+@contextlib.contextmanager
+def current_gpu(gpu: int, framework: str) -> Iterator[None]:
+    """Make a GPU and a new non-blocking stream of it current in this thread, for CuPy and `framework`."""
+    import cupy
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(cupy.cuda.Device(gpu))
+        if framework == "torch":
+            import torch
+
+            stack.enter_context(torch.cuda.device(gpu))
+            stream = torch.cuda.Stream()  # torch's streams are non-blocking, and live as long as torch
+            stack.enter_context(torch.cuda.stream(stream))
+            stack.enter_context(cupy.cuda.ExternalStream(stream.cuda_stream, gpu))
+        else:
+            stack.enter_context(cupy.cuda.Stream(non_blocking=True))
+        yield
+
+
+def visible_gpus() -> list[str]:
+    """The PCI addresses of the GPUs that this process can use; ep_rt needs CuPy for them."""
+    try:
+        from cupy.cuda import runtime
+
+        return [str(runtime.deviceGetPCIBusId(gpu)) for gpu in range(runtime.getDeviceCount())]
+    except Exception:  # not installed, no driver, no device
+        return []
+
+
+def knows_cuda(framework: str) -> bool:
+    if framework == "torch":
+        import torch
+
+        return bool(torch.cuda.is_available())
+    if framework == "jax":
+        import jax
+
+        return bool(jax.default_backend() == "gpu")
+    return True
+
+
+def default_gpu_framework() -> str:
+    return "torch" if importlib.util.find_spec("torch") and knows_cuda("torch") else "cupy"

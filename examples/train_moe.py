@@ -3,6 +3,8 @@
     mpiexec -n 4 python examples/train_moe.py      ranks are processes
     python examples/train_moe.py --ranks 4         ranks are threads; needs no MPI
 
+On a node with GPUs every rank computes on one; else, or with --backend host, in CPU memory.
+
 The model guesses a character from those before it:
 
     x      = tanh(embeddings of the context, side by side, times w_in)
@@ -31,10 +33,11 @@ import math
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from launch import example_parser, launch, positive
+from frameworks import Library
+from launch import example_parser, launch, place_of, positive
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -44,9 +47,9 @@ import ep_rt
 # What travels is float32, arithmetic on a rank is float64. The choice of experts is not continuous: a score
 # that another order of additions changed in its last bit can send a token elsewhere. In float32 that happens
 # within some twenty steps, and from there two correct runs drift apart.
-Floats = NDArray[np.float64]
-Payload = NDArray[np.float32]
-Ints = NDArray[np.int64]
+Floats = Any  # float64 array of the library that computes
+Payload = Any  # float32
+Ints = Any  # int64
 Parameters = dict[str, Floats]
 
 # Runs on different numbers of ranks add the same numbers in another order, so they begin 1e-16 apart. Where
@@ -63,23 +66,25 @@ class Text:
 
     def __init__(self, text: str) -> None:
         self.vocabulary = sorted(set(text))
-        self.ids: Ints = np.searchsorted(self.vocabulary, list(text))
+        self.ids: NDArray[np.int64] = np.searchsorted(self.vocabulary, list(text))
 
-    def batch(self, rng: np.random.Generator, size: int, context: int) -> tuple[Ints, Ints]:
+    def batch(
+        self, rng: np.random.Generator, size: int, context: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Contexts [size, context] from anywhere in the text, and the characters [size] that follow."""
         start = rng.integers(len(self.ids) - context, size=size)
         windows = self.ids[start[:, None] + np.arange(context + 1)]
         return windows[:, :-1], windows[:, -1]
 
-    def spell(self, ids: Ints) -> str:
+    def spell(self, ids: NDArray[np.int64]) -> str:
         return "".join(self.vocabulary[i] for i in ids)
 
 
-def initial_parameters(options: argparse.Namespace, vocabulary_size: int) -> Parameters:
+def initial_parameters(options: argparse.Namespace, vocabulary_size: int) -> dict[str, NDArray[np.float64]]:
     """The parameters of the whole model, the same on every rank."""
     rng = np.random.default_rng(options.seed)
 
-    def matrix(*shape: int) -> Floats:
+    def matrix(*shape: int) -> NDArray[np.float64]:
         return np.divide(rng.standard_normal(shape), np.sqrt(shape[-2]))
 
     return {
@@ -94,10 +99,9 @@ def initial_parameters(options: argparse.Namespace, vocabulary_size: int) -> Par
     }
 
 
-def softmax(x: Floats) -> Floats:
-    e: Floats = np.exp(x - x.max(axis=1, keepdims=True))
-    e /= e.sum(axis=1, keepdims=True)
-    return e
+def softmax(xp: Any, x: Floats) -> Floats:
+    e = xp.exp(x - xp.amax(x, axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
 
 
 class ExpertPass(NamedTuple):
@@ -115,7 +119,7 @@ class MoePass(NamedTuple):
     """What the MoE block keeps of the forward pass."""
 
     x: Floats
-    topk_idx: Ints
+    chosen: Floats  # [n, num_topk, num_experts], one-hot
     topk_weights: Floats
     experts: list[ExpertPass]
     handle: ep_rt.DispatchHandle
@@ -124,55 +128,63 @@ class MoePass(NamedTuple):
 class MoeBlock:
     """Tokens go to the ranks of their experts and come back as weighted sums of the experts' outputs."""
 
-    def __init__(self, buffer: ep_rt.Buffer, p: Parameters, num_topk: int) -> None:
+    def __init__(self, buffer: ep_rt.Buffer, lib: Library, p: Parameters, num_topk: int) -> None:
         self.buffer = buffer
+        self.lib = lib
         self.p = p
         self.num_topk = num_topk
+        self.one_hot = lib.put(np.eye(p["w_gate"].shape[1]))
 
     def forward(self, x: Floats) -> tuple[Floats, MoePass]:
+        lib, xp = self.lib, self.lib.xp
         scores = x @ self.p["w_gate"]
-        topk_idx = np.argsort(-scores, axis=1, kind="stable")[:, : self.num_topk]
-        topk_weights = softmax(np.take_along_axis(scores, topk_idx, axis=1))
+        topk_idx = xp.argsort(-scores, axis=1)[:, : self.num_topk]
+        chosen = self.one_hot[topk_idx]
+        topk_weights = softmax(xp, (chosen * scores[:, None]).sum(axis=2))
 
-        sent = self.buffer.dispatch(
-            x.astype(np.float32), topk_idx=topk_idx, topk_weights=topk_weights.astype(np.float32)
-        )
+        payload = xp.asarray(x, dtype=xp.float32)
+        payload_weights = xp.asarray(topk_weights, dtype=xp.float32)
+        with lib.communication():
+            sent = self.buffer.dispatch(payload, topk_idx=topk_idx, topk_weights=payload_weights)
         experts = []
-        rows_out: Payload = np.zeros_like(sent.recv_x)
+        rows_out: Payload = xp.zeros_like(sent.recv_x)
         for expert, (up, down) in enumerate(zip(self.p["up"], self.p["down"], strict=True)):
-            row, k = np.nonzero(sent.recv_topk_idx == expert)
-            weight = sent.recv_topk_weights[row, k, None].astype(np.float64)
-            rows = sent.recv_x[row].astype(np.float64)
-            activation = np.tanh(rows @ up)
+            row, k = xp.where(sent.recv_topk_idx == expert)
+            weight = xp.asarray(sent.recv_topk_weights[row, k, None], dtype=xp.float64)
+            rows = xp.asarray(sent.recv_x[row], dtype=xp.float64)
+            activation = xp.tanh(rows @ up)
             output = activation @ down
-            rows_out[row] += (weight * output).astype(np.float32)
+            rows_out[row] += xp.asarray(weight * output, dtype=xp.float32)
             experts.append(ExpertPass(row, k, weight, rows, activation, output))
-        combined = self.buffer.combine(rows_out, sent.handle)
-        y: Floats = combined.combined_x.astype(np.float64)
-        return y, MoePass(x, topk_idx, topk_weights, experts, sent.handle)
+        with lib.communication():
+            combined = self.buffer.combine(rows_out, sent.handle)
+        y = xp.asarray(combined.combined_x, dtype=xp.float64)
+        return y, MoePass(x, chosen, topk_weights, experts, sent.handle)
 
     def backward(self, grad_y: Floats, saved: MoePass) -> tuple[Floats, Parameters]:
         """The gradients of the block's input and of its parameters."""
-        p = self.p
-        received = self.buffer.dispatch(grad_y.astype(np.float32), handle=saved.handle)
-        g = {name: np.zeros_like(p[name]) for name in EXPERT_PARAMETERS}
-        grad_rows: Payload = np.zeros_like(received.recv_x)
-        grad_weights: Payload = np.zeros((len(grad_rows), self.num_topk), np.float32)
+        lib, xp, p = self.lib, self.lib.xp, self.p
+        payload = xp.asarray(grad_y, dtype=xp.float32)
+        with lib.communication():
+            received = self.buffer.dispatch(payload, handle=saved.handle)
+        g = {name: xp.zeros_like(p[name]) for name in EXPERT_PARAMETERS}
+        grad_rows: Payload = xp.zeros_like(received.recv_x)
+        grad_weights: Payload = lib.put(np.zeros((len(grad_rows), self.num_topk), np.float32))
         for expert, (row, k, weight, x, activation, output) in enumerate(saved.experts):
-            grad = received.recv_x[row].astype(np.float64)
-            grad_weights[row, k] = (grad * output).sum(axis=1)
+            grad = xp.asarray(received.recv_x[row], dtype=xp.float64)
+            grad_weights[row, k] = xp.asarray((grad * output).sum(axis=1), dtype=xp.float32)
             grad_output = weight * grad
             grad_activation = (grad_output @ p["down"][expert].T) * (1 - activation**2)
             g["down"][expert] = activation.T @ grad_output
             g["up"][expert] = x.T @ grad_activation
-            grad_rows[row] += (grad_activation @ p["up"][expert].T).astype(np.float32)
-        back = self.buffer.combine(grad_rows, saved.handle, topk_weights=grad_weights)
+            grad_rows[row] += xp.asarray(grad_activation @ p["up"][expert].T, dtype=xp.float32)
+        with lib.communication():
+            back = self.buffer.combine(grad_rows, saved.handle, topk_weights=grad_weights)
 
         # The softmax ran over the chosen experts only: the scores of the others have no gradient.
         w, grad_w = saved.topk_weights, back.combined_topk_weights
-        grad_scores = np.zeros((len(w), p["w_gate"].shape[1]))
         grad_chosen = w * (grad_w - (w * grad_w).sum(axis=1, keepdims=True))
-        np.put_along_axis(grad_scores, saved.topk_idx, grad_chosen, axis=1)
+        grad_scores = (saved.chosen * grad_chosen[:, :, None]).sum(axis=1)
         g["w_gate"] = saved.x.T @ grad_scores
         return back.combined_x + grad_scores @ p["w_gate"].T, g
 
@@ -190,17 +202,19 @@ class ModelPass(NamedTuple):
 class CharacterModel:
     """Embeddings, the MoE block with a residual connection, the output layer. Calls are collective."""
 
-    def __init__(self, buffer: ep_rt.Buffer, p: Parameters, num_topk: int) -> None:
+    def __init__(self, buffer: ep_rt.Buffer, lib: Library, p: Parameters, num_topk: int) -> None:
+        self.xp = lib.xp
         self.p = p
-        self.moe = MoeBlock(buffer, p, num_topk)
+        self.moe = MoeBlock(buffer, lib, p, num_topk)
+        self.one_hot = lib.put(np.eye(len(p["embedding"])))
 
     def forward(self, contexts: Ints) -> ModelPass:
-        p = self.p
+        xp, p = self.xp, self.p
         embedded = p["embedding"][contexts].reshape(len(contexts), len(p["w_in"]))
-        x = np.tanh(embedded @ p["w_in"] + p["b_in"])
+        x = xp.tanh(embedded @ p["w_in"] + p["b_in"])
         moe_y, moe = self.moe.forward(x)
         y = x + moe_y
-        return ModelPass(embedded, x, y, softmax(y @ p["w_out"] + p["b_out"]), moe)
+        return ModelPass(embedded, x, y, softmax(xp, y @ p["w_out"] + p["b_out"]), moe)
 
     def loss_and_gradients(self, contexts: Ints, targets: Ints, batch_size: int) -> tuple[float, Parameters]:
         """This rank's part of the mean cross-entropy over the `batch_size` characters of all ranks.
@@ -210,27 +224,26 @@ class CharacterModel:
         """
         p = self.p
         embedded, x, y, probabilities, moe = self.forward(contexts)
-        right = (np.arange(len(targets)), targets)
-        loss = -np.log(probabilities[right]).sum() / batch_size
+        right = self.one_hot[targets]
+        loss = -self.xp.log((probabilities * right).sum(axis=1)).sum() / batch_size
 
-        grad_logits = probabilities / batch_size
-        grad_logits[right] -= 1 / batch_size
+        grad_logits = (probabilities - right) / batch_size
         grad_y = grad_logits @ p["w_out"].T
         grad_x, g = self.moe.backward(grad_y, moe)
         grad_in = (grad_y + grad_x) * (1 - x**2)
-        grad_embedded = (grad_in @ p["w_in"].T).reshape(*contexts.shape, p["embedding"].shape[1])
+        grad_embedded = (grad_in @ p["w_in"].T).reshape(-1, p["embedding"].shape[1])
         g["w_out"], g["b_out"] = y.T @ grad_logits, grad_logits.sum(axis=0)
         g["w_in"], g["b_in"] = embedded.T @ grad_in, grad_in.sum(axis=0)
-        g["embedding"] = np.zeros_like(p["embedding"])
-        np.add.at(g["embedding"], contexts, grad_embedded)
+        g["embedding"] = self.one_hot[contexts.reshape(-1)].T @ grad_embedded
         return float(loss), g
 
 
 class Adam:
-    def __init__(self, p: Parameters, learning_rate: float) -> None:
+    def __init__(self, xp: Any, p: Parameters, learning_rate: float) -> None:
+        self.xp = xp
         self.learning_rate = learning_rate
-        self.mean = {name: np.zeros_like(value) for name, value in p.items()}
-        self.square = {name: np.zeros_like(value) for name, value in p.items()}
+        self.mean = {name: xp.zeros_like(value) for name, value in p.items()}
+        self.square = {name: xp.zeros_like(value) for name, value in p.items()}
         self.num_steps = 0
 
     def step(self, p: Parameters, g: Parameters) -> None:
@@ -240,66 +253,75 @@ class Adam:
             self.square[name] += 0.01 * (g[name] ** 2 - self.square[name])
             mean = self.mean[name] / (1 - 0.9**self.num_steps)
             square = self.square[name] / (1 - 0.99**self.num_steps)
-            p[name] -= self.learning_rate * mean / (np.sqrt(square) + 1e-8)
+            p[name] -= self.learning_rate * mean / (self.xp.sqrt(square) + 1e-8)
 
 
-def sum_over_ranks(group: ep_rt.Group, values: Parameters) -> Parameters:
+def sum_over_ranks(group: ep_rt.Group, lib: Library, values: Parameters) -> Parameters:
     """Added in the order of the ranks, so that every rank gets the same bits. Collective."""
-    parts = group.allgather(values)
-    return {name: sum(part[name] for part in parts) for name in values}
+    parts = group.allgather({name: lib.fetch(value) for name, value in values.items()})
+    return {name: lib.put(sum(part[name] for part in parts)) for name in values}
 
 
 class Trained(NamedTuple):
-    losses: Floats
-    parameters: Parameters
+    losses: NDArray[np.float64]
+    parameters: dict[str, NDArray[np.float64]]
     sample: str
 
 
 def train(group: ep_rt.Group, options: argparse.Namespace, text: Text) -> Trained:
     """Train over the ranks of `group`. Every rank gets the whole result. Collective."""
-    with ep_rt.Buffer.for_moe(
-        group,
-        num_max_tokens_per_rank=-(-options.batch // group.size),
-        hidden=options.hidden,
-        num_experts=options.num_experts,
-        num_topk=options.topk,
-        dtype="float32",
-        backend=options.backend,
-    ) as buffer:
-        p = initial_parameters(options, len(text.vocabulary))
+    with (
+        place_of(group, options) as place,
+        ep_rt.Buffer.for_moe(
+            group,
+            num_max_tokens_per_rank=-(-options.batch // group.size),
+            hidden=options.hidden,
+            num_experts=options.num_experts,
+            num_topk=options.topk,
+            dtype="float32",
+            backend=place.backend,
+        ) as buffer,
+    ):
+        lib = Library.of(buffer, place)
+        initial = initial_parameters(options, len(text.vocabulary))
         for name in EXPERT_PARAMETERS:
-            p[name] = np.split(p[name], group.size)[group.rank]
-        model = CharacterModel(buffer, p, options.topk)
-        adam = Adam(p, options.learning_rate)
+            initial[name] = np.split(initial[name], group.size)[group.rank]
+        p = {name: lib.put(value) for name, value in initial.items()}
+        model = CharacterModel(buffer, lib, p, options.topk)
+        adam = Adam(lib.xp, p, options.learning_rate)
         rng = np.random.default_rng(options.seed)
         mine = np.array_split(np.arange(options.batch), group.size)[group.rank]
         losses = []
-        with tqdm(
-            total=options.steps, desc=ranks_in_words(group.size), mininterval=0.5, disable=group.rank > 0
-        ) as progress:
+        title = f"{ranks_in_words(group.size)}, {lib.name} on {buffer.backend}"
+        with tqdm(total=options.steps, desc=title, mininterval=0.5, disable=group.rank > 0) as progress:
             for _ in range(options.steps):
                 contexts, targets = text.batch(rng, options.batch, options.context)
-                loss, g = model.loss_and_gradients(contexts[mine], targets[mine], options.batch)
-                parts = {name: part for name, part in g.items() if name not in EXPERT_PARAMETERS}
-                g |= sum_over_ranks(group, parts | {"loss": np.array(loss)})
+                loss, g = model.loss_and_gradients(
+                    lib.put(contexts[mine]), lib.put(targets[mine]), options.batch
+                )
+                replicated = {name: part for name, part in g.items() if name not in EXPERT_PARAMETERS}
+                g |= sum_over_ranks(group, lib, replicated)
                 adam.step(p, g)
-                losses.append(float(g["loss"]))
+                losses.append(sum(group.allgather(loss)))
                 progress.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
                 progress.update()
-        sample = write(model, text, options, is_author=group.rank == 0)
+        sample = write(model, lib, text, options, is_author=group.rank == 0)
+        trained = {name: lib.fetch(value) for name, value in p.items()}
     for name in EXPERT_PARAMETERS:
-        p[name] = np.concatenate(group.allgather(p[name]))
-    return Trained(np.array(losses), p, sample)
+        trained[name] = np.concatenate(group.allgather(trained[name]))
+    return Trained(np.array(losses), trained, sample)
 
 
-def write(model: CharacterModel, text: Text, options: argparse.Namespace, *, is_author: bool) -> str:
+def write(
+    model: CharacterModel, lib: Library, text: Text, options: argparse.Namespace, *, is_author: bool
+) -> str:
     """Let the model go on from somewhere in the text. Collective, and the author alone has a token."""
     rng = np.random.default_rng(options.seed)
     start, _ = text.batch(rng, 1, options.context)
     written = start[0]
     for _ in range(options.sample):
         contexts = written[None, -options.context :] if is_author else start[:0]
-        for probabilities in model.forward(contexts).probabilities:
+        for probabilities in lib.fetch(model.forward(lib.put(contexts)).probabilities):
             bold = probabilities**2
             written = np.append(written, rng.choice(len(bold), p=bold / bold.sum()))
     return text.spell(written)
@@ -321,7 +343,7 @@ def is_equal(many: Trained, alone: Trained, label: str) -> bool:
     return passed
 
 
-def save_plot(path: Path, curves: dict[str, Floats]) -> None:
+def save_plot(path: Path, curves: dict[str, NDArray[np.float64]]) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for (label, losses), style in zip(curves.items(), ("-", "--"), strict=False):
@@ -362,7 +384,8 @@ def main(group: ep_rt.Group, options: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = example_parser(__doc__)
+    # Not JAX: its arrays do not change in place.
+    parser = example_parser(__doc__, frameworks=("numpy", "cupy", "torch"))
     sizes = {
         "steps": (300, "batches to train on"),
         "batch": (768, "characters to predict in a batch, of all ranks together"),

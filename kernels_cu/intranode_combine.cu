@@ -4,11 +4,17 @@
 //            its experts, and their weights. With all offers it reads, for each of its tokens, one row from
 //            every rank the token went to, and stores the sum. When all its reads are done it says so to
 //            every peer, and waits until all say so: then nobody reads its rows any more.
+// Staging    rows that lie outside the slab are copied into it in chunks by the last blocks, which wait for
+//            nobody: blocks of their own where they can be resident, else some that sum afterwards. Word
+//            `staged` says how many chunks are there, and a reader waits for those that hold the rows of its
+//            next token. Tokens are taken in order, and their rows lie in order.
 // Sum        float32, left to right: the rows in ascending rank, bias 0, bias 1; one rounding at the end. It
 //            starts from its first term, so that a -0.0 stays; a token without any term is +0.0.
 // Order      rows were written by earlier kernels of their rank's stream; the offer is a release.sys store
 //            and read by acquire.sys. Bulk loads read in another proxy than the one that wrote: one
 //            fence.proxy.async by every thread, after the offers and before its first bulk load.
+//            Staged rows: bulk stores landed (wait_group 0), warps counted acq_rel, release.sys of `staged`;
+//            acquire.sys of it and fence.proxy.async by the lane that loads.
 //            At the end: loads complete, block barrier, acq_rel count of finished blocks, release.sys word.
 // Refill     a stage is read by ordinary loads and refilled by a bulk load: a write after a read, in two
 //            proxies. __syncwarp does not order them, and an mbarrier arrival would not: PTX ISA "Causality
@@ -24,108 +30,45 @@
 //            A quarter of the warps sum the weights before they take their first ticket.
 // Launch     any number of blocks, all resident. From sm_90 on num_threads / 32 * num_stages * stage_bytes
 //            of dynamic shared memory; before, where terms are read straight into registers, none.
-#include "rows.cuh"
-#include "sync.cuh"
+#include "intranode_combine_block.cuh"
+#include "intranode_combine_stage.cuh"
 
 namespace ep {
-
-struct IntranodeCombineCfg {
-    int num_threads, num_stages, stage_bytes, element;
-};
-
-template <IntranodeCombineCfg kCfg>
-struct IntranodeCombineArgs {
-    HangRecord* hang;
-    Workspace* workspace;
-    const int32_t* send_row;  // [num_tokens, kMaxLocalRanks]
-    const SendPlan* send_plan;
-    const uint8_t* bias[2];  // [num_tokens] rows, or nullptr
-    uint8_t* out;            // [num_tokens] rows
-    float* out_weights;      // [num_tokens, num_topk]
-    uint64_t timeout_ns;
-    uint32_t digest, y_offset, weights_offset;
-    int32_t rank, num_ranks, num_tokens, row_bytes, num_topk;  // num_topk 0: no weights
-    uint8_t* slabs[kMaxLocalRanks];
-};
-
-// Terms of a sum by number, in the order of addition: ranks, then biases. Lane i looks after term i.
-constexpr int kMaxTerms = kMaxLocalRanks + 2;
-
-// Of a piece: bytes [offset, offset + num_bytes) of its token's row.
-struct Place {
-    int32_t token, offset, num_bytes;
-};
-
-struct CombineShared {
-    const uint8_t* terms[kMaxTerms];  // row 0 of this rank's part of each term
-    int32_t limits[kMaxTerms];        // rows from here on were dropped
-    const float* weights[kMaxLocalRanks];
-};
-
-template <IntranodeCombineCfg kCfg>
-struct CombineBlock {
-    static constexpr int kVectors =
-        kCfg.stage_bytes / (kWarpSize * rows::kVectorBytes);  // of a lane, in a piece
-    static constexpr int kNumWarps = kCfg.num_threads / kWarpSize;
-    static constexpr int kWeightWarps = kNumWarps > 4 ? kNumWarps / 4 : 1;
-    using Sum = float[kVectors][rows::kVectorElements<kCfg.element>];
-
-    const IntranodeCombineArgs<kCfg>& args;
-    const sync::Call& call;
-    CombineShared& shared;
-    int32_t warp, lane;
-
-    __device__ void offer() const;
-    __device__ Reason read_offers() const;
-    __device__ bool has_offer(int32_t peer) const;
-    __device__ void sum_weights() const;
-    __device__ void sum_rows(int32_t ticket, uint8_t* ring, uint64_t* loaded) const;
-    __device__ void store(int32_t piece, const Sum& sum) const;
-
-    __device__ int32_t pieces_per_row() const {
-        return (args.row_bytes + kCfg.stage_bytes - 1) / kCfg.stage_bytes;
-    }
-    __device__ __forceinline__ int32_t take_ticket() const { return sync::take_ticket(call, lane); }
-    __device__ int32_t num_pieces() const { return args.num_tokens * pieces_per_row(); }
-    __device__ Place place_of(int32_t piece) const {
-        const int32_t token = piece / pieces_per_row();
-        const int32_t offset = (piece - token * pieces_per_row()) * kCfg.stage_bytes;
-        return {token, offset, min(kCfg.stage_bytes, args.row_bytes - offset)};
-    }
-    __device__ uint8_t* out_of(const Place& place) const {
-        return args.out + static_cast<int64_t>(place.token) * args.row_bytes + place.offset;
-    }
-    static __device__ void start(Sum& sum, float value = rows::kNoTerm) {
-#pragma unroll
-        for (int v = 0; v < kVectors; ++v)
-            for (float& element : sum[v]) element = value;
-    }
-};
 
 // Tells every peer where this rank's rows and weights lie. One thread per word, so that they leave together.
 template <IntranodeCombineCfg kCfg>
 __device__ void CombineBlock<kCfg>::offer() const {
-    constexpr int kWords = 3;
+    constexpr int kWords = 4;
     const int32_t peer = threadIdx.x / kWords;
     if (peer >= call.num_ranks) return;
     CombineOffer* at = &call.exchange(peer)->combine[call.parity][call.rank];
     const int32_t which = threadIdx.x % kWords;
-    uint64_t* word = which == 0 ? &at->offset : which == 1 ? &at->weights_offset : &at->digest;
-    const uint32_t value = which == 0 ? args.y_offset : which == 1 ? args.weights_offset : args.digest;
+    if (which == 3 && args.y != nullptr) return;  // told by those who stage
+    uint64_t* word = which == 0   ? &at->offset
+                     : which == 1 ? &at->weights_offset
+                     : which == 2 ? &at->digest
+                                  : &at->staged;
+    const uint32_t value = which == 0   ? args.y_offset
+                           : which == 1 ? args.weights_offset
+                           : which == 2 ? args.digest
+                                        : kAllStaged;
     ptx::st_release_sys(word, stamped(call.epoch, value));
 }
 
 // Waits for every rank's offer, and works out where the terms lie.
 template <IntranodeCombineCfg kCfg>
 __device__ Reason CombineBlock<kCfg>::read_offers() const {
-    constexpr int kWords = 3;
+    constexpr int kWords = 4;
     const CombineOffer* offers = call.exchange(call.rank)->combine[call.parity];
     const Reason reason = sync::wait_for_words<sync::kAcquiring>(
         call, call.num_ranks * kWords,
         [&](int32_t i) {
             const CombineOffer* from = &offers[i / kWords];
             const int32_t which = i % kWords;
-            return which == 0 ? &from->offset : which == 1 ? &from->weights_offset : &from->digest;
+            return which == 0   ? &from->offset
+                   : which == 1 ? &from->weights_offset
+                   : which == 2 ? &from->digest
+                                : &from->staged;
         },
         [](int32_t i) { return i / kWords; }, [&](uint64_t word) { return is_stamped(word, call.epoch); });
     if (reason != kNothing) return reason;
@@ -155,18 +98,23 @@ __device__ Reason CombineBlock<kCfg>::read_offers() const {
 
 template <IntranodeCombineCfg kCfg>
 __device__ bool CombineBlock<kCfg>::has_offer(int32_t peer) const {
-    const CombineOffer& from = call.exchange(call.rank)->combine[call.parity][peer];
+    const CombineOffer& from = offer_of(peer);
     const auto is_there = [&](const uint64_t& word) {
         return is_stamped(ptx::ld_relaxed_sys(&word), call.epoch);
     };
     return is_there(from.offset) && is_there(from.weights_offset) && is_there(from.digest) &&
-           static_cast<uint32_t>(ptx::ld_relaxed_sys(&from.digest)) == args.digest;
+           is_there(from.staged) && static_cast<uint32_t>(ptx::ld_relaxed_sys(&from.digest)) == args.digest;
+}
+
+template <IntranodeCombineCfg kCfg>
+__device__ bool CombineBlock<kCfg>::has_staged(int32_t peer) const {
+    return ptx::ld_relaxed_sys(&offer_of(peer).staged) == stamped(call.epoch, kAllStaged);
 }
 
 // One element of the weights after another, each by one lane.
 template <IntranodeCombineCfg kCfg>
 __device__ void CombineBlock<kCfg>::sum_weights() const {
-    const int32_t stride = gridDim.x * kWeightWarps * kWarpSize;
+    const int32_t stride = args.num_pullers * kWeightWarps * kWarpSize;
     const int32_t first = (blockIdx.x * kWeightWarps + warp) * kWarpSize + lane;
     const int32_t num_elements = args.num_tokens * args.num_topk;
     for (int32_t i = first; i < num_elements; i += stride) {
@@ -222,11 +170,16 @@ struct Pieces {
     int32_t next_piece, next_row, ticket;
     Place next_place;
 
+    uint32_t staged;  // chunks of the rows of this lane's term that are known to be there
+    Reason reason;    // why there are no more; kNothing: all are done
+
     __device__ Pieces(const CombineBlock<kCfg>& block, int32_t ticket) : block(block), ticket(ticket) {
         rows = block.lane < kMaxTerms ? block.shared.terms[block.lane] : nullptr;
         limit = block.lane < kMaxTerms ? block.shared.limits[block.lane] : 0;
         num_pieces = block.num_pieces();
         pending = 0;
+        staged = block.lane < block.call.num_ranks ? staged_of(ptx::ld_relaxed_sys(word())) : kAllStaged;
+        reason = kNothing;
         look_ahead();
     }
 
@@ -243,12 +196,37 @@ struct Pieces {
                 : block.args.send_row[static_cast<int64_t>(next_place.token) * kMaxLocalRanks + block.lane];
     }
 
+    __device__ const uint64_t* word() const { return &block.offer_of(block.lane).staged; }
+    __device__ static uint32_t staged_of(uint64_t word) { return static_cast<uint32_t>(word); }
+
+    // Waits, as one warp, until the next rows are where they are read. Tokens come in order, and so do
+    // chunks: who stages waits for nobody. False when the call cannot go on.
+    __device__ bool await(bool is_term) {
+        const uint32_t needed = is_term && block.lane < kMaxLocalRanks ? chunk_of(next_row) + 1 : 0;
+        if (!__any_sync(kFullWarp, needed > staged)) return true;
+        if (needed > staged) {
+            uint64_t seen;
+            reason = sync::poll(block.call, word(), block.lane, seen,
+                                [&](uint64_t value) { return staged_of(value) >= needed; });
+            // Acquires the rows, and lets this lane's bulk loads see them.
+            staged = staged_of(ptx::ld_acquire_sys(word()));
+#ifdef EP_HAS_TMA
+            ptx::fence_proxy_async();
+#endif
+        }
+        return __all_sync(kFullWarp, reason == kNothing);
+    }
+
     // The whole warp. False when there are no more.
     __device__ __forceinline__ bool advance() {
         piece = next_piece;
         if (piece >= num_pieces) return false;
         place = next_place;
         const bool is_term = next_row >= 0 && next_row < limit;
+        if (!await(is_term)) {
+            next_piece = num_pieces;
+            return false;
+        }
         from = is_term ? rows + static_cast<int64_t>(next_row) * block.args.row_bytes + next_place.offset
                        : nullptr;
         pending = __ballot_sync(kFullWarp, is_term);
@@ -283,7 +261,7 @@ __device__ __forceinline__ int32_t load_next(Pieces<kCfg>& pieces, uint8_t* stag
 // filled and read once a round, so one parity serves them all. A bulk load waits for no peer: it ends like
 // any load.
 template <IntranodeCombineCfg kCfg>
-__device__ void CombineBlock<kCfg>::sum_rows(int32_t ticket, uint8_t* ring, uint64_t* loaded) const {
+__device__ Reason CombineBlock<kCfg>::sum_rows(int32_t ticket, uint8_t* ring, uint64_t* loaded) const {
     Pieces<kCfg> pieces(*this, ticket);
     int32_t completes = kNoMore;  // lane s: what load_next said of stage s
 #pragma unroll 1
@@ -297,7 +275,7 @@ __device__ void CombineBlock<kCfg>::sum_rows(int32_t ticket, uint8_t* ring, uint
 #pragma unroll 1
     for (int32_t s = 0;;) {
         const int32_t completed = __shfl_sync(kFullWarp, completes, s);
-        if (completed == kNoMore) return;
+        if (completed == kNoMore) return pieces.reason;
         uint8_t* stage = ring + s * kCfg.stage_bytes;
         while (!ptx::mbarrier_try_wait(&loaded[s], parity)) {
         }
@@ -322,8 +300,9 @@ __device__ void CombineBlock<kCfg>::sum_rows(int32_t ticket, uint8_t* ring, uint
 #else
 // Loads of all terms of a vector are in flight together, and no more: ten times 16 bytes of registers.
 template <IntranodeCombineCfg kCfg>
-__device__ void CombineBlock<kCfg>::sum_rows(int32_t ticket, uint8_t*, uint64_t*) const {
-    for (Pieces<kCfg> pieces(*this, ticket); pieces.advance();) {
+__device__ Reason CombineBlock<kCfg>::sum_rows(int32_t ticket, uint8_t*, uint64_t*) const {
+    Pieces<kCfg> pieces(*this, ticket);
+    while (pieces.advance()) {
         const uint4* from[kMaxTerms];
 #pragma unroll
         for (int term = 0; term < kMaxTerms; ++term) {
@@ -346,18 +325,19 @@ __device__ void CombineBlock<kCfg>::sum_rows(int32_t ticket, uint8_t*, uint64_t*
             ptx::st_stream(out + i, rows::rounded<kCfg.element>(sum));
         }
     }
+    return pieces.reason;
 }
 #endif
 
 template <IntranodeCombineCfg kCfg>
 __device__ void intranode_combine(const IntranodeCombineArgs<kCfg>& args) {
     using Block = CombineBlock<kCfg>;
-    static_assert(kCfg.num_threads % kWarpSize == 0 && kCfg.num_threads >= 3 * kMaxLocalRanks);
+    static_assert(kCfg.num_threads % kWarpSize == 0 && kCfg.num_threads >= 4 * kMaxLocalRanks);
     static_assert(kCfg.stage_bytes % (kWarpSize * rows::kVectorBytes) == 0);
     static_assert(kCfg.num_stages >= 1 && kCfg.num_stages <= kWarpSize);
-    constexpr uint64_t kOffers = 1, kReading = 2;
+    constexpr uint64_t kOffers = 1, kStaging = 2, kReading = 3;
     extern __shared__ __align__(128) uint8_t stages[];
-    __shared__ uint64_t loaded[Block::kNumWarps][kCfg.num_stages];
+    __shared__ uint64_t loaded[Block::kNumWarps][kCfg.num_stages], copied[Block::kNumWarps][kCfg.num_stages];
     __shared__ CombineShared shared;
     sync::Call call{.slabs = args.slabs,
                     .workspace = args.workspace,
@@ -373,13 +353,20 @@ __device__ void intranode_combine(const IntranodeCombineArgs<kCfg>& args) {
                       .lane = static_cast<int32_t>(threadIdx.x) % kWarpSize};
     if (blockIdx.x == 0) block.offer();
 #ifdef EP_HAS_TMA
-    if (block.lane == 0)
-        for (int s = 0; s < kCfg.num_stages; ++s) ptx::mbarrier_init(&loaded[block.warp][s]);
+    if (block.lane < kCfg.num_stages) {
+        ptx::mbarrier_init(&loaded[block.warp][block.lane]);
+        ptx::mbarrier_init(&copied[block.warp][block.lane]);
+    }
     ptx::fence_mbarrier_init();
 #endif
+    uint8_t* ring = stages + block.warp * kCfg.num_stages * kCfg.stage_bytes;
+    if (block.stager() >= 0) {
+        block.stage_rows(ring, copied[block.warp]);
+        if (!block.is_puller()) return sync::finish(call, kReading);
+    }
     const bool has_weights = args.num_topk > 0 && block.warp < Block::kWeightWarps;
     int32_t ticket = has_weights ? 0 : block.take_ticket();  // comes while the block waits
-    const Reason reason = block.read_offers();
+    Reason reason = block.read_offers();
     if (reason != kNothing)
         return sync::leave(call, reason, kOffers, [&](int32_t peer) { return block.has_offer(peer); });
 #ifdef EP_HAS_TMA
@@ -390,7 +377,9 @@ __device__ void intranode_combine(const IntranodeCombineArgs<kCfg>& args) {
         __syncwarp();
         ticket = block.take_ticket();
     }
-    block.sum_rows(ticket, stages + block.warp * kCfg.num_stages * kCfg.stage_bytes, loaded[block.warp]);
+    reason = sync::agree(block.sum_rows(ticket, ring, loaded[block.warp]));
+    if (reason != kNothing)
+        return sync::leave(call, reason, kStaging, [&](int32_t peer) { return block.has_staged(peer); });
     sync::finish(call, kReading);
 }
 

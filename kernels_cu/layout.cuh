@@ -12,6 +12,7 @@ enum Operation : uint64_t {
     kBarrier = 1,
     kDispatch = 2,
     kCombine = 3,
+    kExpand = 4,       // of one rank alone: never in a signal
     kGaveUp = 0xffff,  // the sender left the call; above every call, so that the word still grows
 };
 
@@ -61,6 +62,7 @@ struct SlabHeader {
 constexpr int kMaxLocalRanks = 8;      // unrolled, one bit each in a byte
 constexpr int kMaxLocalExperts = 512;  // of one rank
 constexpr int kMaxBlocks = 256;        // of a kernel
+constexpr int kMaxExpandTopk = 64;     // columns of the expert-major layout: two for each lane
 
 // A word that carries the call it belongs to: who sees the epoch has the value, without a flag or a fence.
 // Such words come in two sets, by parity of the epoch: a rank may be one call ahead of a peer that still
@@ -82,7 +84,17 @@ struct DispatchOffer {
 struct CombineOffer {
     uint64_t offset, weights_offset;  // where its rows and their weights lie, in kOffsetUnit
     uint64_t digest;
+    uint64_t staged;  // chunks of its rows that lie there already; kAllStaged for all
 };
+
+// Rows that lie elsewhere are copied to where peers read them in chunks: chunk c holds rows
+// [c * kChunkRows, (c + 1) * kChunkRows) of every source rank, the last one all from there on.
+constexpr int kChunkRows = 128;
+constexpr int kMaxChunks = 512;
+constexpr uint32_t kAllStaged = 0xffffffffu;
+__host__ __device__ constexpr int32_t chunk_of(int32_t row) {
+    return row / kChunkRows < kMaxChunks ? row / kChunkRows : kMaxChunks - 1;
+}
 
 // Follows the header of a slab. Written by the peers.
 struct Exchange {
@@ -125,6 +137,7 @@ struct DispatchResult {
 // unless send_row is -1 or not below limit[d] (then it did not fit and was dropped).
 struct SendPlan {
     int32_t base[kMaxLocalRanks], limit[kMaxLocalRanks];
+    int32_t recv_counts[kMaxLocalRanks];  // rows that this rank got from each source, also dropped ones
 };
 
 // Of one rank, in its own memory. Counters come in two sets, by parity of `calls`: block 0 of a call clears
@@ -137,6 +150,16 @@ struct Workspace {
     uint64_t leaving;      // 1: a block is giving the call up; cleared by reset alone
     uint64_t block_counts[kMaxBlocks][kMaxLocalRanks];  // stamped
     uint32_t expert_counts[2][kMaxLocalRanks * kMaxLocalExperts];
+    uint64_t staged[2][kMaxChunks];  // warps that have copied their part of a chunk
+};
+
+// Of one rank's kernels that wait for no other rank, one at a time. Counters come in two sets, as above.
+struct LocalWorkspace {
+    uint64_t calls;                                  // that used it; advanced by the last block of each
+    uint64_t arrived[2];                             // blocks at the barrier of the grid
+    uint64_t finished[2];                            // blocks whose work is done
+    uint32_t tickets[2];                             // pieces handed out to warps
+    uint64_t counts[kMaxBlocks * kMaxLocalExperts];  // [block][expert], stamped with the call
 };
 
 }  // namespace ep

@@ -73,7 +73,7 @@ __device__ __forceinline__ float ld_stream(const float* addr) {
     return value;
 }
 
-// 16 bytes that are read once, and 16 bytes that this GPU does not read again.
+// 16 bytes that are read once, and 16 or 8 bytes that this GPU does not read again.
 __device__ __forceinline__ uint4 ld_stream(const uint4* addr) {
     uint4 v;
     asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -86,6 +86,9 @@ __device__ __forceinline__ void st_stream(uint4* addr, uint4 v) {
     asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(addr), "r"(v.x), "r"(v.y), "r"(v.z),
                  "r"(v.w)
                  : "memory");
+}
+__device__ __forceinline__ void st_stream(uint2* addr, uint2 v) {
+    asm volatile("st.global.cs.v2.u32 [%0], {%1, %2};" ::"l"(addr), "r"(v.x), "r"(v.y) : "memory");
 }
 
 // A float16 to float32, exactly, and two float32 to 16 bits: to nearest, ties to even, infinity beyond the
@@ -105,6 +108,17 @@ __device__ __forceinline__ uint32_t cvt_rn_bf16x2_f32(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(halves) : "f"(high), "f"(low));
     return halves;
 }
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+#define EP_HAS_E4M3 1
+// Two float32 to e4m3: to nearest, ties to even, saturated to +-448; a NaN becomes 0x7f. The low byte comes
+// first in memory.
+__device__ __forceinline__ uint32_t cvt_rn_satfinite_e4m3x2_f32(float low, float high) {
+    unsigned short bytes;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bytes) : "f"(high), "f"(low));
+    return bytes;
+}
+#endif
 
 #ifdef EP_HAS_TMA
 __device__ __forceinline__ uint32_t smem_address(const void* pointer) {

@@ -17,21 +17,33 @@ __device__ __forceinline__ uint32_t word_of(const uint4& vector, int i) {
     return i == 0 ? vector.x : i == 1 ? vector.y : i == 2 ? vector.z : vector.w;
 }
 
-template <int kElement>
-__device__ __forceinline__ void add(float (&sum)[kVectorElements<kElement>], const uint4& vector) {
+// Adds to each element of a sum what `of` makes of that of the vector.
+template <int kElement, class Of>
+__device__ __forceinline__ void add(float (&sum)[kVectorElements<kElement>], const uint4& vector, Of of) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const uint32_t word = word_of(vector, i);
         if constexpr (kElement == kFloat32) {
-            sum[i] += __uint_as_float(word);
+            sum[i] += of(__uint_as_float(word));
         } else if constexpr (kElement == kFloat16) {
-            sum[2 * i] += ptx::cvt_f32_f16(static_cast<unsigned short>(word));
-            sum[2 * i + 1] += ptx::cvt_f32_f16(static_cast<unsigned short>(word >> 16));
+            sum[2 * i] += of(ptx::cvt_f32_f16(static_cast<unsigned short>(word)));
+            sum[2 * i + 1] += of(ptx::cvt_f32_f16(static_cast<unsigned short>(word >> 16)));
         } else {
-            sum[2 * i] += __uint_as_float(word << 16);
-            sum[2 * i + 1] += __uint_as_float(word & 0xffff0000u);
+            sum[2 * i] += of(__uint_as_float(word << 16));
+            sum[2 * i + 1] += of(__uint_as_float(word & 0xffff0000u));
         }
     }
+}
+template <int kElement>
+__device__ __forceinline__ void add(float (&sum)[kVectorElements<kElement>], const uint4& vector) {
+    add<kElement>(sum, vector, [](float element) { return element; });
+}
+
+// Product and sum are rounded on their own: an explicit product is never fused with an addition.
+template <int kElement>
+__device__ __forceinline__ void add_product(float (&sum)[kVectorElements<kElement>], float weight,
+                                            const uint4& vector) {
+    add<kElement>(sum, vector, [weight](float element) { return __fmul_rn(weight, element); });
 }
 
 // To nearest, ties to even.

@@ -109,6 +109,7 @@ __device__ inline bool enter(Call& call, uint64_t operation, uint64_t timeout_ns
         }
         for (int32_t i = threadIdx.x; i < kMaxLocalRanks * kMaxLocalExperts; i += blockDim.x)
             call.workspace->expert_counts[idle][i] = 0;
+        for (int32_t i = threadIdx.x; i < kMaxChunks; i += blockDim.x) call.workspace->staged[idle][i] = 0;
     }
     return true;
 }

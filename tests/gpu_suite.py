@@ -31,13 +31,16 @@ def main() -> int:
     num_ranks = options.ranks or _num_gpus()
     pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--color=no"]
     pytest += ["-o", "faulthandler_timeout=60"]
-    figures = [sys.executable, "tests/gpu/barrier_latency.py"]
+    barrier = [sys.executable, "tests/gpu/barrier_latency.py"]
+    bench = [sys.executable, "-m", "ep_rt", "bench", "--dtype", "both", "--repeat", "3", "--tokens"]
     parts = {"threads": [*pytest, "tests"]}
     if shutil.which("mpirun") and num_ranks > 1:
         mpirun = _mpirun(num_ranks)
         parts[f"mpirun -n {num_ranks}"] = [*mpirun, *pytest, "tests/gpu"]
-        parts[f"figures, mpirun -n {num_ranks}"] = [*mpirun, *figures]
-    parts["figures"] = figures
+        parts[f"barrier figures, mpirun -n {num_ranks}"] = [*mpirun, *barrier]
+        parts[f"figures, mpirun -n {num_ranks}"] = [*mpirun, *bench, "128", "4096"]
+    parts["barrier figures"] = barrier
+    parts["figures, one GPU"] = [*bench, "128", "--virtual"]
     if options.only:
         parts = {name: command for name, command in parts.items() if options.only in name}
 
@@ -70,7 +73,7 @@ def _run(name: str, command: list[str], timeout_s: float) -> tuple[str, bool]:
     passed = status == "0" and not any("failed" in closing or "error" in closing for closing in closings)
     verdict = "; ".join(f"{closings.count(closing)} x ({closing})" for closing in dict.fromkeys(closings))
     word = "passed" if passed else f"FAILED (status {status})"
-    return f"{name:<26}{word:<24}{time.monotonic() - start:>6.1f} s  {verdict}", passed
+    return f"{name:<32}{word:<24}{time.monotonic() - start:>6.1f} s  {verdict}", passed
 
 
 def _num_gpus() -> int:

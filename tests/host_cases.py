@@ -5,7 +5,7 @@ Every rank draws the whole case from its seed, so each can compute what the orac
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -176,6 +176,184 @@ def check_worst_case(buffer: Buffer, seed: int) -> None:
     y = [random_values(rng, each.recv_x.shape, np.float32) for each in expected]
     combined = reference.combine(y, expected, num_tokens=case.num_tokens)
     assert same_bits(buffer.combine(y[rank], out.handle).combined_x, combined[rank].x)
+
+
+@dataclass(frozen=True)
+class ExpertMajorCase:
+    """One random layer in the expert-major layout: what is given, and what each rank is to get.
+
+    `payload` is what the ranks dispatch; the rows of `dispatched` and `expanded` are those that travel, which
+    `quantize` makes of it. `again` is the same for a repeated dispatch.
+    """
+
+    case: Case
+    quantize: str | None
+    alignment: int
+    num_worst_tokens: int
+    payload: list[tuple[Array, Array | None]]
+    again: list[tuple[Array, Array | None]]
+    topk_weights: list[Array] | None
+    dispatched: list[reference.Dispatched]
+    expanded: list[reference.Expanded]
+
+    @classmethod
+    def draw(cls, seed: int, num_ranks: int, *, is_exact: bool, case: Case | None = None) -> ExpertMajorCase:
+        quantize = "fp8" if seed % 4 == 3 else None
+        case = case or Case.draw(seed, num_ranks, hidden=128 * (1 + seed % 3) if quantize else None)
+        rng = case.rng
+        alignment = (1, 8, 128, 3)[seed // 2 % 4]
+        with_weights, with_sf = seed % 3 != 1, seed % 3 != 0 and quantize is None
+        dtype = DTYPES[seed % len(DTYPES)]
+
+        def draw() -> list[tuple[Array, Array | None]]:
+            if quantize:
+                shapes = [(count, case.hidden) for count in case.num_tokens]
+                return [(random_values(rng, shape, ml_dtypes.bfloat16), None) for shape in shapes]
+            return [
+                (
+                    random_bits(rng, (count, case.hidden), dtype),
+                    random_bits(rng, (count, (1, 4, 56, 37)[seed % 4]), np.float32) if with_sf else None,
+                )
+                for count in case.num_tokens
+            ]
+
+        payload, again = draw(), draw()
+        weights = case.topk_weights if with_weights else None
+        most = sum(int((ids >= 0).sum()) for ids in case.topk_idx) // num_ranks + alignment
+        num_worst_tokens = 0 if is_exact else int(rng.integers(1, 3 * most + 2))
+        x, sf = _columns(cls.travelling(payload, quantize))
+        dispatched = reference.dispatch(
+            x,
+            case.topk_idx,
+            num_experts=case.num_experts,
+            topk_weights=weights,
+            sf=sf,
+            num_worst_tokens=num_worst_tokens,
+        )
+        expanded = [
+            reference.expand(
+                each,
+                num_local_experts=case.num_experts // num_ranks,
+                alignment=alignment,
+                num_worst_tokens=num_worst_tokens,
+            )
+            for each in dispatched
+        ]
+        return cls(case, quantize, alignment, num_worst_tokens, payload, again, weights, dispatched, expanded)
+
+    @staticmethod
+    def travelling(
+        payload: list[tuple[Array, Array | None]], quantize: str | None
+    ) -> list[tuple[Array, Array | None]]:
+        """The rows and scale factors that are sent."""
+        return payload if quantize is None else [reference.quantize_fp8(x) for x, _ in payload]
+
+    def expanded_again(self, rank: int) -> tuple[Array, Array | None]:
+        """The rows and scale factors of a repeated dispatch, zero in padding."""
+        x, sf = _columns(self.travelling(self.again, self.quantize))
+        recv_x, recv_sf = reference.dispatch_cached(x, self.dispatched, sf)[rank]
+        row = self.expanded[rank].row
+
+        def spread(array: Array) -> Array:
+            rows = np.zeros((len(row), *array.shape[1:]), array.dtype)
+            rows[row >= 0] = array[row[row >= 0]]
+            return rows
+
+        return spread(recv_x), None if recv_sf is None else spread(recv_sf)
+
+    def check_rows(self, rank: int, got: Array | None, expected: Array | None, *, zero_padding: bool) -> None:
+        """Padding rows count only with `zero_padding`."""
+        assert got is not None
+        assert expected is not None
+        assert got.shape == expected.shape
+        is_there = self.expanded[rank].row >= 0
+        if zero_padding:
+            assert same_bits(got, expected)
+        assert same_bits(got[is_there], expected[is_there])
+
+    def combined(
+        self, y: list[Array], weights: list[Array] | None, biases: list[tuple[Array, ...]]
+    ) -> list[reference.Combined]:
+        """What a combine of the expert-major rows `y` gives, weighted if `weights` is given."""
+        collapsed = [
+            reference.collapse(
+                rows,
+                e if weights is None else replace(e, weights=weights[rank]),
+                len(self.dispatched[rank].src_rank),
+                weighted=weights is not None,
+            )
+            for rank, (rows, e) in enumerate(zip(y, self.expanded, strict=True))
+        ]
+        return reference.combine(
+            collapsed,
+            self.dispatched,
+            num_tokens=self.case.num_tokens,
+            bias=[each if len(each) == 2 else each[0] for each in biases] if biases[0] else None,
+        )
+
+
+def _columns(pairs: list[tuple[Array, Array | None]]) -> tuple[list[Array], list[Array] | None]:
+    sf = [second for _, second in pairs if second is not None]
+    return [first for first, _ in pairs], sf or None
+
+
+def check_expert_major(buffer: Buffer, seed: int, *, is_exact: bool = True) -> None:
+    """dispatch, cached dispatch and combine of one random layer with layout "expert", against the oracle."""
+    drawn = ExpertMajorCase.draw(seed, buffer.num_ranks, is_exact=is_exact)
+    case, rank = drawn.case, buffer.rank
+    e, zero_padding = drawn.expanded[rank], bool(seed % 2)
+    x, sf = drawn.payload[rank]
+    out = buffer.dispatch(
+        x if sf is None else (x, sf),
+        topk_idx=case.topk_idx[rank].astype((np.int64, np.int32)[seed % 2]),
+        topk_weights=None if drawn.topk_weights is None else drawn.topk_weights[rank],
+        num_experts=case.num_experts,
+        expert_alignment=drawn.alignment,
+        num_worst_tokens=drawn.num_worst_tokens,
+        layout="expert",
+        zero_padding=zero_padding,
+        quantize=drawn.quantize,
+    )
+    recv_x, recv_sf = out.recv_x if e.sf is not None else (out.recv_x, None)
+    drawn.check_rows(rank, recv_x, e.x, zero_padding=zero_padding)
+    if e.sf is not None:
+        drawn.check_rows(rank, recv_sf, e.sf, zero_padding=zero_padding)
+    assert out.recv_topk_idx is None
+    if e.weights is None:
+        assert out.recv_topk_weights is None
+    else:
+        assert same_bits(out.recv_topk_weights, e.weights)
+    handle = out.handle
+    assert out.num_recv_tokens_per_expert_list == ([] if drawn.num_worst_tokens else e.num_tokens_per_expert)
+    assert same_bits(handle.psum_num_tokens_per_expert, e.psum_num_tokens_per_expert)
+    assert (handle.layout, handle.num_recv_rows) == ("expert", len(e.row))
+    assert handle.num_recv_tokens == drawn.dispatched[rank].num_recv_tokens
+    assert (handle.num_needed_rows, handle.overflow) == (e.num_needed_rows, e.overflow)
+
+    x, sf = drawn.again[rank]
+    cached = buffer.dispatch(
+        x if sf is None else (x, sf), handle=handle, quantize=drawn.quantize, zero_padding=not zero_padding
+    )
+    again_x, again_sf = cached.recv_x if e.sf is not None else (cached.recv_x, None)
+    expected_x, expected_sf = drawn.expanded_again(rank)
+    drawn.check_rows(rank, again_x, expected_x, zero_padding=not zero_padding)
+    if e.sf is not None:
+        drawn.check_rows(rank, again_sf, expected_sf, zero_padding=not zero_padding)
+    assert cached.recv_topk_idx is cached.recv_topk_weights is None
+    assert cached.handle is handle
+
+    rng = case.rng
+    summed = (ml_dtypes.bfloat16, np.float16, np.float32)[seed % 3]
+    y = [random_values(rng, (len(each.row), case.hidden), summed) for each in drawn.expanded]
+    weights = [rng.random(len(each.row), np.float32) - 0.5 for each in drawn.expanded] if seed % 5 else None
+    shapes = [(count, case.hidden) for count in case.num_tokens]
+    biases = [tuple(random_values(rng, each, summed) for _ in range(seed // 3 % 3)) for each in shapes]
+    combined = drawn.combined(y, weights, biases)[rank]
+    back = buffer.combine(
+        y[rank], handle, topk_weights=None if weights is None else weights[rank], bias=biases[rank] or None
+    )
+    assert same_bits(back.combined_x, combined.x)
+    assert back.combined_topk_weights is None
 
 
 def check_low_latency(buffer: Buffer, seed: int, *, hook: bool = False) -> None:

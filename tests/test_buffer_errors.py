@@ -48,6 +48,11 @@ def combine(buffer: Buffer, **changes: Any) -> Any:
     return buffer.combine(**({"x": out.recv_x, "handle": out.handle} | changes))
 
 
+def combine_expert_major(buffer: Buffer, **changes: Any) -> Any:
+    out = dispatch(buffer, layout="expert")
+    return buffer.combine(**({"x": out.recv_x, "handle": out.handle} | changes))
+
+
 def low_latency_combine(buffer: Buffer, **changes: Any) -> Any:
     out = low_latency_dispatch(buffer, use_fp8=False)
     arguments: dict[str, Any] = {
@@ -78,6 +83,37 @@ WRONG_ON_ONE_RANK: list[tuple[str, Callable[..., Any], dict[str, Any], type[EpEr
     ("sf", dispatch, {"x": (rows(), np.ones((3, 1), np.float32))}, ep_rt.ArrayError, "sf"),
     ("alignment", dispatch, {"expert_alignment": 0}, ep_rt.ConfigError, "expert_alignment=0"),
     ("worst", dispatch, {"num_worst_tokens": -1}, ep_rt.ConfigError, "num_worst_tokens=-1"),
+    ("alignment", dispatch, {"expert_alignment": 2**31}, ep_rt.ConfigError, "from 1 to"),
+    ("layout", dispatch, {"layout": "token"}, ep_rt.ConfigError, "layout='token'; one of rank, expert"),
+    ("padding", dispatch, {"zero_padding": True}, ep_rt.ConfigError, "zero_padding needs layout='expert'"),
+    ("quantize", dispatch, {"quantize": "int8"}, ep_rt.ConfigError, "quantize='int8'"),
+    ("float32 to fp8", dispatch, {"quantize": "fp8"}, ep_rt.ArrayError, "float32; accepted: bfloat16"),
+    (
+        "blocks of 128 to fp8",
+        dispatch,
+        {"quantize": "fp8", "x": rows(hidden=64, dtype=ml_dtypes.bfloat16)},
+        ep_rt.ArrayError,
+        "multiple of 128",
+    ),
+    (
+        "sf and fp8",
+        dispatch,
+        {"quantize": "fp8", "x": (rows(), np.ones((4, 1), np.float32))},
+        ep_rt.ConfigError,
+        "give x alone",
+    ),
+    (
+        "layout without ids",
+        dispatch,
+        {
+            "layout": "expert",
+            "topk_idx": None,
+            "is_token_in_rank": np.zeros((4, 4), np.bool_),
+            "num_tokens_per_expert": np.zeros(8, np.int32),
+        },
+        ep_rt.ConfigError,
+        "layout='expert' needs topk_idx",
+    ),
     ("a tuple as handle", dispatch, {"handle": (1, 2), "topk_idx": None}, ep_rt.HandleError, "tuple"),
     (
         "layout of another topk_idx",
@@ -87,6 +123,13 @@ WRONG_ON_ONE_RANK: list[tuple[str, Callable[..., Any], dict[str, Any], type[EpEr
         "is_token_in_rank is not that of topk_idx",
     ),
     ("rows missing", combine, {"x": rows(1)}, ep_rt.ArrayError, r"shape \[1, 32\]"),
+    (
+        "weights of another layout",
+        combine_expert_major,
+        {"topk_weights": np.ones((4, 2), np.float32)},
+        ep_rt.ArrayError,
+        "topk_weights",
+    ),
     ("three biases", combine, {"bias": (rows(),) * 3}, ep_rt.ConfigError, "3 arrays"),
     ("bias dtype", combine, {"bias": rows(dtype=np.float16)}, ep_rt.ArrayError, r"bias\[0\]"),
     (
@@ -178,9 +221,11 @@ def test_what_is_wrong_on_one_rank_is_raised_on_all(
         (dispatch, {"num_experts": 16}, "num_experts differs"),
         (dispatch, {"expert_alignment": 8}, "expert_alignment differs"),
         (dispatch, {"topk_idx": ids(num_topk=3)}, "columns of topk_idx differs"),
+        (dispatch, {"layout": "expert"}, "layout differs"),
         (dispatch, {"topk_weights": np.ones((4, 2), np.float32)}, "topk_weights differs"),
         (dispatch, {"x": (rows(), np.ones((4, 1), np.float32))}, "sf differs"),
         (combine, {"topk_weights": np.ones((4, 2), np.float32)}, "columns of topk_weights differs"),
+        (combine_expert_major, {"topk_weights": np.ones(8, np.float32)}, "columns of topk_weights differs"),
         (low_latency_dispatch, {"use_fp8": False}, "use_fp8 differs"),
         (low_latency_dispatch, {"num_max_dispatch_tokens_per_rank": 9}, "per_rank differs"),
         (low_latency_combine, {"use_logfmt": True}, "use_logfmt differs"),
@@ -246,6 +291,8 @@ def test_handles_belong_to_their_buffer() -> None:
                 one.dispatch(rows(5), handle=out.handle)
             with pytest.raises(ep_rt.ConfigError, match="give x alone"):
                 one.dispatch(rows(), handle=out.handle, topk_idx=ids())
+            with pytest.raises(ep_rt.HandleError, match="the handle's dispatch had layout='rank'"):
+                one.dispatch(rows(), handle=out.handle, layout="expert")
             low = low_latency_dispatch(one, use_fp8=False)
             with pytest.raises(ep_rt.HandleError, match="LowLatencyHandle"):
                 one.combine(low.recv_x, low.handle)

@@ -103,6 +103,95 @@ def test_torch_arrays_come_back_as_torch_arrays() -> None:
     ep_rt.run_local(run, 2, timeout_s=20)
 
 
+def test_torch_arrays_in_expert_major_layout() -> None:
+    torch = pytest.importorskip("torch")
+
+    def run(group: Group) -> None:
+        generator = torch.Generator().manual_seed(group.rank)
+        x = torch.randn((6, 128), generator=generator).to(torch.bfloat16)
+        ids = torch.randint(0, 4, (6, 2), generator=generator)
+        weights = torch.rand((6, 2), generator=generator)
+        with Buffer(group, backend="host") as buffer:
+            out = buffer.dispatch(
+                x,
+                topk_idx=ids,
+                topk_weights=weights,
+                num_experts=4,
+                expert_alignment=8,
+                layout="expert",
+                quantize="fp8",
+            )
+            rows, scales = out.recv_x
+            assert (rows.dtype, scales.dtype) == (torch.float8_e4m3fn, torch.float32)
+            assert out.recv_topk_weights.shape == (len(rows),)
+            ends = out.handle.psum_num_tokens_per_expert
+            assert ends.dtype == torch.int32
+            y = torch.zeros((len(rows), 128), dtype=torch.bfloat16)
+            begin = 0
+            for end, length in zip(ends.tolist(), out.num_recv_tokens_per_expert_list, strict=True):
+                y[begin:end] = 1
+                begin += length
+            back = buffer.combine(y, out.handle, topk_weights=torch.ones(len(rows)))
+            assert torch.equal(back.combined_x, torch.full((6, 128), 2, dtype=torch.bfloat16))
+
+    ep_rt.run_local(run, 2, timeout_s=20)
+
+
+@pytest.mark.parametrize("capacity", [0, 7])
+def test_rows_quantised_before_they_travel(capacity: int) -> None:
+    def run(group: Group) -> None:
+        case = Case.draw(6, 4, hidden=256)
+        x, again = (
+            [random_values(case.rng, (count, 256), BF16) for count in case.num_tokens] for _ in range(2)
+        )
+        me = group.rank
+        with Buffer(group, backend="host") as buffer:
+            options: dict[str, Any] = {
+                "topk_idx": case.topk_idx[me],
+                "topk_weights": case.topk_weights[me],
+                "num_experts": case.num_experts,
+                "num_worst_tokens": capacity,
+            }
+            out = buffer.dispatch(x[me], **options, quantize="fp8")
+            other = buffer.dispatch(reference.quantize_fp8(x[me]), **options)
+            rows = min(capacity or out.handle.num_recv_tokens, out.handle.num_recv_tokens)
+            for got, expected in zip(out.recv_x, other.recv_x, strict=True):
+                assert same_bits(got[:rows], expected[:rows])
+            assert same_bits(out.recv_topk_idx, other.recv_topk_idx)
+            assert same_bits(out.recv_topk_weights, other.recv_topk_weights)
+            cached = buffer.dispatch(again[me], handle=other.handle, quantize="fp8")
+            cached_other = buffer.dispatch(reference.quantize_fp8(again[me]), handle=out.handle)
+            for got, expected in zip(cached.recv_x, cached_other.recv_x, strict=True):
+                assert same_bits(got[:rows], expected[:rows])
+
+    ep_rt.run_local(run, 4, timeout_s=20)
+
+
+def test_expert_major_layout_of_no_tokens() -> None:
+    def run(group: Group) -> None:
+        with Buffer(group, backend="host") as buffer:
+            for num_tokens, num_worst_tokens in ((0, 0), (5, 0), (0, 4), (5, 4)):
+                x = np.ones((num_tokens, 4), np.float32)
+                ids = np.full((num_tokens, 3), -1, np.int64)
+                out = buffer.dispatch(
+                    x,
+                    topk_idx=ids,
+                    num_experts=4,
+                    expert_alignment=128,
+                    num_worst_tokens=num_worst_tokens,
+                    layout="expert",
+                    zero_padding=True,
+                )
+                assert same_bits(out.recv_x, np.zeros((num_worst_tokens, 4), np.float32))
+                assert out.num_recv_tokens_per_expert_list == ([] if num_worst_tokens else [0, 0])
+                assert out.handle.psum_num_tokens_per_expert.tolist() == [0, 0]
+                assert not out.handle.overflow
+                back = buffer.combine(np.full_like(out.recv_x, np.nan), out.handle)
+                assert same_bits(back.combined_x, np.zeros((num_tokens, 4), np.float32))
+
+    ep_rt.run_local(run, 2, timeout_s=10)
+
+
 def test_jax_arrays_come_back_as_jax_arrays() -> None:
     jnp = pytest.importorskip("jax.numpy")
 

@@ -16,11 +16,12 @@ ORACLE = f"""
 import sys
 sys.path.insert(0, {TESTS!r})
 import ep_rt
-from host_cases import check_low_latency, check_normal, check_worst_case
+from host_cases import check_expert_major, check_low_latency, check_normal, check_worst_case
 with ep_rt.Buffer(backend="host", timeout_s=20) as buffer:
     for seed in range(10):
         check_normal(buffer, seed)
         check_worst_case(buffer, seed)
+        check_expert_major(buffer, seed, is_exact=seed % 3 != 2)
         check_low_latency(buffer, seed, hook=seed % 2 == 1)
 print("all equal on", buffer.num_ranks)
 """

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from nvrtc_here import require_nvrtc
 
+from ep_rt import reference
 from ep_rt.cuda import jit, kernels
 from ep_rt.cuda.kernels import KernelSpec
 from ep_rt.errors import CompileError
@@ -92,3 +95,40 @@ def test_a_change_of_one_layout_twin_does_not_compile(before: str, after: str) -
     headers = {**source.headers, "layout.cuh": source.headers["layout.cuh"].replace(before, after)}
     with pytest.raises(CompileError, match="static assertion failed"):
         jit.compile_cubin(jit.Source(name=source.name, text=source.text, headers=headers), "sm_90a")
+
+
+def test_e4m3_without_an_instruction_is_that_of_the_reference() -> None:
+    """Every e4m3 value, the middles between them, and the neighbours of all those; the compiler evaluates."""
+    values = np.arange(0x7F, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    middles = (values[1:] + values[:-1]) / 2
+    exact = np.concatenate([values, middles]).view(np.uint32)
+    others = np.array([0x00000001, 0x007FFFFF, 0x43E00001, 0x7F800001, 0x7FFFFFFF], np.uint32)
+    bits = np.concatenate([exact, exact[1:] - 1, exact + 1, others])
+    bits = np.concatenate([bits, bits | np.uint32(0x80000000)])
+    # Beside 448 the scale of a block is 1.
+    blocks = np.full((len(bits), 128), 448, np.float32)
+    blocks[:, 0] = bits.view(np.float32)
+    q, _ = reference.quantize_fp8(blocks)
+    is_scaled_by_one = ~(np.abs(blocks[:, 0]) > 448)
+    text = f"""
+        #include "fp8.cuh"
+        constexpr unsigned bits[] = {{{_listed(bits[is_scaled_by_one])}}};
+        constexpr unsigned q[] = {{{_listed(q.view(np.uint8)[is_scaled_by_one, 0])}}};
+        __host__ __device__ constexpr int num_wrong() {{
+            int num = 0;
+            for (int i = 0; i < sizeof(bits) / sizeof(bits[0]); ++i)
+                num += ep::fp8::e4m3_of(bits[i]) != q[i];
+            return num;
+        }}
+        static_assert(num_wrong() == 0);
+        static_assert(ep::fp8::e4m3_of(0x43e00001) == 0x7e && ep::fp8::e4m3_of(0xff800000) == 0xfe);
+    """
+    headers = jit.render(kernels.intranode_dispatch(quantizes=True)).headers
+    jit.compile_cubin(jit.Source(name="e4m3.cu", text=text, headers=headers), "sm_80")
+    wrong = text.replace("num_wrong() == 0", "num_wrong() == 1")
+    with pytest.raises(CompileError, match="static assertion failed"):
+        jit.compile_cubin(jit.Source(name="e4m3.cu", text=wrong, headers=headers), "sm_80")
+
+
+def _listed(numbers: np.ndarray[Any, Any]) -> str:
+    return ", ".join(str(number) for number in numbers.tolist())

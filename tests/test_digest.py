@@ -6,15 +6,17 @@ import subprocess
 import sys
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from ep_rt.cuda.digest import combine_digest, dispatch_digest
+from ep_rt.cuda.digest import along, combine_digest, dispatch_digest
 from ep_rt.handle import HostDispatchHandle
 from ep_rt.requests import CombineRequest, DispatchRequest, Place
 
 OWNER = object()
 PLACE = Place("cpu")  # shapes and dtypes are the same anywhere
+BF16 = ml_dtypes.bfloat16
 
 
 def dispatch(handle_call: int = 0, **changes: Any) -> int:
@@ -29,9 +31,10 @@ def dispatch(handle_call: int = 0, **changes: Any) -> int:
         "num_worst_tokens": 0,
         "num_experts": 8,
     }
+    options = {name: changes.pop(name) for name in ("layout", "quantize") if name in changes}
     arguments |= changes
-    request = DispatchRequest.of(*arguments.values(), owner=OWNER, num_ranks=2, place=PLACE)
-    return dispatch_digest(request, handle_call=handle_call)
+    request = DispatchRequest.of(*arguments.values(), owner=OWNER, num_ranks=2, place=PLACE, **options)
+    return along(dispatch_digest(request), handle_call)
 
 
 @pytest.mark.parametrize(
@@ -46,11 +49,14 @@ def dispatch(handle_call: int = 0, **changes: Any) -> int:
         {"num_experts": 16},
         {"num_worst_tokens": 5},
         {"handle_call": 3},
+        {"layout": "expert"},
+        {"x": np.ones((3, 128), BF16), "quantize": "fp8"},
     ],
     ids=str,
 )
 def test_what_must_agree_is_in_it(changes: dict[str, Any]) -> None:
-    assert dispatch(**changes) != dispatch()
+    unchanged = {name: value for name, value in changes.items() if name == "x" and len(changes) > 1}
+    assert dispatch(**changes) != dispatch(**unchanged)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +86,7 @@ def test_combine_knows_its_dispatch() -> None:
 
     def digest(x: Any, weights: Any, call: int) -> int:
         request = CombineRequest.of(x, handle, weights, None, owner=OWNER, place=PLACE)
-        return combine_digest(request, handle_call=call)
+        return along(combine_digest(request), call)
 
     digests = {
         digest(x, None, 1),

@@ -21,8 +21,12 @@ pytest.importorskip("tqdm", reason="the examples need ep-rt[examples]")
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-SMALL_LAYER = "--tokens=40 --decode-tokens=8 --hidden=64 --ffn=32 --num-experts=8"
-SMALL_MODEL = "--steps=40 --batch=130 --context=8 --embedding=8 --hidden=32 --ffn=32 --sample=20"
+# tests/gpu has them on GPUs, which they would use here too where there are some.
+SMALL_LAYER = "--backend=host --tokens=40 --decode-tokens=8 --hidden=64 --ffn=32 --num-experts=8"
+SMALL_MODEL = (
+    "--backend=host --steps=40 --batch=130 --context=8 --embedding=8 --hidden=32 --ffn=32 --sample=20"
+)
+SMALL_OVERLAP = "--backend=host --tokens=32 --hidden=64 --num-experts=16 --columns=32"
 
 RunExample = Callable[..., "tuple[int, str]"]
 
@@ -104,6 +108,15 @@ def test_moe_layer_on_one_rank() -> None:
     assert "check passed" in printed
 
 
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_moe_layer_in_other_frameworks(framework: str) -> None:
+    pytest.importorskip(framework)
+    code, printed = run_alone("moe_layer.py", *SMALL_LAYER.split(), "--ranks", "2", "--framework", framework)
+    assert code == 0, printed
+    assert f"host backend, {framework} arrays" in printed
+    assert "check passed" in printed
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_moe_layer_notices_a_wrong_row(
     example: Callable[[str], Any], seed: int, capsys: pytest.CaptureFixture[str]
@@ -111,14 +124,17 @@ def test_moe_layer_notices_a_wrong_row(
     moe_layer = example("moe_layer")
     args = f"--tokens=40 --hidden=64 --ffn=32 --num-experts=4 --topk=2 --seed={seed}"
     options = moe_layer.parser().parse_args(args.split())
+    lib = moe_layer.Library()
 
     def run(group: ep_rt.Group) -> list[Any]:
         with ep_rt.Buffer.for_moe(
-            group, num_max_tokens_per_rank=40, hidden=64, num_experts=4, num_topk=2
+            group, num_max_tokens_per_rank=40, hidden=64, num_experts=4, num_topk=2, backend="host"
         ) as buffer:
             tokens = moe_layer.random_tokens(options, group.rank)
             experts = [moe_layer.random_expert(options, 2 * group.rank + e) for e in range(2)]
-            return group.allgather((tokens, {"normal": moe_layer.normal_layer(buffer, tokens, experts, 1)}))
+            return group.allgather(
+                (tokens, {"normal": moe_layer.normal_layer(buffer, lib, tokens, experts, 1)})
+            )
 
     everyone = ep_rt.run_local(run, 2)[0]
     assert moe_layer.report(everyone, options)
@@ -139,7 +155,7 @@ def test_train_moe(run_on_4_ranks: RunExample, tmp_path: Path) -> None:
     assert "loss fell: first 4." in printed
     assert "equality check passed: 4 ranks and 1 rank differ by at most" in printed
     assert printed.count("equality check") == 1
-    for label in ("4 ranks: 100%", "1 rank: 100%"):
+    for label in ("4 ranks, numpy on host: 100%", "1 rank, numpy on host: 100%"):
         assert label in printed
     assert plot.read_bytes().startswith(b"\x89PNG")
 
@@ -150,6 +166,16 @@ def test_train_moe_with_top_1_and_no_comparison(tmp_path: Path) -> None:
     assert code == 0, printed
     assert "loss fell" in printed
     assert "equality check" not in printed
+
+
+def test_train_moe_in_torch(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    args = ("--ranks", "2", "--framework", "torch", "--plot", str(tmp_path / "loss.png"))
+    code, printed = run_alone("train_moe.py", *SMALL_MODEL.split(), *args)
+    assert code == 0, printed
+    assert "2 ranks, torch on host: 100%" in printed
+    assert "loss fell" in printed
+    assert "equality check passed" in printed
 
 
 def test_train_moe_says_when_the_loss_does_not_fall(tmp_path: Path) -> None:
@@ -207,9 +233,15 @@ def test_gradients_are_those_of_the_loss(example: Callable[[str], Any], num_rank
         # Unequal shares, and rank 0 of several has none.
         mine = np.split(np.arange(num_tokens), [0, 17, 20][: group.size - 1])[group.rank]
         with ep_rt.Buffer.for_moe(
-            group, num_max_tokens_per_rank=30, hidden=16, num_experts=8, num_topk=topk, dtype="float32"
+            group,
+            num_max_tokens_per_rank=30,
+            hidden=16,
+            num_experts=8,
+            num_topk=topk,
+            dtype="float32",
+            backend="host",
         ) as buffer:
-            model = train_moe.CharacterModel(buffer, p, topk)
+            model = train_moe.CharacterModel(buffer, train_moe.Library(), p, topk)
 
             def loss_and_gradients() -> tuple[float, Any]:
                 loss, g = model.loss_and_gradients(contexts[mine], targets[mine], num_tokens)
@@ -238,6 +270,64 @@ def test_gradients_are_those_of_the_loss(example: Callable[[str], Any], num_rank
             np.testing.assert_allclose(numerical, analytical, rtol=1e-3, atol=2e-5, err_msg=name)
 
 
+# overlap.py
+
+
+def test_overlap_without_gpus(run_on_4_ranks: RunExample) -> None:
+    code, printed = run_on_4_ranks("overlap.py", *SMALL_OVERLAP.split())
+    assert code == 0, printed
+    assert printed.count("check passed") == 1
+    assert printed.count("nothing to overlap") == 1
+
+
+def test_overlap_notices_a_wrong_product(
+    example: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overlap = example("overlap")
+    options = overlap.parser().parse_args(SMALL_OVERLAP.split())
+    product = overlap.Layer.product
+    monkeypatch.setattr(overlap.Layer, "product", lambda self: product(self) * 1.1)
+    with pytest.raises(SystemExit):
+        ep_rt.run_local(overlap.main, 2, options)
+    assert "check FAILED" in capsys.readouterr().out
+
+
+def test_overlap_is_a_share_of_the_shorter(example: Callable[[str], Any]) -> None:
+    times = example("overlap").Times(16, dispatch=2.0, product=1.0, in_turn=3.2, together=2.7)
+    assert times.overlap == pytest.approx(0.5)
+
+
+# Which GPU a rank gets
+
+
+@pytest.mark.parametrize(
+    ("ranks", "gpus"),
+    [
+        # Threads of one process, as many as GPUs, and more.
+        ([("a", 1, "xy")] * 2, "xy"),
+        ([("a", 1, "xy")] * 5, "xyxyx"),
+        # Processes, on two nodes; then each is shown one GPU.
+        ([("a", 1, "xy"), ("b", 1, "xy"), ("a", 2, "xy"), ("b", 2, "xy")], "xxyy"),
+        ([("a", 1, "x"), ("a", 2, "y")], "xy"),
+    ],
+)
+def test_gpu_follows_from_the_local_rank(
+    example: Callable[[str], Any], ranks: list[tuple[str, int, str]], gpus: str
+) -> None:
+    visible = [(node, pid, list(addresses)) for node, pid, addresses in ranks]
+    homes, obstacle = example("launch").assign_gpus(visible, "cupy")
+    assert obstacle is None
+    assert homes == [(rank[0], gpu) for rank, gpu in zip(ranks, gpus, strict=True)]
+
+
+def test_gpus_that_cannot_be_shared(example: Callable[[str], Any]) -> None:
+    assign = example("launch").assign_gpus
+    _, obstacle = assign([("a", 1, ["x"]), ("a", 2, ["x"])], "cupy")
+    assert "more processes than GPUs" in obstacle
+    _, obstacle = assign([("a", 1, ["x"])] * 2, "jax")
+    assert "every rank needs a GPU of its own" in obstacle
+
+
 # What a user may get wrong
 
 
@@ -248,6 +338,8 @@ def test_gradients_are_those_of_the_loss(example: Callable[[str], Any], num_rank
         ("moe_layer.py", ("--hidden", "30"), "pad hidden so that a row is a multiple of 16 bytes"),
         ("moe_layer.py", ("--tokens", "0"), "argument --tokens: 0 is not positive"),
         ("train_moe.py", ("--topk", "2", "--num-experts", "1"), "--topk 2 of --num-experts 1 is impossible"),
+        ("moe_layer.py", ("--backend=cuda", "--framework=numpy"), "numpy has no arrays for --backend cuda"),
+        ("overlap.py", ("--backend=host", "--framework=cupy"), "cupy has no arrays for --backend host"),
     ],
 )
 def test_wrong_options_are_explained_once(

@@ -6,7 +6,7 @@ import numpy as np
 
 from ep_rt.cuda.hang import Report, verdict
 from ep_rt.cuda.layout import HANG_RECORD, Operation, Reason, signal_word
-from ep_rt.errors import CollectiveMismatchError, ConfigError, EpError, PeerTimeoutError
+from ep_rt.errors import CollectiveMismatchError, ConfigError, DeviceError, EpError, PeerTimeoutError
 
 BARRIER = Operation.BARRIER
 GAVE_UP = Operation.GAVE_UP
@@ -121,3 +121,12 @@ def test_report_of_a_record() -> None:
     record["waits"]["expected"][0, 6] = signal_word(5, BARRIER)
     record["waits"]["seen"][0, 6] = signal_word(4, BARRIER)
     assert Report.of(3, record) == report(3, {6: (4, BARRIER)})
+
+
+def test_a_rank_that_waited_for_its_own_blocks_blames_nobody() -> None:
+    # Its peers then found it late in the call after.
+    reports = [report(0, {1: (5, GAVE_UP)}), report(1, {}, operation=Operation.EXPAND), None]
+    for rank in range(3):
+        error = verdict(reports, rank=rank, timeout_s=1.0)
+        assert isinstance(error, DeviceError)
+        assert "rank 1 did not all run" in str(error)

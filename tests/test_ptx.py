@@ -26,10 +26,11 @@ INSTRUCTIONS = {
     "atom_add_acq_rel_gpu": ["atom.acq_rel.gpu.global.add.u64"],
     "atom_inc_relaxed_gpu": ["atom.relaxed.gpu.global.inc.u32"],
     "ld_stream": ["ld.global.cs.f32", "ld.global.cs.v4.u32"],
-    "st_stream": ["st.global.cs.v4.u32"],
+    "st_stream": ["st.global.cs.v4.u32", "st.global.cs.v2.u32"],
     "cvt_f32_f16": ["cvt.f32.f16"],
     "cvt_rn_f16x2_f32": ["cvt.rn.f16x2.f32"],
     "cvt_rn_bf16x2_f32": ["cvt.rn.bf16x2.f32"],
+    "cvt_rn_satfinite_e4m3x2_f32": ["cvt.rn.satfinite.e4m3x2.f32"],
     "fence_proxy_async": ["fence.proxy.async"],
     "fence_proxy_async_shared": ["fence.proxy.async.shared::cta"],
     "mbarrier_init": ["mbarrier.init.shared::cta.b64"],
@@ -43,7 +44,7 @@ INSTRUCTIONS = {
     "globaltimer_ns": ["mov.u64"],
 }
 # Arithmetic, which touches no memory.
-PURE = {"cvt_f32_f16", "cvt_rn_f16x2_f32", "cvt_rn_bf16x2_f32"}
+PURE = {"cvt_f32_f16", "cvt_rn_f16x2_f32", "cvt_rn_bf16x2_f32", "cvt_rn_satfinite_e4m3x2_f32"}
 # Not one instruction: an address conversion without assembly, and a wait that hands out its predicate.
 OTHERS = {"smem_address", "mbarrier_try_wait"}
 
@@ -60,7 +61,7 @@ def test_every_wrapper_is_listed() -> None:
 @pytest.mark.parametrize("name", INSTRUCTIONS)
 def test_wrapper_is_one_instruction_that_clobbers_memory(name: str) -> None:
     statements = assembly(name)
-    assert [re.match(r'"([^" ;]+)', text)[1] for text in statements] == INSTRUCTIONS[name]  # type: ignore[index]
+    assert [re.match(r'\s*"([^" ;]+)', text)[1] for text in statements] == INSTRUCTIONS[name]  # type: ignore[index]
     for statement in statements:
         template = statement.partition('"')[2].partition('"')[0]
         assert template.count(";") == 1

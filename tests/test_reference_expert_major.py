@@ -82,6 +82,30 @@ def test_expanded_rows(case: Case, alignment: int, capacity: int) -> None:
 
 
 @few
+@given(cases(), st.integers(1, 5), st.integers(1, 30))
+def test_fixed_number_of_rows(case: Case, alignment: int, capacity: int) -> None:
+    """The rows of the unlimited layout of what was kept, cut off or padded."""
+    unlimited = received(case)
+    for d, everything in zip(received(case, num_worst_tokens=capacity), unlimited, strict=True):
+        layout = {"num_local_experts": case.num_local_experts, "alignment": alignment}
+        e = reference.expand(d, **layout, num_worst_tokens=capacity)
+        kept = reference.expand(d, **layout)
+        num_rows = min(capacity, len(kept.row))
+        assert len(e.row) == len(e.topk) == len(e.x) == capacity
+        assert same_bits(e.row[:num_rows], kept.row[:num_rows])
+        assert same_bits(e.topk[:num_rows], kept.topk[:num_rows])
+        assert (e.row[num_rows:] == -1).all()
+        psum = kept.psum_num_tokens_per_expert
+        assert e.psum_num_tokens_per_expert.tolist() == [min(end, capacity) for end in psum]
+        needed = sum(reference.expand(everything, **layout).num_tokens_per_expert)
+        assert e.overflow == (needed > capacity)
+        assert e.num_needed_rows <= needed
+        out = reference.collapse(e.x, e, capacity, weighted=False)
+        times = np.bincount(e.row[e.row >= 0], minlength=capacity)[:, None]
+        assert np.array_equal(out, d.recv_x.astype(np.float32) * times)
+
+
+@few
 @given(cases(), st.integers(1, 4), st.booleans())
 def test_collapse_undoes_expand(case: Case, alignment: int, weighted: bool) -> None:
     """Small integers are exact: a row comes back times the number, or the weights, of its local experts."""
@@ -138,6 +162,8 @@ def test_bad_input_is_refused() -> None:
     e = reference.expand(d, num_local_experts=2)
     with pytest.raises(ConfigError):
         reference.expand(d, num_local_experts=2, alignment=0)
+    with pytest.raises(ConfigError):
+        reference.expand(d, num_local_experts=2, num_worst_tokens=-1)
     with pytest.raises(ArrayError):
         reference.expand(d, num_local_experts=1)
     with pytest.raises(ArrayError):

@@ -3,40 +3,43 @@
 from __future__ import annotations
 
 import zlib
-from functools import lru_cache
+from typing import Final
 
 from ..requests import CombineRequest, DispatchRequest
 
+_ODD: Final = 0x9E3779B1  # spreads small numbers over 32 bits
 
-def dispatch_digest(request: DispatchRequest, *, handle_call: int) -> int:
-    """Of a dispatch; `handle_call` is the number of the dispatch that it repeats, or 0."""
+
+def dispatch_digest(request: DispatchRequest) -> int:
+    """Of a dispatch."""
     x, sf, ids = request.x, request.sf, request.topk_idx
     return _digest(
         "dispatch",
         x.dtype,
         x.shape[1],
+        request.layout,
+        request.quantize,
         None if sf is None else (sf.dtype, sf.shape[1:]),
         None if ids is None else (ids.dtype, ids.shape[1]),
         request.topk_weights is not None,
         request.num_experts,
         request.num_worst_tokens > 0 and request.handle is None,
-        handle_call,
     )
 
 
-def combine_digest(request: CombineRequest, *, handle_call: int) -> int:
-    """Of a combine along the routes of dispatch number `handle_call`."""
+def combine_digest(request: CombineRequest) -> int:
+    """Of a combine."""
     weights = request.topk_weights
-    return _digest(
-        "combine",
-        request.x.dtype,
-        request.x.shape[1],
-        None if weights is None else weights.shape[1],
-        handle_call,
-    )
+    is_summed = weights is not None and request.handle.layout == "rank"
+    num_columns = weights.shape[1] if weights is not None and is_summed else None
+    return _digest("combine", request.x.dtype, request.x.shape[1], num_columns)
 
 
-@lru_cache(maxsize=1024)
+def along(digest: int, handle_call: int) -> int:
+    """Of the same call along the routes of dispatch number `handle_call`, 0 for new ones."""
+    return (digest + handle_call * _ODD) & 0xFFFFFFFF
+
+
 def _digest(*facts: object) -> int:
     # Not hash(): it differs between processes.
     return zlib.crc32(repr(facts).encode())

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..handle import DispatchHandle
 from .heap import Block
-from .layout import DISPATCH_RESULT, MAX_LOCAL_RANKS, SEND_PLAN, align_up
+from .layout import DISPATCH_RESULT, MAX_LOCAL_RANKS, SEND_PLAN, Struct, align_up, field_offset
 
-_RESULT_OFFSET: Final = SEND_PLAN.itemsize
-_SEND_ROW_OFFSET: Final = align_up(_RESULT_OFFSET + DISPATCH_RESULT.itemsize, 256)
+# Within the block that holds the routing of a dispatch.
+SEND_PLAN_OFFSET: Final = 0
+RESULT_OFFSET: Final = SEND_PLAN.itemsize
+NUM_RECV_TOKENS_OFFSET: Final = RESULT_OFFSET + field_offset(DISPATCH_RESULT, "num_recv_tokens")
+EXPERT_COUNTS_OFFSET: Final = RESULT_OFFSET + field_offset(DISPATCH_RESULT, "expert_counts")
+SEND_ROW_OFFSET: Final = align_up(RESULT_OFFSET + DISPATCH_RESULT.itemsize, 256)
+
+_INT32: Final[Struct] = np.dtype("<i4")
+_INT64: Final[Struct] = np.dtype("<i8")
 
 
 def routing_bytes(num_tokens: int) -> int:
     """Of the block that holds a dispatch's `SEND_PLAN`, its `DISPATCH_RESULT` and the rows of its tokens."""
-    return _SEND_ROW_OFFSET + 4 * MAX_LOCAL_RANKS * num_tokens
+    return SEND_ROW_OFFSET + 4 * MAX_LOCAL_RANKS * num_tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -29,34 +36,70 @@ class CudaDispatchHandle(DispatchHandle):
     Attributes:
         call: the number of the dispatch, the same on every rank.
         routing: see `routing_bytes`.
+        num_local_experts: of the model; 0 where that is not known.
+        num_landed_rows: that the peers could write, or wrote where that is known.
         known_recv_tokens: None where only the device knows.
-        read_result: fetches the `DISPATCH_RESULT` [1] at an address, once earlier calls are done.
+        read: fetches a struct [1] from an address, once earlier calls are done.
+        places: with layout "expert", see `expert_major.PlacesLayout`.
     """
 
     call: int
     routing: Block = field(repr=False)
+    num_local_experts: int = field(repr=False)
+    expert_alignment: int = field(repr=False)
+    num_landed_rows: int = field(repr=False)
     known_recv_tokens: int | None = field(repr=False)
-    read_result: Callable[[int], NDArray[Any]] = field(repr=False)
+    read: Callable[[int, Struct], NDArray[Any]] = field(repr=False)
+    places: Block | None = field(default=None, repr=False)
 
     @property
     def num_recv_tokens(self) -> int:
         if self.known_recv_tokens is not None:
             return self.known_recv_tokens
-        return int(self.read_result(result_pointer(self.routing))["num_recv_tokens"][0])
+        return int(self.read(self.routing.pointer + NUM_RECV_TOKENS_OFFSET, _INT32)[0])
+
+    @property
+    def num_needed_rows(self) -> int:
+        if self.places is None:
+            return self.num_recv_tokens
+        return int(self.read(self.places.pointer, _INT64)[0])
+
+    @property
+    def num_recv_tokens_pointer(self) -> int:
+        """Where the device finds `num_recv_tokens`; 0 where it is `num_landed_rows`."""
+        return 0 if self.known_recv_tokens is not None else self.routing.pointer + NUM_RECV_TOKENS_OFFSET
 
 
-def send_plan_pointer(routing: Block) -> int:
-    return routing.pointer
+class LazyCounts(Sequence[int]):
+    """Counts that only the device knows. Looking at them waits for the calls so far, each time.
 
+    Args:
+        read: fetches them.
+    """
 
-def result_pointer(routing: Block) -> int:
-    return routing.pointer + _RESULT_OFFSET
+    __slots__ = ("_num_counts", "_read")
 
+    def __init__(self, num_counts: int, read: Callable[[], list[int]]) -> None:
+        self._num_counts = num_counts
+        self._read = read
 
-def send_row_pointer(routing: Block) -> int:
-    return routing.pointer + _SEND_ROW_OFFSET
+    def __len__(self) -> int:
+        return self._num_counts
 
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        return self._read()[index]
 
-def empty_result() -> NDArray[Any]:
-    """A `DISPATCH_RESULT` [1] of zeros."""
-    return np.zeros(1, DISPATCH_RESULT)
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._read())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and self._read() == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"<{self._num_counts} counts on the device>"

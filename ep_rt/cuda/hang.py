@@ -24,6 +24,7 @@ from ..errors import (
     PeerTimeoutError,
     on_all_ranks,
 )
+from .launch import fields_type
 from .layout import (
     HANG_RECORD,
     SLAB_HEADER,
@@ -63,6 +64,7 @@ class PinnedStruct:
     Attributes:
         pointer: valid on every device; with unified addressing the same for host and device.
         array: the struct [1].
+        fields: the same, as attributes, which NumPy is slow at.
         word: its first eight bytes, for polling.
     """
 
@@ -74,6 +76,7 @@ class PinnedStruct:
         buffer = (ctypes.c_uint8 * struct.itemsize).from_address(self.pointer)
         self.array: NDArray[Any] = np.frombuffer(memoryview(buffer), struct)
         self.array[:] = 0
+        self.fields = fields_type(struct).from_address(self.pointer)
         self.word = ctypes.c_uint64.from_address(self.pointer)
 
 
@@ -119,8 +122,17 @@ def verdict(reports: Sequence[Report | None], *, rank: int, timeout_s: float) ->
     different operations are a `CollectiveMismatchError`, and different arguments a `ConfigError`. Else those
     are late that a rank whose own deadline passed had not heard from; ranks that gave up themselves are named
     only when nobody else is left. The error's `seen` and `expected` count the calls of the slab.
+
+    A rank that gave up among its own blocks waited for no peer: a `DeviceError` naming it, and its peers that
+    find it late say the same.
     """
     known = [report for report in reports if report is not None]
+    stuck = [report.rank for report in known if report.operation == Operation.EXPAND]
+    if stuck:
+        return DeviceError(
+            f"{operation_name(Operation.EXPAND)}: the blocks of rank {', '.join(map(str, stuck))} did not "
+            f"all run within {timeout_s:g} s: other work held their multiprocessors"
+        )
     epoch, phase = min((report.epoch, report.phase) for report in known)
     operations = _operations_at(epoch, known)
     if len(set(operations.values())) > 1:

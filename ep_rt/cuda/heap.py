@@ -30,10 +30,10 @@ class Block:
 
 
 class Heap:
-    """Hands out device memory that is used on the communication stream first.
+    """Hands out device memory to the calls of one rank.
 
-    A pool of CuPy's, but its own one: blocks return in the order of the communication stream, which waits
-    for their readers before it writes to them again.
+    A pool of CuPy's, but its own one: what one call gave back the next one may use, whatever their streams,
+    because `Turns` keeps them in order.
 
     Attributes:
         num_released: blocks given back so far. Grows before any of them is handed out again.
@@ -49,6 +49,16 @@ class Heap:
     def reserve(self, num_bytes: int) -> None:
         """Have memory at hand, so that `take` need not ask the driver for it."""
         self.take(num_bytes)
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory held."""
+        return int(self._pool.total_bytes())
+
+    @property
+    def used_bytes(self) -> int:
+        """Of blocks that somebody holds."""
+        return int(self._pool.used_bytes())
 
     def take(self, num_bytes: int, *, is_capturing: bool = False) -> Block:
         """Uninitialised memory on the current device.

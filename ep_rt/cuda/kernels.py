@@ -41,10 +41,28 @@ class IntranodeDispatchCfg:
     num_stages: int
     stage_bytes: int
     scale_bytes: int
+    quantizes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IntranodeCombineCfg:
+    num_threads: int
+    num_stages: int
+    stage_bytes: int
+    element: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpandCfg:
+    num_threads: int
+    num_data_warps: int
+    num_stages: int
+    stage_bytes: int
+    scale_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollapseCfg:
     num_threads: int
     num_stages: int
     stage_bytes: int
@@ -59,6 +77,13 @@ class DispatchLayoutCfg:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContiguousCfg:
     num_threads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WireLimitCfg:
+    num_threads: int
+    num_stages: int
+    stage_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,9 +153,14 @@ def barrier(num_ranks: int) -> KernelSpec:
     )
 
 
-def intranode_dispatch() -> KernelSpec:
-    """Dispatch within one NVLink domain, for every dtype and shape."""
-    stages = plan.DISPATCH_STAGES
+def intranode_dispatch(*, quantizes: bool = False) -> KernelSpec:
+    """Dispatch within one NVLink domain, for every shape.
+
+    Args:
+        quantizes: rows are bfloat16 and are received as float8_e4m3fn with scale factors; else any dtype is
+            moved as it is.
+    """
+    stages = plan.QUANTIZING_STAGES if quantizes else plan.DISPATCH_STAGES
     return KernelSpec(
         source="intranode_dispatch.cu",
         function="intranode_dispatch",
@@ -140,6 +170,7 @@ def intranode_dispatch() -> KernelSpec:
             num_stages=stages.num_stages,
             stage_bytes=stages.stage_bytes,
             scale_bytes=stages.scale_bytes,
+            quantizes=int(quantizes),
         ),
         args=np.dtype(
             [
@@ -152,13 +183,12 @@ def intranode_dispatch() -> KernelSpec:
                 ("recv_capacity", "<u4"),
                 *_ints("rank", "num_ranks", "num_tokens", "num_topk", "num_experts"),
                 *_ints("row_bytes", "sf_row_bytes", "idx_bytes", "is_cached"),
+                *_ints("fill_rows", "max_redundant_tokens"),
                 ("slabs", "<u8", (MAX_LOCAL_RANKS,)),
             ],
             align=True,
         ),
-        # The same memory holds a histogram of the experts first.
-        shared_bytes=max(stages.shared_bytes, _HISTOGRAM_BYTES),
-        shared_bytes_sm80=_HISTOGRAM_BYTES,
+        shared_bytes=stages.shared_bytes,
     )
 
 
@@ -176,15 +206,70 @@ def intranode_combine(element: str) -> KernelSpec:
         ),
         args=np.dtype(
             [
-                *_pointers("hang", "workspace", "send_row", "send_plan"),
+                *_pointers("hang", "workspace", "send_row", "send_plan", "y"),
                 ("bias", "<u8", (2,)),
                 *_pointers("out", "out_weights"),
                 ("timeout_ns", "<u8"),
                 ("digest", "<u4"),
                 ("y_offset", "<u4"),
                 ("weights_offset", "<u4"),
-                *_ints("rank", "num_ranks", "num_tokens", "row_bytes", "num_topk"),
+                *_ints("rank", "num_ranks", "num_tokens", "num_rows", "row_bytes", "num_topk"),
+                *_ints("num_pullers", "num_stagers"),
                 ("slabs", "<u8", (MAX_LOCAL_RANKS,)),
+            ],
+            align=True,
+        ),
+        shared_bytes=stages.shared_bytes,
+    )
+
+
+def expand() -> KernelSpec:
+    """Received rows to the expert-major layout, for every dtype and shape."""
+    stages = plan.EXPAND_STAGES
+    # The same memory holds counters of each warp, and of the block, for each expert first.
+    counters_bytes = 4 * (stages.num_threads // 32 + 2) * MAX_LOCAL_EXPERTS
+    return KernelSpec(
+        source="expand.cu",
+        function="expand",
+        cfg=ExpandCfg(
+            num_threads=stages.num_threads,
+            num_data_warps=stages.num_data_warps,
+            num_stages=stages.num_stages,
+            stage_bytes=stages.stage_bytes,
+            scale_bytes=stages.scale_bytes,
+        ),
+        args=np.dtype(
+            [
+                *_pointers("hang", "header", "workspace", "num_recv_tokens"),
+                *_pointers("topk_idx", "topk_weights", "sf", "x"),
+                *_pointers("expert_row", "psum", "num_needed_rows", "out_weights", "out_sf", "out_x"),
+                ("timeout_ns", "<u8"),
+                *_ints("row_capacity", "num_out_rows", "num_topk", "num_local_experts", "alignment"),
+                *_ints("row_bytes", "sf_row_bytes", "idx_bytes", "zero_padding", "is_cached"),
+            ],
+            align=True,
+        ),
+        shared_bytes=max(stages.shared_bytes, counters_bytes),
+        shared_bytes_sm80=counters_bytes,
+    )
+
+
+def collapse(element: str) -> KernelSpec:
+    """Expert-major rows of one of `ELEMENTS` to sums for each received token."""
+    stages = plan.COLLAPSE_STAGES
+    return KernelSpec(
+        source="collapse.cu",
+        function="collapse",
+        cfg=CollapseCfg(
+            num_threads=stages.num_threads,
+            num_stages=stages.num_stages,
+            stage_bytes=stages.stage_bytes,
+            element=ELEMENTS.index(element),
+        ),
+        args=np.dtype(
+            [
+                *_pointers("header", "workspace", "num_recv_tokens", "expert_row", "y", "weights", "out"),
+                *_ints("row_capacity", "num_topk", "row_bytes"),
             ],
             align=True,
         ),
@@ -228,18 +313,44 @@ def contiguous() -> KernelSpec:
     )
 
 
+def wire_limit() -> KernelSpec:
+    """A plain copy from every rank to all its peers, which benchmarks hold operations against."""
+    return KernelSpec(
+        source="wire_limit.cu",
+        function="wire_limit",
+        cfg=WireLimitCfg(
+            num_threads=_WIRE_STAGES.num_threads,
+            num_stages=_WIRE_STAGES.num_stages,
+            stage_bytes=_WIRE_STAGES.stage_bytes,
+        ),
+        args=np.dtype(
+            [
+                *_pointers("source", "counters"),
+                ("peer_bytes", "<i8"),
+                *_ints("rank", "num_ranks"),
+                ("slabs", "<u8", (MAX_LOCAL_RANKS,)),
+            ],
+            align=True,
+        ),
+        shared_bytes=_WIRE_STAGES.shared_bytes,
+    )
+
+
 def normal_mode_specs() -> list[KernelSpec]:
     """What one engine of the normal mode loads."""
     combines = [intranode_combine(element) for element in ELEMENTS]
-    return [intranode_dispatch(), *combines, dispatch_layout(), contiguous()]
+    collapses = [collapse(element) for element in ELEMENTS]
+    dispatches = [intranode_dispatch(quantizes=quantizes) for quantizes in (False, True)]
+    return [*dispatches, *combines, expand(), *collapses, dispatch_layout(), contiguous()]
 
 
 def all_specs() -> list[KernelSpec]:
     """Every instance that can be asked for."""
-    return [barrier(8), barrier(MAX_RANKS), *normal_mode_specs()]
+    return [barrier(8), barrier(MAX_RANKS), *normal_mode_specs(), wire_limit()]
 
 
-_HISTOGRAM_BYTES: Final = 4 * MAX_LOCAL_RANKS * MAX_LOCAL_EXPERTS
+# The best shape of the prototype, which had no tickets: on H200 325 GB/s with 8 SMs, 342 with all.
+_WIRE_STAGES: Final = plan.Stages(num_data_warps=24, num_other_warps=0, num_stages=4, stage_bytes=2048)
 
 
 def _pointers(*names: str) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +21,9 @@ _UNASKED_SHARED_BYTES: Final = 48 << 10
 
 class Kernel:
     """A kernel compiled for the current device and loaded there.
+
+    Attributes:
+        max_resident_blocks: blocks that run at the same time on an otherwise idle device.
 
     Raises:
         CompileError, BackendError: see `jit.cubin`.
@@ -41,15 +45,11 @@ class Kernel:
         self.function: int = self._raw.kernel.ptr
         if self.shared_bytes > _UNASKED_SHARED_BYTES:
             _allow_shared_bytes(self.function, self.shared_bytes, spec.name)
-
-    def max_resident_blocks(self) -> int:
-        """Blocks of this kernel that run at the same time on an otherwise idle device."""
-        import cupy
-
+        self._fields = fields_type(spec.args)
         per_sm = cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(
-            self.function, self.spec.cfg.num_threads, self.shared_bytes
+            self.function, spec.cfg.num_threads, self.shared_bytes
         )
-        return int(per_sm) * int(cupy.cuda.Device().attributes["MultiProcessorCount"])
+        self.max_resident_blocks = int(per_sm) * int(cupy.cuda.Device().attributes["MultiProcessorCount"])
 
     def bind(self, args: NDArray[Any], *, num_blocks: int) -> Launch:
         """Fix the place of the arguments and the most blocks.
@@ -61,13 +61,13 @@ class Kernel:
             DeviceError: `num_blocks` cannot all be resident, which kernels that wait need; the grid is never
                 made smaller.
         """
-        limit = self.max_resident_blocks()
+        limit = self.max_resident_blocks
         if num_blocks > limit:
             raise DeviceError(
                 f"{self.spec.name}: {num_blocks} blocks cannot run at once on device {self.device}, "
                 f"which holds {limit}"
             )
-        return Launch(self, args, num_blocks)
+        return Launch(self, args, self._fields.from_address(args.ctypes.data), num_blocks)
 
 
 class Launch:
@@ -77,11 +77,11 @@ class Launch:
         args: the fields of the argument struct, to be assigned to before a call. Pointers are integers.
     """
 
-    def __init__(self, kernel: Kernel, args: NDArray[Any], num_blocks: int) -> None:
+    def __init__(self, kernel: Kernel, args: NDArray[Any], fields: Any, num_blocks: int) -> None:
         from cuda.bindings import driver
 
         self._keep_alive = (kernel, args)
-        self.args: Any = fields_of(args)
+        self.args: Any = fields
         self._params = np.array([args.ctypes.data], np.uint64)
         self._max_blocks = num_blocks
         self._function = driver.CUfunction(kernel.function)
@@ -139,16 +139,24 @@ def pack(struct: Struct, **values: Any) -> NDArray[Any]:
     return record
 
 
-def fields_of(record: NDArray[Any]) -> ctypes.Structure:
-    """The fields of a packed struct as attributes, over the same memory: NumPy is slow at single fields."""
-    struct = record.dtype
+def bind(kernel: Kernel, num_blocks: int, *fields: Mapping[str, Any]) -> Launch:
+    """A launch whose arguments are the first of `fields` that names them, and zero where none does."""
+    args = kernel.spec.args
+    values: dict[str, Any] = {}
+    for name in args.names or ():
+        absent = () if args[name].shape else 0
+        values[name] = next((each[name] for each in fields if name in each), absent)
+    return kernel.bind(pack(args, **values), num_blocks=num_blocks)
+
+
+def fields_type(struct: Struct) -> Any:
+    """The ctypes twin of a struct: over a packed one its fields are attributes. NumPy's are slow."""
     names = struct.names or ()
     kinds = [(name, np.ctypeslib.as_ctypes_type(struct[name])) for name in names]
-    view: Any = type("Fields", (ctypes.Structure,), {"_fields_": kinds})
-    assert ctypes.sizeof(view) == struct.itemsize
-    assert all(getattr(view, name).offset == struct.fields[name][1] for name in names)  # type: ignore[index]
-    fields: ctypes.Structure = view.from_address(record.ctypes.data)
-    return fields
+    twin: Any = type("Fields", (ctypes.Structure,), {"_fields_": kinds})
+    assert ctypes.sizeof(twin) == struct.itemsize
+    assert all(getattr(twin, name).offset == struct.fields[name][1] for name in names)  # type: ignore[index]
+    return twin
 
 
 def _allow_shared_bytes(function: int, num_bytes: int, name: str) -> None:

@@ -25,6 +25,12 @@ MAX_LOCAL_EXPERTS: Final = 512
 MAX_BLOCKS: Final = 256
 """Most blocks of a kernel."""
 
+MAX_EXPAND_TOPK: Final = 64
+"""Most columns of ``topk_idx`` with the expert-major layout."""
+
+MAX_CHUNKS: Final = 512
+"""Most chunks in which rows are copied to where peers read them."""
+
 OFFSET_UNIT: Final = 256
 """Bytes; slab offsets travel as 32-bit multiples."""
 
@@ -39,6 +45,7 @@ class Operation(IntEnum):
     BARRIER = 1
     DISPATCH = 2
     COMBINE = 3
+    EXPAND = 4
     GAVE_UP = 0xFFFF
 
 
@@ -76,7 +83,7 @@ DISPATCH_OFFER: Final[Struct] = np.dtype(
 )
 
 COMBINE_OFFER: Final[Struct] = np.dtype(
-    [("offset", "<u8"), ("weights_offset", "<u8"), ("digest", "<u8")], align=True
+    [("offset", "<u8"), ("weights_offset", "<u8"), ("digest", "<u8"), ("staged", "<u8")], align=True
 )
 
 EXCHANGE: Final[Struct] = np.dtype(
@@ -101,7 +108,7 @@ DISPATCH_RESULT: Final[Struct] = np.dtype(
 )
 
 SEND_PLAN: Final[Struct] = np.dtype(
-    [("base", "<i4", (MAX_LOCAL_RANKS,)), ("limit", "<i4", (MAX_LOCAL_RANKS,))], align=True
+    [(name, "<i4", (MAX_LOCAL_RANKS,)) for name in ("base", "limit", "recv_counts")], align=True
 )
 
 WORKSPACE: Final[Struct] = np.dtype(
@@ -113,6 +120,19 @@ WORKSPACE: Final[Struct] = np.dtype(
         ("leaving", "<u8"),
         ("block_counts", "<u8", (MAX_BLOCKS, MAX_LOCAL_RANKS)),
         ("expert_counts", "<u4", (2, MAX_LOCAL_RANKS * MAX_LOCAL_EXPERTS)),
+        ("staged", "<u8", (2, MAX_CHUNKS)),
+    ],
+    align=True,
+)
+
+
+LOCAL_WORKSPACE: Final[Struct] = np.dtype(
+    [
+        ("calls", "<u8"),
+        ("arrived", "<u8", (2,)),
+        ("finished", "<u8", (2,)),
+        ("tickets", "<u4", (2,)),
+        ("counts", "<u8", (MAX_BLOCKS * MAX_LOCAL_EXPERTS,)),
     ],
     align=True,
 )
@@ -220,6 +240,8 @@ def layout_asserts() -> list[str]:
         "kMaxLocalRanks": MAX_LOCAL_RANKS,
         "kMaxLocalExperts": MAX_LOCAL_EXPERTS,
         "kMaxBlocks": MAX_BLOCKS,
+        "kMaxChunks": MAX_CHUNKS,
+        "kMaxExpandTopk": MAX_EXPAND_TOPK,
         "kOffsetUnit": OFFSET_UNIT,
         "kExchangeOffset": EXCHANGE_OFFSET,
         "kPayloadOffset": PAYLOAD_OFFSET,
@@ -234,6 +256,7 @@ def layout_asserts() -> list[str]:
         "DispatchResult": DISPATCH_RESULT,
         "SendPlan": SEND_PLAN,
         "Workspace": WORKSPACE,
+        "LocalWorkspace": LOCAL_WORKSPACE,
     }
     return [
         *(f"static_assert(ep::{name} == {value});" for name, value in constants.items()),

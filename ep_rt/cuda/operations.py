@@ -1,13 +1,13 @@
-"""The kernels of one rank's engine, loaded, with everything bound that does not change between calls."""
+"""The kernels of one rank, loaded, and launches of them with everything bound that calls have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 from . import kernels
-from .kernels import ELEMENTS, KernelSpec
-from .launch import Kernel, Launch, pack
+from .kernels import ELEMENTS
+from .launch import Kernel, Launch, bind
 from .layout import WORKSPACE
 
 # Of kernels that wait for nobody.
@@ -15,10 +15,10 @@ _LOCAL_BLOCKS: Final = 64
 
 
 class Operations:
-    """Enqueues operations on a stream. The device is current.
+    """Binds launches. The device is current.
 
-    Every method takes the fields of its argument struct that differ between calls, by name, pointers as
-    integers. One call at a time: the arguments are changed in place.
+    Methods that return a `Launch` take the fields of the argument struct that hold for all its calls, by
+    name, pointers as integers; the others are zero and are assigned before a call.
 
     Args:
         hang, slabs, rank, num_ranks, timeout_ns: as the kernels take them.
@@ -37,10 +37,10 @@ class Operations:
     ) -> None:
         import cupy
 
-        self._num_ranks = num_ranks
+        self._max_blocks = max_blocks
         self._workspace = cupy.cuda.alloc(WORKSPACE.itemsize)
         self.reset()
-        common = {
+        self._common = {
             "hang": hang,
             "workspace": self._workspace.ptr,
             "timeout_ns": timeout_ns,
@@ -48,12 +48,10 @@ class Operations:
             "num_ranks": num_ranks,
             "slabs": slabs,
         }
-        self._dispatch = _bind(kernels.intranode_dispatch(), max_blocks, common)
-        self._combines = {
-            element: _bind(kernels.intranode_combine(element), max_blocks, common) for element in ELEMENTS
-        }
-        self._layout = _bind(kernels.dispatch_layout(), _LOCAL_BLOCKS, {"num_ranks": num_ranks})
-        self._contiguous = _bind(kernels.contiguous(), _LOCAL_BLOCKS, {})
+        self._dispatch = [Kernel(kernels.intranode_dispatch(quantizes=each)) for each in (False, True)]
+        self._combine = {element: Kernel(kernels.intranode_combine(element)) for element in ELEMENTS}
+        self._layout = bind(Kernel(kernels.dispatch_layout()), _LOCAL_BLOCKS, self._common)
+        self._contiguous = bind(Kernel(kernels.contiguous()), _LOCAL_BLOCKS)
 
     def reset(self) -> None:
         """Forget what calls left that were given up. No kernel is running on this device."""
@@ -64,31 +62,24 @@ class Operations:
         runtime.memsetAsync(self._workspace.ptr, 0, WORKSPACE.itemsize, stream.ptr)
         stream.synchronize()
 
-    def dispatch(self, stream: int, num_blocks: int, **fields: Any) -> None:
-        _launch(self._dispatch, stream, num_blocks, fields)
+    def dispatch(self, *, quantizes: bool, **fields: int) -> Launch:
+        """Of intranode_dispatch.cu."""
+        return bind(self._dispatch[quantizes], self._max_blocks, fields, self._common)
 
-    def combine(self, stream: int, num_blocks: int, element: str, **fields: Any) -> None:
-        bias = fields.pop("bias")
-        launch = self._combines[element]
-        launch.args.bias[0], launch.args.bias[1] = bias
-        _launch(launch, stream, num_blocks, fields)
+    def combine(self, element: str, **fields: int) -> Launch:
+        """Of intranode_combine.cu, for rows of one of `ELEMENTS`."""
+        return bind(self._combine[element], self._max_blocks, fields, self._common)
 
-    def dispatch_layout(self, stream: int, **fields: Any) -> None:
-        _launch(self._layout, stream, _LOCAL_BLOCKS, fields)
+    def dispatch_layout(self, stream: int, **fields: int) -> None:
+        """Enqueue layout.cu."""
+        _launch(self._layout, stream, fields)
 
-    def contiguous(self, stream: int, **fields: Any) -> None:
-        _launch(self._contiguous, stream, _LOCAL_BLOCKS, fields)
-
-
-def _bind(spec: KernelSpec, num_blocks: int, values: dict[str, Any]) -> Launch:
-    absent = {
-        name: () if spec.args[name].shape else 0 for name in spec.args.names or () if name not in values
-    }
-    return Kernel(spec).bind(pack(spec.args, **values, **absent), num_blocks=num_blocks)
+    def contiguous(self, stream: int, **fields: int) -> None:
+        """Enqueue contiguous.cu."""
+        _launch(self._contiguous, stream, fields)
 
 
-def _launch(launch: Launch, stream: int, num_blocks: int, fields: dict[str, Any]) -> None:
-    args = launch.args
+def _launch(launch: Launch, stream: int, fields: Mapping[str, int]) -> None:
     for name, value in fields.items():
-        setattr(args, name, value)
-    launch(stream, num_blocks)
+        setattr(launch.args, name, value)
+    launch(stream)

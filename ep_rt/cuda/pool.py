@@ -7,6 +7,7 @@ stream has waited for those that read it before.
 from __future__ import annotations
 
 import threading
+from bisect import bisect
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,15 +35,17 @@ class Lease:
     Attributes:
         offset, num_bytes: within the pool, multiples of `OFFSET_UNIT`; `num_bytes` shrinks with `Pool.trim`.
         kept: what must live as long.
+        must_be_left: whether the place is needed for something else soon.
     """
 
-    __slots__ = ("__weakref__", "_give_back", "kept", "num_bytes", "offset")
+    __slots__ = ("__weakref__", "_give_back", "kept", "must_be_left", "num_bytes", "offset")
 
     def __init__(self, give_back: Callable[[int, int], None], offset: int, num_bytes: int) -> None:
         self._give_back = give_back
         self.offset = offset
         self.num_bytes = num_bytes
         self.kept: object = None
+        self.must_be_left = False
 
     def __del__(self) -> None:
         self._give_back(self.offset, self.num_bytes)
@@ -70,23 +73,30 @@ class Pool:
             self._settle()
             return max((num_bytes for _, num_bytes in self._gaps), default=0)
 
-    def take(self, num_bytes: int) -> Lease | None:
-        """A place of at least `num_bytes`; None when no gap is so large."""
-        wanted = align_up(num_bytes, OFFSET_UNIT)
+    def take(self, num_bytes: int, *, spare_bytes: int = 0) -> Lease | None:
+        """A place of at least `num_bytes`; None when no gap is so large, or none of `spare_bytes` is left."""
+        wanted = -(-num_bytes // OFFSET_UNIT) * OFFSET_UNIT
         with self._lock:
-            self._settle()
-            fitting = ((size, offset) for offset, size in self._gaps if size >= wanted)
-            size, offset = min(fitting, default=(-1, 0))
-            if wanted == 0:
-                size, offset = 0, 0
-            if size < 0:
+            if self._returned:
+                self._settle()
+            best, best_size, most_left = -1, 0, 0
+            for number, (_, size) in enumerate(self._gaps):
+                if size >= wanted and (best < 0 or size < best_size):
+                    most_left = max(most_left, best_size)
+                    best, best_size = number, size
+                elif size > most_left:
+                    most_left = size
+            if wanted and (best < 0 or max(most_left, best_size - wanted) < spare_bytes):
                 self._num_refused += 1
                 return None
+            offset = 0
             if wanted:
-                at = self._gaps.index((offset, size))
-                self._gaps[at : at + 1] = [(offset + wanted, size - wanted)] if size > wanted else []
-            self._used_bytes += wanted
-            self._most_used_bytes = max(self._most_used_bytes, self._used_bytes)
+                offset = self._gaps[best][0]
+                left = [(offset + wanted, best_size - wanted)] if best_size > wanted else []
+                self._gaps[best : best + 1] = left
+                self._used_bytes += wanted
+                if self._used_bytes > self._most_used_bytes:
+                    self._most_used_bytes = self._used_bytes
             self._num_taken += 1
         return Lease(self._give_back, offset, wanted)
 
@@ -98,6 +108,14 @@ class Pool:
             if freed > 0:
                 self._insert(lease.offset + kept, freed)
                 lease.num_bytes = kept
+
+    def transfer(self, lease: Lease) -> Lease:
+        """The same place in other hands: whoever still holds `lease` holds nothing any more."""
+        with self._lock:
+            other = Lease(self._give_back, lease.offset, lease.num_bytes)
+            other.kept, lease.kept, lease.num_bytes = lease.kept, None, 0
+            self._num_taken += 1
+        return other
 
     def close(self, when_empty: Callable[[], None]) -> None:
         """Call `when_empty` once every place has been given back: now, or later on any thread."""
@@ -145,10 +163,11 @@ class Pool:
     def _insert(self, offset: int, num_bytes: int) -> None:
         """Make a gap, joined with its neighbours."""
         self._used_bytes -= num_bytes
-        gaps: list[tuple[int, int]] = []
-        for gap in sorted([*self._gaps, (offset, num_bytes)]):
-            if gaps and sum(gaps[-1]) == gap[0]:
-                gaps[-1] = gaps[-1][0], gaps[-1][1] + gap[1]
-            else:
-                gaps.append(gap)
-        self._gaps = gaps
+        gaps = self._gaps
+        at = bisect(gaps, (offset,))
+        end = offset + num_bytes
+        joins_before = at > 0 and sum(gaps[at - 1]) == offset
+        joins_after = at < len(gaps) and gaps[at][0] == end
+        first = gaps[at - 1][0] if joins_before else offset
+        last = sum(gaps[at]) if joins_after else end
+        gaps[at - joins_before : at + joins_after] = [(first, last - first)]

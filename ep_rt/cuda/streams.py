@@ -101,22 +101,13 @@ class CommStream:
         """The end of the work enqueued here so far."""
         return CudaEvent(self.device, (self.pointer,), framework)
 
-    def is_idle(self) -> bool:
-        """Whether all work enqueued here is done.
-
-        Raises:
-            DeviceError: the device has failed.
-        """
-        with device_errors("the communication stream"):
-            status = self._runtime.streamQuery(self.pointer)
-            if status in (0, 600):  # cudaSuccess, cudaErrorNotReady
-                return bool(status == 0)
-            raise DeviceError(f"the communication stream failed: CUDA error {status}")
-
     def is_capturing(self, streams: Iterable[int]) -> bool:
         """Whether a graph is being captured on one of `streams`."""
-        legacy = arrays.CUDA_STREAM_LEGACY  # cannot be captured, nor asked while another one is
-        return any(self._runtime.streamIsCapturing(stream) for stream in streams if stream != legacy)
+        for stream in streams:
+            # The legacy stream cannot be captured, nor asked while another one is.
+            if stream != arrays.CUDA_STREAM_LEGACY and self._runtime.streamIsCapturing(stream):
+                return True
+        return False
 
     def synchronize(self) -> None:
         """Make the host wait for all work enqueued here."""
@@ -132,6 +123,40 @@ class CommStream:
             with device_errors("ordering streams"):
                 self._runtime.eventRecord(self._event.ptr, first)
                 self._runtime.streamWaitEvent(then, self._event.ptr)
+
+
+class Turns:
+    """Keeps the calls of one rank in order, on whatever streams they are enqueued."""
+
+    def __init__(self) -> None:
+        import cupy
+
+        self._event = cupy.cuda.Event(disable_timing=True)
+        self._pointer = self._event.ptr
+        self._runtime = cupy.cuda.runtime
+        self._last: int | None = None
+
+    def begin(self, stream: int) -> None:
+        """Later work on `stream` comes after the calls so far. Not while it is being captured."""
+        if self._last is not None and self._last != stream:
+            self._runtime.streamWaitEvent(stream, self._pointer)
+
+    def end(self, stream: int) -> None:
+        """A call has been enqueued on `stream`, which its owner may destroy at any time from now on."""
+        self._runtime.eventRecord(self._pointer, stream)
+        self._last = stream
+
+    def are_done(self) -> bool:
+        """Whether the device has done all calls so far.
+
+        Raises:
+            DeviceError: the device has failed.
+        """
+        with device_errors("the calls so far"):
+            status = self._runtime.eventQuery(self._pointer)
+            if status in (0, 600):  # cudaSuccess, cudaErrorNotReady
+                return bool(status == 0)
+            raise DeviceError(f"a call failed: CUDA error {status}")
 
 
 @contextlib.contextmanager

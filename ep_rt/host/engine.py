@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import arrays
+from .. import arrays, reference
 from ..arrays import ArrayView
 from ..errors import ArrayError, ConfigError, EpError
 from ..events import EventOverlap
-from ..handle import HostDispatchHandle
+from ..handle import ExpertRows, HostDispatchHandle
 from ..requests import CombineRequest, DispatchRequest, LayoutRequest, Place, Schedule, local_experts
 from ..results import Combined, Dispatched, DispatchLayout
 from ..topology import Topology
+from . import expert_major
 from .peers import Announcement, Peers, attempt
 from .rows import Array, Term, as_bytes, sum_terms
 
@@ -56,9 +57,11 @@ class HostEngine:
             event=EventOverlap(),
         )
 
-    def dispatch(self, build: Callable[[], DispatchRequest], schedule: Schedule) -> Dispatched:
+    def dispatch(
+        self, given: tuple[Any, ...], build: Callable[..., DispatchRequest], schedule: Schedule
+    ) -> Dispatched:
         _wait_for(schedule)
-        plan = attempt(lambda: self._plan_dispatch(build()))
+        plan = attempt(lambda: self._plan_dispatch(build(*given)))
         payloads = self._peers.agree("dispatch", plan if isinstance(plan, EpError) else plan.announcement())
         assert not isinstance(plan, EpError)  # agree raised it
         request = plan.request
@@ -68,7 +71,7 @@ class HostEngine:
         num_rows = num_rows or num_recv_tokens
 
         moved = [
-            self._move(array, plan.send_tokens, recv_counts, num_rows)
+            self._move(array, plan.send_tokens, recv_counts, num_rows if request.layout == "rank" else 0)
             for array in (plan.x, plan.sf, plan.topk_idx, plan.topk_weights)
         ]
         for _, transfer in moved:
@@ -86,24 +89,36 @@ class HostEngine:
                 recv_weights[num_recv_tokens:] = 0
                 recv_weights[elsewhere] = 0
 
-        if request.handle is not None:
+        if request.layout == "expert":
+            handle = self._expert_major_handle(plan, recv_idx, recv_counts)
+            num_rows = handle.num_recv_rows
+            assert handle.expert_rows is not None
+            rows = handle.expert_rows
+            recv_x, recv_sf = (
+                None
+                if array is None
+                else expert_major.expand(
+                    array, rows, zero_padding=request.zero_padding, pool=self._peers.pool
+                )
+                for array in (recv_x, recv_sf)
+            )
+            recv_idx = None
+            if recv_weights is not None:
+                recv_weights = expert_major.expand_weights(recv_weights, rows)
+        elif request.handle is not None:
             handle = _host_handle(request)
         else:
             first_expert = self._rank * num_local_experts
             per_expert = np.sum([counts for _, counts in payloads], axis=0)
-            handle = HostDispatchHandle(
-                owner=self._owner,
-                num_tokens=len(plan.x),
-                num_topk=0 if plan.topk_idx is None else plan.topk_idx.shape[1],
+            handle = self._new_handle(
+                plan,
+                recv_counts,
                 num_recv_rows=num_rows,
                 num_recv_tokens_per_expert_list=[]
                 if request.num_worst_tokens
                 else _aligned(
                     per_expert[first_expert : first_expert + num_local_experts], request.expert_alignment
                 ),
-                is_token_in_rank=plan.is_token_in_rank,
-                send_tokens=plan.send_tokens,
-                recv_counts=tuple(recv_counts),
             )
 
         def result(array: Array | None, like: ArrayView | None) -> Any:
@@ -113,7 +128,7 @@ class HostEngine:
 
         out_x = result(recv_x, request.x)
         return Dispatched(
-            recv_x=out_x if request.sf is None else (out_x, result(recv_sf, request.sf)),
+            recv_x=out_x if recv_sf is None else (out_x, result(recv_sf, request.sf or request.x)),
             recv_topk_idx=result(recv_idx, request.topk_idx),
             recv_topk_weights=result(recv_weights, request.topk_weights),
             num_recv_tokens_per_expert_list=handle.num_recv_tokens_per_expert_list,
@@ -121,39 +136,109 @@ class HostEngine:
             event=EventOverlap(),
         )
 
-    def combine(self, build: Callable[[], CombineRequest], schedule: Schedule) -> Combined:
+    def combine(
+        self, given: tuple[Any, ...], build: Callable[..., CombineRequest], schedule: Schedule
+    ) -> Combined:
         _wait_for(schedule)
-        request = attempt(build)
+        request = attempt(lambda: build(*given))
         announced: Announcement | EpError
         if isinstance(request, EpError):
             announced = request
         else:
             # Rows that did not fit into num_worst_tokens cannot come back: say how many of each source can.
             handle = _host_handle(request)
-            ends = np.minimum(np.cumsum(handle.recv_counts), handle.num_recv_rows)
+            experts = handle.expert_rows
+            num_rows = handle.num_recv_rows if experts is None else experts.num_received_rows
+            ends = np.minimum(np.cumsum(handle.recv_counts), num_rows)
             weights = request.topk_weights
             announced = Announcement(
                 facts={
                     "dtype of x": request.x.dtype,
                     "hidden": request.x.shape[1],
-                    "columns of topk_weights": None if weights is None else weights.shape[1],
+                    "columns of topk_weights": None if weights is None else weights.shape[1:],
                 },
                 payload=np.diff(ends, prepend=0).tolist(),
             )
         payloads = self._peers.agree("combine", announced)
         assert not isinstance(request, EpError)  # agree raised it
         counts = [delivered[self._rank] for delivered in payloads]
-        x = self._sum_rows(request.x, request, payloads[self._rank], counts, request.biases)
+        y, weights = request.x.numpy(), request.topk_weights
+        if experts is not None:
+            factors = None if weights is None else weights.numpy()
+            y, weights = expert_major.collapse(y, experts, factors, pool=self._peers.pool), None
+        x = self._sum_rows(y, request, payloads[self._rank], counts, request.biases)
         weights_back = None
-        if request.topk_weights is not None:
-            weights_back = self._sum_rows(request.topk_weights, request, payloads[self._rank], counts, ())
-        return Combined(combined_x=x, combined_topk_weights=weights_back, event=EventOverlap())
+        if weights is not None:
+            summed = self._sum_rows(weights.numpy(), request, payloads[self._rank], counts, ())
+            weights_back = arrays.to_framework(summed, weights.framework)
+        return Combined(
+            combined_x=arrays.to_framework(x, request.x.framework),
+            combined_topk_weights=weights_back,
+            event=EventOverlap(),
+        )
+
+    def _new_handle(
+        self,
+        plan: _DispatchPlan,
+        recv_counts: Sequence[int],
+        *,
+        num_recv_rows: int,
+        num_recv_tokens_per_expert_list: list[int],
+        psum_num_tokens_per_expert: Any = None,
+        expert_rows: ExpertRows | None = None,
+    ) -> HostDispatchHandle:
+        return HostDispatchHandle(
+            owner=self._owner,
+            num_tokens=len(plan.x),
+            num_topk=0 if plan.topk_idx is None else plan.topk_idx.shape[1],
+            num_recv_rows=num_recv_rows,
+            num_recv_tokens_per_expert_list=num_recv_tokens_per_expert_list,
+            layout=plan.request.layout,
+            psum_num_tokens_per_expert=psum_num_tokens_per_expert,
+            is_token_in_rank=plan.is_token_in_rank,
+            send_tokens=plan.send_tokens,
+            recv_counts=tuple(recv_counts),
+            expert_rows=expert_rows,
+        )
+
+    def _expert_major_handle(
+        self, plan: _DispatchPlan, recv_idx: Array | None, recv_counts: Sequence[int]
+    ) -> HostDispatchHandle:
+        request = plan.request
+        if request.handle is not None:
+            return _host_handle(request)
+        assert recv_idx is not None  # the layout needs ids
+        assert request.topk_idx is not None
+        num_recv_tokens = sum(recv_counts)
+        num_kept = min(num_recv_tokens, request.num_worst_tokens or num_recv_tokens)
+        layout = expert_major.lay_out(
+            recv_idx[:num_kept],
+            num_local_experts=request.num_experts // self._num_ranks,
+            alignment=request.expert_alignment,
+            num_recv_tokens=num_recv_tokens,
+            num_worst_tokens=request.num_worst_tokens,
+        )
+        return self._new_handle(
+            plan,
+            recv_counts,
+            num_recv_rows=len(layout.rows.received_row),
+            num_recv_tokens_per_expert_list=[] if request.num_worst_tokens else layout.segments,
+            psum_num_tokens_per_expert=arrays.to_framework(
+                layout.psum_num_tokens, request.topk_idx.framework
+            ),
+            expert_rows=layout.rows,
+        )
 
     def _plan_dispatch(self, request: DispatchRequest) -> _DispatchPlan:
+        x, sf = request.x.numpy(), None if request.sf is None else request.sf.numpy()
+        if request.quantize is not None:
+            x, sf = reference.quantize_fp8(x)
         if request.handle is not None:
             handle = _host_handle(request)
             return _DispatchPlan(
                 request=request,
+                x=x,
+                sf=sf,
                 topk_idx=None,
                 is_token_in_rank=handle.is_token_in_rank,
                 send_tokens=handle.send_tokens,
@@ -168,6 +253,8 @@ class HostEngine:
         per_expert = _given_or_computed("num_tokens_per_expert", request.num_tokens_per_expert, per_expert)
         return _DispatchPlan(
             request=request,
+            x=x,
+            sf=sf,
             topk_idx=topk_idx,
             is_token_in_rank=in_rank,
             send_tokens=tuple(np.flatnonzero(column) for column in in_rank.T),
@@ -191,13 +278,13 @@ class HostEngine:
 
     def _sum_rows(
         self,
-        view: ArrayView,
+        rows: Array,
         request: CombineRequest,
         send_counts: Sequence[int],
         counts: Sequence[int],
         biases: Sequence[ArrayView],
-    ) -> Any:
-        rows = np.ascontiguousarray(view.numpy())
+    ) -> Array:
+        rows = np.ascontiguousarray(rows)
         row_shape = rows.shape[1:]
         arrived = self._peers.pool.empty((sum(counts), *row_shape), rows.dtype)
         transfer = self._peers.send_slices(as_bytes(rows), send_counts, as_bytes(arrived), counts)
@@ -213,24 +300,18 @@ class HostEngine:
         sum_terms(terms, [bias.numpy() for bias in biases], total)
         # The caller may overwrite its rows once this returns.
         transfer.finish(timeout_s=self._peers.timeout_s)
-        return arrays.to_framework(total, view.framework)
+        return total
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _DispatchPlan:
     request: DispatchRequest
+    x: Array
+    sf: Array | None
     topk_idx: Array | None
     is_token_in_rank: NDArray[np.bool_]
     send_tokens: tuple[NDArray[np.intp], ...]
     num_tokens_per_expert: Array
-
-    @property
-    def x(self) -> Array:
-        return self.request.x.numpy()
-
-    @property
-    def sf(self) -> Array | None:
-        return None if self.request.sf is None else self.request.sf.numpy()
 
     @property
     def topk_weights(self) -> Array | None:
@@ -251,6 +332,8 @@ class _DispatchPlan:
                 "topk_weights": None if request.topk_weights is None else "given",
                 "num_experts": request.num_experts,
                 "expert_alignment": request.expert_alignment,
+                "layout": request.layout,
+                "quantize": request.quantize,
             },
             payload=([len(tokens) for tokens in self.send_tokens], self.num_tokens_per_expert),
         )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import ArrayError
+from ..errors import ArrayError, ConfigError
 from .checks import check_array, check_positive
 from .normal import Dispatched
 from .numerics import SUMMED_DTYPES, Array, RowSum, align_up, multiply
@@ -18,15 +18,19 @@ class Expanded:
 
     Rows are in ascending order of (expert, received row, k); a repeated expert in a row gives a row per k.
     Each expert's segment starts at a multiple of `alignment` and is padded to one; P is the sum of the
-    padded segments. Padding rows: x, sf and weights zero, row and topk -1.
+    padded segments. With num_worst_tokens = C > 0, P is C: rows that would lie at C or beyond are dropped,
+    and those behind the last segment are padding. Padding rows: x, sf and weights zero, row and topk -1.
 
     x: [P, H], dtype of recv_x, bits unchanged. sf: [P, S], or None.
     weights: float32 [P], the weight of (row, k); None without weights.
     row, topk: int32 [P], the received row and the k it stands for.
-    num_tokens_per_expert: El padded segment lengths; they sum to P.
+    num_tokens_per_expert: El padded segment lengths, dropped rows included; they sum to P without C.
     psum_num_tokens_per_expert: int32 [El], where the true rows of an expert end: begin of its segment plus
-        its true count. Segment e begins at align(psum[e - 1]), segment 0 at 0; it is the grouped layout that
-        DeepGEMM takes with use_psum_layout.
+        its true count, and at most P. Segment e begins at align(psum[e - 1]), segment 0 at 0; it is the
+        grouped layout that DeepGEMM takes with use_psum_layout.
+    num_needed_rows: the sum of the padded segments, but at least the tokens that were sent here: those that
+        the dispatch dropped already are in no segment, and each would have a row.
+    overflow: num_needed_rows is more than C > 0.
     """
 
     x: Array
@@ -36,18 +40,27 @@ class Expanded:
     topk: Array
     num_tokens_per_expert: list[int]
     psum_num_tokens_per_expert: Array
+    num_needed_rows: int
+    overflow: bool
 
 
-def expand(d: Dispatched, *, num_local_experts: int, alignment: int = 1) -> Expanded:
+def expand(
+    d: Dispatched, *, num_local_experts: int, alignment: int = 1, num_worst_tokens: int = 0
+) -> Expanded:
     """Lay one rank's received tokens out by expert. Rows of `d` that hold no token are left out.
+
+    Args:
+        num_worst_tokens: C > 0 fixes the number of rows (see Expanded). Give the dispatch the same.
 
     Raises:
         ArrayError: recv_topk_idx names an expert beyond num_local_experts.
-        ConfigError: num_local_experts or alignment below 1.
+        ConfigError: num_local_experts or alignment below 1, num_worst_tokens below 0.
 
     Source: DeepEP's elastic buffer, dispatch with do_expand; here the order within a segment is fixed.
     """
     check_positive(num_local_experts=num_local_experts, alignment=alignment)
+    if num_worst_tokens < 0:
+        raise ConfigError(f"num_worst_tokens={num_worst_tokens} is negative")
     if (d.recv_topk_idx >= num_local_experts).any():
         raise ArrayError(f"recv_topk_idx has {d.recv_topk_idx.max()}, a rank has {num_local_experts} experts")
 
@@ -62,8 +75,11 @@ def expand(d: Dispatched, *, num_local_experts: int, alignment: int = 1) -> Expa
         padding = np.full(padded[-1] - len(row), -1)
         rows += [row, padding]
         ks += [k, padding]
-    row = np.concatenate(rows).astype(np.int32)
-    topk = np.concatenate(ks).astype(np.int32)
+    num_rows = num_worst_tokens or sum(padded)
+    behind = np.full(max(0, num_rows - sum(padded)), -1)
+    row = np.concatenate([*rows, behind])[:num_rows].astype(np.int32)
+    topk = np.concatenate([*ks, behind])[:num_rows].astype(np.int32)
+    num_needed_rows = max(sum(padded), d.num_recv_tokens)
 
     weights = None
     if d.recv_topk_weights is not None:
@@ -76,7 +92,9 @@ def expand(d: Dispatched, *, num_local_experts: int, alignment: int = 1) -> Expa
         row=row,
         topk=topk,
         num_tokens_per_expert=padded,
-        psum_num_tokens_per_expert=np.array(psum, np.int32),
+        psum_num_tokens_per_expert=np.minimum(psum, num_rows).astype(np.int32),
+        num_needed_rows=num_needed_rows,
+        overflow=num_needed_rows > num_rows,
     )
 
 

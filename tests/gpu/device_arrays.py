@@ -92,7 +92,7 @@ def cuda_buffer(group: Group, **options: Any) -> Iterator[Buffer]:
 
 def poison(buffer: Buffer, value: int) -> None:
     """Fill the free memory of the slab. Nothing is held, and no call is under way on any rank."""
-    slab = buffer._engine._slab  # type: ignore[union-attr]
+    slab = buffer._engine._domain.slab  # type: ignore[union-attr]
     cupy.cuda.runtime.deviceSynchronize()
     stream = cupy.cuda.get_current_stream()
     cupy.cuda.runtime.memsetAsync(

@@ -161,13 +161,58 @@ def check_worst_case(buffer: Buffer, seed: int, *, num_sms: int = 16) -> None:
     assert same_bits(fetch(back.combined_x), combined[rank].x)
 
 
+def check_quantized(
+    buffer: Buffer, seed: int, *, hidden: int, num_tokens: int, num_sms: int = 16, **options: Any
+) -> None:
+    """quantize="fp8", with NaNs of both kinds, infinities and small numbers among the rows; and cached."""
+    case = wide_case(
+        seed, buffer.num_ranks, num_tokens=num_tokens, hidden=hidden, num_topk=2, num_local_experts=3
+    )
+    rng, rank = case.rng, buffer.rank
+
+    def rows() -> list[Array]:
+        drawn = []
+        for count in case.num_tokens:
+            # Mostly numbers of one block's size, so that few of them vanish, and any bits in between.
+            x = random_values(rng, (count, hidden), ml_dtypes.bfloat16)
+            odd = random_bits(rng, (count, hidden), ml_dtypes.bfloat16)
+            mask = rng.random((count, hidden)) < 0.002
+            x[mask] = odd[mask]
+            if count > 3:
+                x[1], x[2, :128] = 0, 1e-6
+                x.view(np.uint16)[3, :3] = 0x7F81, 0xFF80, 0x8000  # signalling NaN, -inf, -0.0
+            drawn.append(x)
+        return drawn
+
+    config = Config(num_sms=num_sms)
+    x, again = rows(), rows()
+    quantized = [reference.quantize_fp8(each) for each in x]
+    q, sf = [list(each) for each in zip(*quantized, strict=True)]
+    expected = reference.dispatch(q, case.topk_idx, num_experts=case.num_experts, sf=sf)
+    out = buffer.dispatch(
+        put(x[rank]),
+        topk_idx=put(case.topk_idx[rank]),
+        num_experts=case.num_experts,
+        quantize="fp8",
+        config=config,
+        **options,
+    )
+    assert same_bits(fetch(out.recv_x[0], q[0].dtype), expected[rank].recv_x)
+    assert same_bits(fetch(out.recv_x[1]), expected[rank].recv_sf)
+    cached = buffer.dispatch(put(again[rank]), handle=out.handle, quantize="fp8", config=config)
+    q, sf = [list(each) for each in zip(*map(reference.quantize_fp8, again), strict=True)]
+    expected_x, expected_sf = reference.dispatch_cached(q, expected, sf)[rank]
+    assert same_bits(fetch(cached.recv_x[0], q[0].dtype), expected_x)
+    assert same_bits(fetch(cached.recv_x[1]), expected_sf)
+
+
 def wide_case(
     seed: int, num_ranks: int, *, num_tokens: int, hidden: int, num_topk: int, num_local_experts: int
 ) -> Case:
     """As a model has it: distinct experts, rows of many pieces."""
     rng = np.random.default_rng(seed)
     num_experts = num_ranks * num_local_experts
-    counts = [num_tokens - 7 * rank for rank in range(num_ranks)]
+    counts = [max(0, num_tokens - 7 * rank) for rank in range(num_ranks)]
     ids = [
         np.argsort(rng.random((count, num_experts)), axis=1)[:, :num_topk].astype(np.int64)
         for count in counts

@@ -19,12 +19,19 @@ from ep_rt import Buffer, Config, Group, reference
 if device_count():
     import cupy
     from device_arrays import cuda_buffer, fetch, overwrite, poison, put
-    from normal_cases import check_normal, check_worst_case, context_is_alive, wide_case
+    from normal_cases import (
+        check_normal,
+        check_quantized,
+        check_worst_case,
+        context_is_alive,
+        wide_case,
+    )
 
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("place", PLACES)]
 
 T = TypeVar("T")
 SHORT_S = 2.0
+NUM_ROUNDS = 1000
 
 
 def run(place: str, body: Callable[[Group], T]) -> list[T]:
@@ -65,7 +72,14 @@ def test_worst_case_capacity_equals_the_oracle(place: str, num_sms: int) -> None
 
 @pytest.mark.parametrize(
     ("num_tokens", "hidden", "num_topk", "num_local_experts"),
-    [(700, 7168, 8, 32), (300, 8, 2, 1), (257, 16384, 1, 3), (130, 1832, 64, 64), (2000, 64, 6, 512)],
+    [
+        (700, 7168, 8, 32),
+        (515, 136, 5, 4),
+        (300, 8, 2, 1),
+        (257, 16384, 1, 3),
+        (130, 1832, 64, 64),
+        (2000, 64, 6, 512),
+    ],
 )
 def test_shapes_of_models(
     place: str, num_tokens: int, hidden: int, num_topk: int, num_local_experts: int
@@ -82,6 +96,31 @@ def test_shapes_of_models(
                     num_local_experts=num_local_experts,
                 )
                 check_normal(buffer, 6 * seed, case=case)
+
+    run(place, body)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5, 6, 7, 8])
+def test_any_number_of_ranks(place: str, num_ranks: int) -> None:
+    if place != "virtual":
+        pytest.skip("as many ranks as GPUs")
+
+    def body(group: Group) -> None:
+        with cuda_buffer(group) as buffer:
+            for seed in range(6):
+                check_normal(buffer, seed, num_sms=8)
+            check_worst_case(buffer, 6)
+
+    run_ranks(place, body, num_virtual_ranks=num_ranks)
+
+
+@pytest.mark.parametrize("num_sms", [1, 16])
+@pytest.mark.parametrize("hidden", [128, 640, 7168])
+def test_quantized_rows_equal_the_oracle(place: str, hidden: int, num_sms: int) -> None:
+    def body(group: Group) -> None:
+        with cuda_buffer(group) as buffer:
+            for seed in range(3):
+                check_quantized(buffer, seed, hidden=hidden, num_tokens=(30, 600, 0)[seed], num_sms=num_sms)
 
     run(place, body)
 
@@ -220,12 +259,12 @@ def test_many_rounds_with_sleeps_and_kept_results(place: str) -> None:
         sleeps = random.Random(group.rank)
 
         def pause() -> None:
-            if sleeps.random() < 0.2:
+            if sleeps.random() < 0.1:
                 time.sleep(sleeps.random() * 2e-3)
 
         with cuda_buffer(group) as buffer:
             kept: list[Any] = []
-            for seed in range(100):
+            for seed in range(NUM_ROUNDS):
                 results = check_normal(buffer, seed, num_sms=1 + seed % 16, pause=pause)
                 # The same on every rank: what is held decides how much fits.
                 if seed % 3 == 0:
@@ -262,6 +301,34 @@ def test_asynchronous_calls_and_events(place: str) -> None:
                 assert same_bits(fetch(second.combined_x), x * group.size)
             first.event.synchronize()
             assert first.event.query()
+
+    run(place, body)
+
+
+def test_calls_from_two_streams(place: str) -> None:
+    def body(group: Group) -> None:
+        with cuda_buffer(group) as buffer:
+            streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
+            for seed in range(12):
+                with streams[seed % 2]:
+                    check_normal(buffer, seed, num_sms=4, async_finish=seed % 3 == 0)
+            x = [put(np.full((40, 256), 10 * i + group.rank, np.float32)) for i in range(2)]
+            ids = put(np.arange(40 * group.size).reshape(40, group.size) % group.size)
+            held = []
+            for number in range(20):  # no host in between: the buffer alone keeps the calls in order
+                with streams[number % 2]:
+                    out = buffer.dispatch(
+                        x[number % 2],
+                        topk_idx=ids,
+                        num_experts=group.size,
+                        num_worst_tokens=40 * group.size,
+                        async_finish=number % 3 == 0,
+                    )
+                    out.event.current_stream_wait()
+                    held.append((number, buffer.combine(out.recv_x, out.handle).combined_x))
+            for number, combined in held:
+                with streams[number % 2]:
+                    assert (fetch(combined) == group.size * (10 * (number % 2) + group.rank)).all()
 
     run(place, body)
 
@@ -488,6 +555,40 @@ def test_what_does_not_fit_says_how_much_would(place: str) -> None:
         with cuda_buffer(group, num_nvl_bytes=needed) as buffer:
             out = buffer.dispatch(put(x), topk_idx=put(ids), num_experts=group.size)
             assert out.recv_x.shape[0] == (num_tokens * group.size if group.rank == 0 else 0)
+
+    run(place, body)
+
+
+def test_results_that_leave_no_room_move_out_of_the_slab(place: str) -> None:
+    def body(group: Group) -> None:
+        num_tokens, hidden = 64, 256
+        ids = np.repeat(np.arange(group.size)[None], num_tokens, axis=0)  # every token to every rank
+        num_rows = num_tokens * group.size
+        row_bytes = 8 * group.size + hidden * 4
+        # Room for two results, and no more.
+        with cuda_buffer(group, num_nvl_bytes=2 * (num_rows * row_bytes + 1024)) as buffer:
+            held = []
+            for number in range(12):
+                x = np.full((num_tokens, hidden), 10 * number + group.rank, np.float32)
+                out = buffer.dispatch(
+                    put(x),
+                    topk_idx=put(ids),
+                    num_experts=group.size,
+                    num_worst_tokens=num_rows * (number % 2),
+                )
+                held.append(out)
+            assert buffer.stats.num_copied_results >= 10
+            for number, out in enumerate(held):
+                expected = np.repeat(np.arange(group.size), num_tokens)[:, None] + np.float32(10 * number)
+                assert (fetch(out.recv_x) == expected).all()
+                back = fetch(buffer.combine(out.recv_x, out.handle).combined_x)
+                assert (back == group.size * (10 * number + group.rank)).all()
+            y = buffer.empty((num_rows, hidden), "float32")
+            assert buffer.stats.num_arrays_elsewhere == 1
+            overwrite(y, np.ones((num_rows, hidden), np.float32))
+            assert (fetch(buffer.combine(y, held[0].handle).combined_x) == group.size).all()
+            report = str(buffer.memory_report())
+            assert "largest free piece" in report
 
     run(place, body)
 

@@ -1,0 +1,172 @@
+"""The command line of ``bench``."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ..errors import ConfigError
+
+OPERATIONS: Final = ("dispatch", "dispatch-cached", "dispatch-exact", "combine", "combine-copied")
+
+_EPILOG: Final = """\
+operations:
+  dispatch         with num_worst_tokens for the worst case: the host waits for nothing
+  dispatch-cached  with the handle of an earlier dispatch
+  dispatch-exact   results of exactly the rows received: the host waits for their number
+  combine          rows in communication memory (Buffer.empty)
+  combine-copied   rows in an ordinary array, which are copied there first; GPUs only
+Combine sums bfloat16 rows, also after a dispatch of FP8: it is measured with --dtype bf16 or both.
+
+Every result is compared with what it must be, byte by byte, before it is timed. The status is 1 if one
+differs, 2 if the benchmark cannot run.
+
+examples:
+  mpirun -n 8 python -m ep_rt bench --sms 16 24 --dtype both --json figures.json
+  python -m ep_rt bench --ranks 8 --virtual --tokens 128     eight ranks on one GPU
+  python -m ep_rt bench --backend host --ranks 3 --tokens 64 no GPU needed
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What to measure, how often, and where to."""
+
+    tokens: tuple[int, ...] = (128, 1024, 4096)
+    hidden: int = 7168
+    num_experts: int = 256
+    num_topk: int = 8
+    dtypes: tuple[str, ...] = ("bf16",)
+    sms: tuple[int, ...] = (16,)
+    routing: str = "uniform"
+    zipf_exponent: float = 1.0
+    seed: int = 0
+    operations: tuple[str, ...] = OPERATIONS
+    repeat: int = 5
+    backend: str = "auto"
+    num_ranks: int = 0  # 0: the processes of the launcher, else as many threads as fit the machine
+    is_virtual: bool = False
+    compare: str = "none"
+    json: str = ""
+    plot: str = ""
+    is_first_call: bool = False
+    is_in_place: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_topk > self.num_experts:
+            raise ConfigError(f"top-{self.num_topk} of {self.num_experts} experts")
+        if not self.zipf_exponent >= 0:
+            raise ConfigError(f"--zipf-exponent {self.zipf_exponent} is negative")
+        if self.hidden % 16:
+            raise ConfigError(f"--hidden {self.hidden}: rows must be a multiple of 16 bytes in every dtype")
+
+    @property
+    def exponent(self) -> float:
+        """Of the popularity of the experts."""
+        return self.zipf_exponent if self.routing == "zipf" else 0.0
+
+    def operations_of(self, dtype: str, backend: str) -> tuple[str, ...]:
+        """Those of `operations` that there are for a dtype on a backend."""
+        return tuple(
+            name
+            for name in self.operations
+            if not (name.startswith("combine") and dtype != "bf16")
+            and not (name == "combine-copied" and backend == "host")
+        )
+
+
+_DEFAULTS: Final = Options()
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``bench`` to the subparsers of a program."""
+    parser = commands.add_parser(
+        "bench",
+        help="time dispatch and combine, checked, beside the limit of the links",
+        description="Time dispatch and combine, checked, beside the limit of the links.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    work = parser.add_argument_group("workload")
+    work.add_argument("--tokens", type=_positive, nargs="+", default=_DEFAULTS.tokens, help="of each rank")
+    work.add_argument("--hidden", type=_positive, default=_DEFAULTS.hidden)
+    work.add_argument("--experts", type=_positive, default=_DEFAULTS.num_experts, help="of all ranks")
+    work.add_argument("--topk", type=_positive, default=_DEFAULTS.num_topk)
+    work.add_argument(
+        "--dtype",
+        choices=("bf16", "fp8", "both"),
+        default="bf16",
+        help="fp8: bytes, with a float32 scale factor for every 128 of them",
+    )
+    work.add_argument(
+        "--routing", choices=("uniform", "zipf"), default="uniform", help="how popular experts are"
+    )
+    work.add_argument("--zipf-exponent", type=float, default=_DEFAULTS.zipf_exponent, metavar="S")
+    work.add_argument("--seed", type=int, default=_DEFAULTS.seed)
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("--operations", nargs="+", choices=OPERATIONS, default=OPERATIONS, metavar="OP")
+    what.add_argument(
+        "--sms", type=_positive, nargs="+", default=_DEFAULTS.sms, help="SMs that an operation may use"
+    )
+    what.add_argument("--repeat", type=_positive, default=_DEFAULTS.repeat, help="readings of each time")
+    what.add_argument(
+        "--compare", choices=("none", "nccl"), default="none", help="the same rows through another library"
+    )
+    what.add_argument(
+        "--first-call",
+        action="store_true",
+        help="instead: time of the first Buffer and dispatch of a process, without and with compiled kernels",
+    )
+    where = parser.add_argument_group("where")
+    where.add_argument("--backend", choices=("auto", "cuda", "host"), default="auto")
+    where.add_argument(
+        "--ranks",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="threads; default: the processes of mpirun, else one for each GPU, or 4 on the host",
+    )
+    where.add_argument("--virtual", action="store_true", help="all threads on one GPU")
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--json", default="", metavar="FILE", help="all readings; - for stdout, the tables then go to stderr"
+    )
+    output.add_argument("--plot", default="", metavar="FILE", help="bandwidth over tokens, as a picture")
+    parser.add_argument("--in-place", action="store_true", help=argparse.SUPPRESS)
+
+
+def options_of(parsed: argparse.Namespace) -> Options:
+    """The checked options.
+
+    Raises:
+        ConfigError: they do not go together.
+    """
+    return Options(
+        tokens=tuple(dict.fromkeys(parsed.tokens)),
+        hidden=parsed.hidden,
+        num_experts=parsed.experts,
+        num_topk=parsed.topk,
+        dtypes=("bf16", "fp8") if parsed.dtype == "both" else (parsed.dtype,),
+        sms=tuple(dict.fromkeys(parsed.sms)),
+        routing=parsed.routing,
+        zipf_exponent=parsed.zipf_exponent,
+        seed=parsed.seed,
+        operations=tuple(name for name in OPERATIONS if name in parsed.operations),
+        repeat=parsed.repeat,
+        backend=parsed.backend,
+        num_ranks=parsed.ranks,
+        is_virtual=parsed.virtual,
+        compare=parsed.compare,
+        json=parsed.json,
+        plot=parsed.plot,
+        is_first_call=parsed.first_call,
+        is_in_place=parsed.in_place,
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value

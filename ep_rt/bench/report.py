@@ -1,0 +1,272 @@
+"""What was found, as numbers, as a table and as JSON. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+from .measure import Times
+from .options import Options
+from .workload import Traffic
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One time of all ranks: [rank][reading], in microseconds."""
+
+    ranks_us: tuple[tuple[float, ...], ...]
+
+    @property
+    def medians(self) -> list[float]:
+        """Of each rank."""
+        return [median(readings) for readings in self.ranks_us]
+
+    @property
+    def median(self) -> float:
+        """Over ranks, of their medians."""
+        return median(self.medians)
+
+    @property
+    def text(self) -> str:
+        """Median, and the range over ranks."""
+        digits = 1 if max(self.medians) < 1e4 else 0
+        median, least, most = (
+            f"{value:.{digits}f}" for value in (self.median, min(self.medians), max(self.medians))
+        )
+        return f"{median} ({least}-{most})"
+
+    def as_json(self) -> dict[str, Any]:
+        medians = self.medians
+        return {
+            "median": self.median,
+            "min": min(medians),
+            "max": max(medians),
+            "ranks": [[round(reading, 3) for reading in readings] for readings in self.ranks_us],
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One operation of one configuration, on all ranks.
+
+    Attributes:
+        row_bytes: of a row on its way, with its scale factors.
+    """
+
+    element: str
+    num_tokens: int
+    num_sms: int | None
+    operation: str
+    row_bytes: int
+    traffic: Traffic
+    kernel: Reading | None
+    op: Reading
+    call: Reading | None
+
+    @classmethod
+    def of(cls, times: Sequence[Times], **facts: Any) -> Result:
+        """From the times of every rank."""
+
+        def reading(name: str) -> Reading | None:
+            readings = [getattr(each, name) for each in times]
+            return None if None in readings else Reading(tuple(readings))
+
+        op = reading("op_us")
+        assert op is not None
+        return cls(kernel=reading("kernel_us"), op=op, call=reading("call_us"), **facts)
+
+    @property
+    def time_us(self) -> float:
+        """What bandwidth is taken from: kernel, where there is one, else op."""
+        return (self.kernel or self.op).median
+
+    @property
+    def logical_gbps(self) -> float:
+        """Bytes that a rank receives, from itself too, by time; mean over ranks."""
+        return self.traffic.logical_rows * self.row_bytes / self.time_us / 1e3
+
+    @property
+    def wire_gbps(self) -> float:
+        """Bytes that leave a rank, by time; mean over ranks."""
+        return self.traffic.wire_rows * self.row_bytes / self.time_us / 1e3
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "dtype": self.element,
+            "tokens": self.num_tokens,
+            "sms": self.num_sms,
+            "operation": self.operation,
+            "row_bytes": self.row_bytes,
+            "rows": asdict(self.traffic),
+            "busiest_link": self.traffic.busiest,
+            "kernel_us": None if self.kernel is None else self.kernel.as_json(),
+            "op_us": self.op.as_json(),
+            "call_us": None if self.call is None else self.call.as_json(),
+            "logical_gbps": self.logical_gbps,
+            "wire_gbps": self.wire_gbps,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstCall:
+    """The first buffer and the first dispatch of a process, the slowest rank's seconds.
+
+    Attributes:
+        cache: "cold" if no kernel was compiled yet, else "warm"; "none" where there are no kernels.
+        import_s: libraries and context of CUDA, which a program has anyway.
+    """
+
+    cache: str
+    import_s: float
+    buffer_s: float
+    dispatch_s: float
+
+    @property
+    def text(self) -> str:
+        total_s = self.buffer_s + self.dispatch_s
+        return (
+            f"{self.cache:<6}buffer {self.buffer_s:.2f} s, first dispatch {self.dispatch_s:.3f} s, together "
+            f"{total_s:.2f} s (before that, CUDA and its libraries: {self.import_s:.2f} s)"
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class Report:
+    """All of a run. Grows while it is made."""
+
+    options: Options
+    machine: Mapping[str, Any]
+    clock_mhz: float | None = None
+    barrier: Reading | None = None
+    wire_limit: Mapping[int, float] = field(default_factory=dict)  # GB/s by SM count
+    wire_limit_ranks: Sequence[Mapping[int, tuple[float, ...]]] = ()
+    results: list[Result] = field(default_factory=list)
+    first_calls: list[FirstCall] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def best_limit(self) -> float | None:
+        """GB/s that left a rank at most, over all SM counts."""
+        return max(self.wire_limit.values(), default=None)
+
+    def limit_share(self, result: Result) -> float | None:
+        """Of the best limit of the links."""
+        return result.wire_gbps / self.best_limit if self.best_limit else None
+
+
+def header(report: Report) -> list[str]:
+    """Lines that say what is measured, on what."""
+    machine, options = report.machine, report.options
+    lines = [f"ep_rt {machine['ep_rt']} bench on {machine['host']}, {machine['time']}: {machine['ranks']}"]
+    if machine["backend"] == "host":
+        lines.append(f"no GPU: NumPy on {machine.get('cpu') or 'this CPU'}; times and GB/s are of its memory")
+    else:
+        facts = {
+            "links": machine["links"],
+            "driver": machine["driver"],
+            "CUDA": machine["cuda_driver"],
+            "runtime": machine["cuda_runtime"],
+            "CuPy": machine["cupy"],
+        }
+        known = [f"{name} {value}" for name, value in facts.items() if value]
+        lines.append(", ".join([f"{machine['gpu']} with {machine['gpu_sms']} SMs", *known]))
+    routing = options.routing + (f" with exponent {options.zipf_exponent:g}" if options.exponent else "")
+    lines.append(
+        f"hidden {options.hidden}, top-{options.num_topk} of {options.num_experts} experts, {routing} "
+        f"routing, seed {options.seed}; {options.repeat} readings of each time"
+    )
+    return lines
+
+
+def limit_lines(report: Report) -> list[str]:
+    """The limit of the links, the barrier and the clock, as far as they were measured."""
+    lines = []
+    if report.wire_limit:
+        listed = ", ".join(f"{sms} SMs {gbps:.0f}" for sms, gbps in report.wire_limit.items())
+        lines.append(f"wire limit (copy to all ranks at once), GB/s leaving a rank: {listed}")
+    small = []
+    if report.barrier is not None:
+        small.append(f"barrier {report.barrier.text} us")
+    if report.clock_mhz:
+        small.append(f"SM clock {report.clock_mhz:.0f} MHz")
+    return [*lines, ", ".join(small)] if small else lines
+
+
+COLUMNS = (
+    f"{'tokens':>6}{'SMs':>5} {'operation':<17}{'kernel us (ranks)':>23}{'op us (ranks)':>23}{'call us':>9}"
+    f"{'logical':>9}{'wire GB/s':>10}{'of limit':>9}"
+)
+
+
+_LEGEND = (
+    "kernel: (barrier, operation) pairs in a CUDA graph, less the barriers. op: back to back in a graph",
+    "(dispatch-exact: on the stream). call: until Python returns, the stream idle before. Medians; in",
+    "brackets least and most of the ranks. GB/s of kernel, else of op: logical, rows received; wire, rows",
+    "that leave a rank; of limit, share of the best wire limit.",
+)
+_HOST_LEGEND = (
+    "op: one call after a barrier. Medians; in brackets least and most of the ranks.",
+    "GB/s of op: logical, rows received; wire, rows sent to other ranks.",
+)
+
+
+def title(element: str, row_bytes: int) -> list[str]:
+    """The lines above a table."""
+    return ["", f"{element.upper()}: rows of {row_bytes} bytes", COLUMNS]
+
+
+def line(report: Report, result: Result, name: str | None = None) -> str:
+    """One line of a table; `name` stands for that of the operation."""
+    share = report.limit_share(result)
+    return (
+        f"{result.num_tokens:>6}{result.num_sms or '-':>5} {name or result.operation:<17}"
+        f"{result.kernel.text if result.kernel else '-':>23}{result.op.text:>23}"
+        f"{f'{result.call.median:.1f}' if result.call else '-':>9}"
+        f"{result.logical_gbps:>9.1f}{result.wire_gbps:>10.1f}"
+        f"{f'{share:.0%}' if share is not None else '-':>9}"
+    )
+
+
+def footer(report: Report) -> list[str]:
+    """What the columns mean here, and the notes."""
+    is_host = report.machine["backend"] == "host"
+    lines = ["", *(_HOST_LEGEND if is_host else _LEGEND)]
+    busiest = {
+        result.num_tokens: result.traffic.busiest for result in report.results if report.options.exponent
+    }
+    lines += [
+        f"{tokens} tokens: the busiest link carries {busy:.2f} times the mean"
+        for tokens, busy in busiest.items()
+    ]
+    lines += [f"note: {note}" for note in report.notes]
+    return [*lines, "every result was compared, byte by byte, before it was timed"]
+
+
+def as_json(report: Report) -> str:
+    """Everything, every reading included; one line for each result."""
+    whole = {
+        "config": asdict(report.options),
+        "machine": {**report.machine, "sm_clock_mhz": report.clock_mhz},
+        "checked": True,
+        "notes": report.notes,
+        "barrier_us": None if report.barrier is None else report.barrier.as_json(),
+        "wire_limit_best_gbps": report.best_limit,
+        "wire_limit": [
+            {"sms": sms, "gbps": gbps, "ranks": [rank[sms] for rank in report.wire_limit_ranks]}
+            for sms, gbps in report.wire_limit.items()
+        ],
+        "first_calls": [asdict(call) for call in report.first_calls],
+        "results": [
+            {**result.as_json(), "limit_share": report.limit_share(result)} for result in report.results
+        ],
+    }
+    return "{\n" + ",\n".join(f"{json.dumps(key)}: {_listed(value)}" for key, value in whole.items()) + "\n}"
+
+
+def _listed(value: object) -> str:
+    if isinstance(value, list) and value:
+        return "[\n " + ",\n ".join(json.dumps(each) for each in value) + "\n]"
+    return json.dumps(value)

@@ -1,0 +1,216 @@
+"""From options to a report."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+from ..errors import ConfigError, EpError, on_all_ranks
+from ..exchange import Group
+from ..groups import as_group
+from . import first_call, machine, nccl, plot, report, wire
+from .check import CheckError, check_against_reference, check_call
+from .console import Console, say
+from .layer import Layer, open_buffer
+from .measure import CudaTimer, HostTimer, Times, open_timer
+from .options import Options
+from .places import CudaPlace, Place, on_every_rank
+from .report import Reading, Report, Result
+from .workload import BF16, ELEMENTS, Element, Routing
+
+CHECK_FAILED = 1
+CANNOT_RUN = 2
+
+
+def main(options: Options, arguments: Sequence[str]) -> int:
+    """Measure, print, write; the exit status.
+
+    Args:
+        arguments: what the options came from, for processes that are started with the same.
+    """
+    try:
+        if options.plot:
+            plot.require()
+        if options.is_first_call and not options.is_in_place and as_group().size == 1:
+            found: Report | None = _first_calls(options, arguments)
+        else:
+            found = on_every_rank(options, lambda group, place: _on_rank(group, place, options))
+    except EpError as error:
+        # What every rank raises one of them says.
+        if not error.is_collective or as_group().rank == 0:
+            say(f"error: {type(error).__name__}: {error}", sys.stderr)
+        return CHECK_FAILED if isinstance(error, CheckError) else CANNOT_RUN
+    if found is not None:
+        _write(found, options)
+    return 0
+
+
+def _on_rank(group: Group, place: Place, options: Options) -> Report | None:
+    """Everything that one rank does; rank 0 has the report."""
+    if options.num_experts % group.size:
+        problem = f"{options.num_experts} experts cannot be divided by {group.size} ranks"
+        raise on_all_ranks(ConfigError(problem))
+    facts = machine.facts(place) if group.rank == 0 else None
+    found = Report(options=options, machine=group.allgather(facts, op="bench machine")[0])
+    backend = place.setting.backend
+    steps = len(options.tokens) * (len(options.sms) if backend == "cuda" else 1)
+    steps *= sum(len(options.operations_of(name, backend)) for name in options.dtypes)
+    with Console(_stream(options) if group.rank == 0 else None, steps) as console:
+        console.lines(report.header(found))
+        if options.is_first_call:
+            found.first_calls.append(first_call.measure_here(group, place, options))
+            console.lines([call.text for call in found.first_calls])
+            return found if group.rank == 0 else None
+        check_against_reference(group, place, options)
+        timer = open_timer(group, place, options.repeat)
+        _limits(group, place, timer, found)
+        console.lines(report.limit_lines(found))
+        routings = {num_tokens: _routing(options, group.size, num_tokens) for num_tokens in options.tokens}
+        for name in options.dtypes:
+            element = ELEMENTS[name]
+            console.lines(report.title(name, element.row_bytes(options.hidden)))
+            for routing in routings.values():
+                _measure(group, place, timer, element, routing, found, console)
+        if isinstance(timer, CudaTimer):
+            timer.close()
+        if options.compare == "nccl":
+            _compare(group, place, routings, found, console)
+        console.lines(report.footer(found))
+    return found if group.rank == 0 else None
+
+
+def _limits(group: Group, place: Place, timer: CudaTimer | HostTimer, found: Report) -> None:
+    if not (isinstance(place, CudaPlace) and isinstance(timer, CudaTimer)):
+        return
+    found.barrier = Reading(tuple(group.allgather(timer.barrier_us, op="bench barrier")))
+    if group.size == 1:
+        found.notes.append("one rank has no links to measure")
+        return
+    if place.setting.is_shared:
+        found.notes.append(
+            "all ranks share one GPU: 'wire' is its own memory, and SMs are divided by the ranks"
+        )
+    limits = wire.measure_limit(group, place, timer, found.options.sms)
+    found.wire_limit_ranks = group.allgather(limits, op="bench wire limit")
+    found.wire_limit = wire.limits(found.wire_limit_ranks)
+    if group.rank == 0:
+        found.clock_mhz = machine.clock_mhz(place)
+    if place.setting.ranks_are == "threads":
+        found.notes.append("threads share one interpreter: their call times hold waits for each other")
+
+
+def _routing(options: Options, num_ranks: int, num_tokens: int) -> Routing:
+    return Routing.draw(
+        num_ranks=num_ranks,
+        num_tokens=num_tokens,
+        num_experts=options.num_experts,
+        num_topk=options.num_topk,
+        zipf_exponent=options.exponent,
+        seed=options.seed,
+    )
+
+
+def _measure(
+    group: Group,
+    place: Place,
+    timer: CudaTimer | HostTimer,
+    element: Element,
+    routing: Routing,
+    found: Report,
+    console: Console,
+) -> None:
+    """All operations with all SM counts, for one element and number of tokens."""
+    with open_buffer(group, place, routing, element, found.options) as buffer:
+        layer = Layer(group, buffer, place, element, routing, found.options)
+        _measure_layer(layer, timer, found, console)
+        del layer  # its arrays, before the buffer that they lie in
+        group.barrier()
+
+
+def _measure_layer(layer: Layer, timer: CudaTimer | HostTimer, found: Report, console: Console) -> None:
+    num_tokens = len(layer.tokens)
+    row_bytes = layer.element.row_bytes(found.options.hidden)
+    for num_sms in found.options.sms if layer.buffer.backend == "cuda" else (None,):
+        layer.use_sms(num_sms)
+        for call in layer.calls():
+            console.step(f"{layer.element.name} {num_tokens} {call.name}")
+            check_call(layer, call)
+            result = Result.of(
+                _gathered(layer.group, timer.measure(call)),
+                element=layer.element.name,
+                num_tokens=num_tokens,
+                num_sms=num_sms,
+                operation=call.name,
+                row_bytes=row_bytes,
+                traffic=layer.routing.traffic(),
+            )
+            found.results.append(result)
+            console.lines([report.line(found, result)])
+
+
+def _compare(
+    group: Group, place: Place, routings: dict[int, Routing], found: Report, console: Console
+) -> None:
+    # On every rank the same: all are placed alike.
+    absence = nccl.absence(place)
+    if absence is not None or not isinstance(place, CudaPlace):
+        found.notes.append(f"not compared with NCCL: {absence}")
+        return
+    options = found.options
+    library = nccl.Nccl(group, place, options.repeat)
+    console.lines(
+        ["", f"NCCL {library.version} all-to-all of packed rows; op: on the stream", report.COLUMNS]
+    )
+    for num_tokens, routing in routings.items():
+        operations = [("dispatch", ELEMENTS[name]) for name in options.dtypes]
+        operations += [("combine", BF16)] if BF16.name in options.dtypes else []
+        for operation, element in operations:
+            if operation == "dispatch":
+                times = library.dispatch(element, options.hidden, routing)
+            else:
+                times = library.combine(options.hidden, routing)
+            result = Result.of(
+                _gathered(group, times),
+                element=element.name,
+                num_tokens=num_tokens,
+                num_sms=None,
+                operation=f"nccl-{operation}",
+                row_bytes=element.row_bytes(options.hidden),
+                traffic=routing.traffic(),
+            )
+            found.results.append(result)
+            name = f"{operation} {element.name}"
+            console.lines([report.line(found, result, name=name)])
+    library.close()
+
+
+def _gathered(group: Group, times: Times) -> list[Times]:
+    return group.allgather(times, op="bench times")
+
+
+def _first_calls(options: Options, arguments: Sequence[str]) -> Report:
+    documents = first_call.measure_in_processes(arguments)
+    found = Report(
+        options=options,
+        machine=documents[0].machine,
+        first_calls=[document.call for document in documents],
+    )
+    with Console(_stream(options), 0) as console:
+        console.lines([*report.header(found), *(call.text for call in found.first_calls)])
+    return found
+
+
+def _write(found: Report, options: Options) -> None:
+    if options.json == "-":
+        say(report.as_json(found), sys.stdout)
+    elif options.json:
+        Path(options.json).write_text(report.as_json(found) + "\n")
+    if options.plot and found.results:
+        plot.draw(found, Path(options.plot))
+
+
+def _stream(options: Options) -> TextIO:
+    """Where the tables go."""
+    return sys.stderr if options.json == "-" else sys.stdout

@@ -1,0 +1,433 @@
+"""Dispatch on one rank: what a call needs, worked out once per shape, and the calls themselves.
+
+A result lies where the peers wrote it, in the slab. Where that would leave the slab without room for another
+like it, the result is copied to memory of this rank alone, and its place in the slab is free again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, Final
+
+from .. import arrays
+from ..arrays import ArrayView
+from ..cuda_arrays import Column, ResultArrays, address, fingerprint
+from ..errors import ConfigError
+from ..requests import FP8_BLOCK, DispatchRequest, Schedule, local_experts
+from ..results import Dispatched
+from . import plan
+from .digest import along, dispatch_digest
+from .domain import Call, Domain
+from .expansion import Expansion, Landed, Made
+from .expert_major import ExpertMajor, check_columns
+from .handle import (
+    NUM_RECV_TOKENS_OFFSET,
+    RESULT_OFFSET,
+    SEND_PLAN_OFFSET,
+    SEND_ROW_OFFSET,
+    CudaDispatchHandle,
+    routing_bytes,
+)
+from .heap import Block
+from .inputs import ROW_ALIGN_BYTES, Inputs, is_contiguous, itemsize
+from .launch import Launch
+from .layout import MAX_LOCAL_EXPERTS, MAX_LOCAL_RANKS, ReceivedRow, ReceiveLayout
+from .memory import device_errors
+from .operations import Operations
+from .pool import Lease
+from .told import HostResult, exchanged_expert_counts
+
+_MAX_ROWS: Final = 2**31 - 1
+_MAX_PLANS: Final = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """A dispatch of certain shapes: what holds for every call of it.
+
+    Attributes:
+        inputs: what x, sf, ids, weights and is_token_in_rank are like; None where absent.
+        is_readable: they need no copy where their addresses are aligned.
+        frameworks: of the inputs, that of x first.
+        row: bytes of a received row on the wire.
+        arrays: recv_x, recv_sf, ids and weights; `places` of them in a result of `num_rows`.
+        has_byte_rows: whether an element of recv_x is a byte.
+        num_rows, num_bytes: of what lands; 0 where only the counts will tell.
+        expansion: for layout "expert".
+    """
+
+    launch: Launch
+    inputs: tuple[ArrayView | None, ...]
+    per_expert: ArrayView | None
+    is_readable: bool
+    frameworks: tuple[str, ...]
+    num_blocks: int
+    num_tokens: int
+    num_topk: int
+    num_local_experts: int
+    expert_alignment: int
+    row: ReceivedRow
+    has_byte_rows: bool
+    is_cached: bool
+    num_rows: int
+    num_bytes: int
+    arrays: ResultArrays
+    places: tuple[tuple[int, int], ...]
+    digest: int
+    expansion: Expansion | None
+
+    @property
+    def is_exact(self) -> bool:
+        return not self.is_cached and self.num_rows == 0
+
+    def spare_bytes(self, num_bytes: int) -> int:
+        """For another result of so many bytes, or for experts' outputs, whose elements may be wider."""
+        return num_bytes * (2 if self.has_byte_rows else 1)
+
+
+class Dispatch:
+    """The dispatches of one rank.
+
+    Args:
+        owner: of the handles.
+
+    Attributes:
+        num_calls: the number of the last one, the same on every rank.
+        num_copied_results: results that were copied out of the slab.
+    """
+
+    def __init__(
+        self,
+        domain: Domain,
+        operations: Operations,
+        expert_major: ExpertMajor,
+        inputs: Inputs,
+        *,
+        owner: object,
+    ) -> None:
+        self._domain = domain
+        self._operations = operations
+        self._expert_major = expert_major
+        self._inputs = inputs
+        self._owner = owner
+        self._plans: dict[Hashable, _Plan] = {}
+        self._told = HostResult(domain)
+        self._scratch: list[Block] = []
+        self._scratch_tokens = -1
+        self.num_calls = 0
+        self.num_copied_results = 0
+
+    def reset(self, num_calls: int) -> None:
+        """After `HangWatch.reset`; `num_calls` is the same on every rank."""
+        self._told.reset()
+        self.num_calls = num_calls
+
+    def __call__(
+        self, given: tuple[Any, ...], build: Callable[..., DispatchRequest], schedule: Schedule
+    ) -> Dispatched:
+        """One dispatch. The device is current.
+
+        Args:
+            given: the caller's arguments; `build` makes a checked request of them.
+        """
+        x, handle, in_rank, per_expert, ids, weights, *options = given
+        x, sf = x if type(x) is tuple and len(x) == 2 else (x, None)
+        objects: Sequence[Any] = (x, sf, ids, weights, in_rank)
+        key = None if per_expert is not None else self._key(objects, handle, options, schedule.num_sms)
+        found = None if key is None else self._plans.get(key)
+        if found is not None:
+            pointers = [0 if each is None else address(each) for each in objects]
+        else:
+            request = build(*given)
+            views = (request.x, request.sf, request.topk_idx, request.topk_weights, request.is_token_in_rank)
+            pointers = [0 if view is None else view.pointer for view in views]
+            objects = [None if view is None else view.owner for view in views]
+            found = self._prepare(request, schedule.num_sms)
+            if key is not None:
+                if len(self._plans) >= _MAX_PLANS:
+                    self._plans.clear()
+                self._plans[key] = found
+        return self._run(found, pointers, objects, handle, schedule)
+
+    def _key(
+        self, objects: Sequence[object], handle: object, options: Sequence[Hashable], num_sms: int
+    ) -> Hashable | None:
+        """What decides everything but addresses. None where the arguments must be looked at each time."""
+        facts: list[Hashable] = [num_sms, *options]
+        for each in objects:
+            if each is None:
+                facts.append(None)
+                continue
+            seen = fingerprint(each)
+            if seen is None:
+                return None
+            facts.append(seen)
+        if handle is not None:
+            if type(handle) is not CudaDispatchHandle or handle.owner is not self._owner:
+                return None
+            facts += (handle.num_tokens, handle.num_recv_rows, handle.num_landed_rows, handle.layout)
+            if handle.layout == "expert":
+                facts += (handle.num_topk, handle.num_local_experts, handle.expert_alignment)
+        return tuple(facts)
+
+    def _prepare(self, request: DispatchRequest, num_sms: int) -> _Plan:
+        domain = self._domain
+        x, ids, weights, sf = request.x, request.topk_idx, request.topk_weights, request.sf
+        num_ranks = domain.group.size
+        num_local_experts = local_experts(request.num_experts, num_ranks) if request.num_experts else 0
+        if num_local_experts > MAX_LOCAL_EXPERTS:
+            raise ConfigError(
+                f"num_experts={request.num_experts} on {num_ranks} ranks; at most {MAX_LOCAL_EXPERTS} on each"
+            )
+        num_tokens, hidden = x.shape
+        columns = [
+            None if view is None else Column(view.dtype, view.shape[1:]) for view in (x, sf, ids, weights)
+        ]
+        if request.quantize is not None:
+            columns[:2] = Column("float8_e4m3fn", (hidden,)), Column("float32", (hidden // FP8_BLOCK,))
+        num_bytes = [
+            0 if column is None else arrays.np_dtype(column[0]).itemsize * prod(column[1])
+            for column in columns
+        ]
+        row = ReceivedRow(
+            row_bytes=num_bytes[0], sf_bytes=num_bytes[1], idx_bytes=num_bytes[2], weights_bytes=num_bytes[3]
+        )
+        # With expert ids, the destinations are those of the ids.
+        views = (x, sf, ids, weights, request.is_token_in_rank if ids is None else None)
+        present = [view for view in views if view is not None]
+        frameworks = tuple(dict.fromkeys(view.framework for view in present))
+        num_topk = 0 if ids is None else ids.shape[1]
+        handle = request.handle
+        assert handle is None or isinstance(handle, CudaDispatchHandle)  # its owner is this buffer
+        is_cached = handle is not None
+        num_rows = request.num_worst_tokens if handle is None else handle.num_landed_rows
+        return _Plan(
+            launch=self._operations.dispatch(
+                quantizes=request.quantize is not None,
+                num_tokens=num_tokens,
+                num_topk=num_topk,
+                num_experts=request.num_experts,
+                row_bytes=row.row_bytes,
+                sf_row_bytes=row.sf_bytes,
+                idx_bytes=0 if ids is None else itemsize(ids),
+                is_cached=is_cached,
+                fill_rows=0 if is_cached else num_rows,
+                max_redundant_tokens=plan.MAX_REDUNDANT_TOKENS,
+            ),
+            inputs=tuple(None if view is None else replace(view, pointer=0, owner=None) for view in views),
+            per_expert=request.num_tokens_per_expert,
+            is_readable=all(is_contiguous(view) and 0 not in view.shape for view in present),
+            frameworks=frameworks,
+            num_blocks=domain.num_blocks(num_sms),
+            num_tokens=num_tokens,
+            num_topk=num_topk,
+            num_local_experts=num_local_experts,
+            expert_alignment=request.expert_alignment,
+            row=row,
+            has_byte_rows=row.row_bytes == hidden,
+            is_cached=is_cached,
+            num_rows=num_rows,
+            num_bytes=row.layout(num_rows).end if num_rows else 0,
+            arrays=ResultArrays(
+                columns,
+                device=domain.device,
+                framework=frameworks[0],
+                stream=domain.comm.pointer if frameworks[0] == "jax" else None,
+            ),
+            places=_places(row.layout(num_rows), num_rows),
+            digest=dispatch_digest(request),
+            expansion=self._expansion(request, row, columns, num_sms),
+        )
+
+    def _expansion(
+        self, request: DispatchRequest, row: ReceivedRow, columns: Sequence[Column | None], num_sms: int
+    ) -> Expansion | None:
+        if request.layout != "expert":
+            return None
+        x, ids, handle = columns[0], request.topk_idx, request.handle
+        assert x is not None
+        assert handle is None or isinstance(handle, CudaDispatchHandle)
+        num_topk = handle.num_topk if handle is not None else columns[2].shape[0] if columns[2] else 0
+        check_columns(num_topk)
+        framework = request.x.framework
+        return Expansion(
+            self._domain,
+            self._expert_major,
+            row=row,
+            x=x,
+            sf=columns[1],
+            num_topk=num_topk,
+            num_local_experts=request.num_experts // self._domain.group.size
+            if handle is None
+            else handle.num_local_experts,
+            alignment=request.expert_alignment if handle is None else handle.expert_alignment,
+            num_out_rows=request.num_worst_tokens if handle is None else handle.num_recv_rows,
+            zero_padding=request.zero_padding,
+            is_cached=handle is not None,
+            idx_bytes=0 if ids is None else itemsize(ids),
+            frameworks=(framework, framework if ids is None else ids.framework),
+            num_blocks=plan.num_local_blocks(
+                self._domain.num_blocks(num_sms), max_blocks=self._domain.max_blocks
+            ),
+        )
+
+    def _run(
+        self,
+        found: _Plan,
+        pointers: list[int],
+        objects: Sequence[Any],
+        handle: CudaDispatchHandle | None,
+        schedule: Schedule,
+    ) -> Dispatched:
+        domain = self._domain
+        domain.check()
+        call = domain.begin(found.frameworks, objects, schedule)
+        is_exact = found.is_exact
+        if is_exact and call.is_capturing:
+            raise ConfigError(
+                "the number of rows of this dispatch is not known to the host, so it cannot be captured in a "
+                "CUDA graph: give num_worst_tokens, or a handle"
+            )
+        lease = self._take_all() if is_exact else self._take(found, call)
+        capacity = min(_MAX_ROWS, found.row.capacity(lease.num_bytes)) if is_exact else found.num_rows
+        routing = (
+            domain.heap.take(routing_bytes(found.num_tokens), is_capturing=call.is_capturing)
+            if handle is None
+            else handle.routing
+        )
+        scratch = self._scratch_for(found.num_tokens, call)
+        domain.order(call)
+
+        x, sf, ids, weights, in_rank = pointers
+        if not found.is_readable or (x | sf | ids | weights | in_rank) % ROW_ALIGN_BYTES:
+            pointers = [
+                self._inputs.readable(view, pointer, call)
+                for view, pointer in zip(found.inputs, pointers, strict=True)
+            ]
+        number = self.num_calls + 1
+        args = found.launch.args
+        args.x, args.sf, args.topk_idx, args.topk_weights, args.is_token_in_rank = pointers
+        args.send_plan = routing.pointer + SEND_PLAN_OFFSET
+        args.send_row = routing.pointer + SEND_ROW_OFFSET
+        args.result = self._told.pointer if is_exact else routing.pointer + RESULT_OFFSET
+        args.masks = scratch.pointer + 4 * MAX_LOCAL_RANKS * found.num_tokens
+        args.send_token = scratch.pointer
+        args.call = number
+        args.digest = along(found.digest, 0 if handle is None else handle.call)
+        args.recv_offset = domain.offset(lease)
+        args.recv_capacity = capacity
+        found.launch(call.stream, found.num_blocks)
+        self.num_calls = number
+        call.keep_with(lease, routing)
+        if is_exact:
+            domain.launched(call)
+            told = self._told.wait(number, found.row, lease)
+            landed = Landed(lease, capacity, int(told.num_recv_tokens), 0)
+            counts: Any = self._expert_counts(found, told)
+        else:
+            landed = Landed(
+                lease,
+                capacity,
+                capacity,
+                routing.pointer + NUM_RECV_TOKENS_OFFSET
+                if handle is None
+                else handle.num_recv_tokens_pointer,
+            )
+            counts = [] if handle is None else handle.num_recv_tokens_per_expert_list
+        if found.expansion is not None:
+            made = found.expansion.run(call, landed, counts if is_exact else None, handle)
+        else:
+            made = self._as_it_landed(found, call, landed)
+        event = domain.finish(call)
+        if handle is None:
+            handle = CudaDispatchHandle(
+                owner=self._owner,
+                num_tokens=found.num_tokens,
+                num_topk=found.num_topk,
+                num_recv_rows=made.num_rows,
+                num_recv_tokens_per_expert_list=counts,
+                call=number,
+                routing=routing,
+                num_local_experts=found.num_local_experts,
+                expert_alignment=found.expert_alignment,
+                num_landed_rows=landed.num_rows,
+                known_recv_tokens=landed.num_rows if is_exact else None,
+                read=domain.read,
+                layout="rank" if found.expansion is None else "expert",
+                places=made.places,
+                psum_num_tokens_per_expert=made.psum,
+            )
+        recv_x, recv_sf, recv_ids, recv_weights = made.arrays
+        if recv_sf is not None:
+            recv_x = recv_x, recv_sf
+        return Dispatched(recv_x, recv_ids, recv_weights, counts, handle, event)
+
+    def _as_it_landed(self, found: _Plan, call: Call, landed: Landed) -> Made:
+        """The result where the peers wrote it, or a copy where it must leave room for the next."""
+        domain, row, lease, num_rows = self._domain, found.row, landed.lease, landed.num_rows
+        base = domain.address(lease)
+        if not found.is_exact and not lease.must_be_left:
+            return Made(found.arrays.over(base, found.num_bytes, lease, found.places), num_rows)
+        here, there = row.layout(landed.capacity), row.layout(num_rows)
+        if found.is_exact:
+            num_bytes = here.x + num_rows * row.row_bytes
+            domain.pool.trim(lease, num_bytes)
+            if domain.pool.largest_free() >= domain.spare(found.spare_bytes(there.end)):
+                return Made(found.arrays.over(base, num_bytes, lease, _places(here, num_rows)), num_rows)
+        block = domain.heap.take(there.end)
+        runtime = domain.runtime
+        for source, target, each in (
+            (here.topk_idx, there.topk_idx, row.idx_bytes),
+            (here.topk_weights, there.topk_weights, row.weights_bytes),
+            (here.sf, there.sf, row.sf_bytes),
+            (here.x, there.x, row.row_bytes),
+        ):
+            if num_rows * each:
+                with device_errors("copying a result"):
+                    runtime.memcpyAsync(
+                        block.pointer + target,
+                        base + source,
+                        num_rows * each,
+                        runtime.memcpyDeviceToDevice,
+                        call.stream,
+                    )
+        self.num_copied_results += 1
+        return Made(found.arrays.over(block.pointer, there.end, block, _places(there, num_rows)), num_rows)
+
+    def _expert_counts(self, found: _Plan, told: Any) -> list[int]:
+        counts: list[int] = told.expert_counts[: found.num_local_experts]
+        if found.per_expert is not None and found.num_topk == 0:
+            counts = exchanged_expert_counts(
+                self._domain, self._inputs, found.per_expert, found.num_local_experts
+            )
+        return plan.aligned(counts, found.expert_alignment)
+
+    # Memory.
+
+    def _take_all(self) -> Lease:
+        """The largest free place: how many rows will come is not known yet."""
+        return self._domain.take(self._domain.pool.largest_free(), "a result")
+
+    def _take(self, found: _Plan, call: Call) -> Lease:
+        domain, num_bytes = self._domain, found.num_bytes
+        lease = domain.pool.take(num_bytes, spare_bytes=domain.spare(found.spare_bytes(num_bytes)))
+        if lease is None:
+            lease = domain.take(num_bytes, f"{found.num_rows} received rows")
+            # A graph's replays write there again, so nobody else can have it.
+            lease.must_be_left = not call.is_capturing
+        return lease
+
+    def _scratch_for(self, num_tokens: int, call: Call) -> Block:
+        """Memory of the kernel alone. Earlier, smaller ones are kept: graphs may hold them."""
+        if num_tokens > self._scratch_tokens:
+            self._scratch_tokens = max(1024, num_tokens + num_tokens // 4)
+            num_bytes = plan.scratch_bytes(self._scratch_tokens)
+            self._scratch.append(self._domain.heap.take(num_bytes, is_capturing=call.is_capturing))
+        return self._scratch[-1]
+
+
+def _places(at: ReceiveLayout, num_rows: int) -> tuple[tuple[int, int], ...]:
+    """Of x, scale factors, ids and weights."""
+    return (at.x, num_rows), (at.sf, num_rows), (at.topk_idx, num_rows), (at.topk_weights, num_rows)

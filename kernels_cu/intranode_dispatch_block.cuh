@@ -1,0 +1,153 @@
+// One block of the normal-mode dispatch: what it is told, what its warps share, and what all phases look up.
+// The phases are in files of their own: layout, offers (with the kernel, intranode_dispatch.cu), rows,
+// metadata.
+#pragma once
+#include "sync.cuh"
+
+namespace ep {
+
+struct IntranodeDispatchCfg {
+    int num_threads, num_data_warps, num_stages, stage_bytes;
+    int scale_bytes;  // of a slot, for scale factors: of a row that is moved, of a piece that is cast
+    int quantizes;    // 1: x is bfloat16, and leaves as float8_e4m3fn with scale factors made here
+};
+
+template <IntranodeDispatchCfg kCfg>
+struct IntranodeDispatchArgs {
+    HangRecord* hang;
+    Workspace* workspace;
+    DispatchResult* result;
+    const uint8_t* x;
+    const uint8_t* sf;  // not with kCfg.quantizes
+    const uint8_t* topk_idx;
+    const float* topk_weights;
+    const uint8_t* is_token_in_rank;  // read where there are no expert ids
+    int32_t* send_row;                // [num_tokens, kMaxLocalRanks]
+    SendPlan* send_plan;
+    uint8_t* masks;       // [num_tokens], scratch
+    int32_t* send_token;  // [kMaxLocalRanks, num_tokens], scratch: the tokens for each destination, in order
+    uint64_t timeout_ns, call;
+    uint32_t digest, recv_offset, recv_capacity;
+    int32_t rank, num_ranks, num_tokens, num_topk, num_experts;
+    int32_t row_bytes, sf_row_bytes;  // of a row as it is received
+    int32_t idx_bytes, is_cached;
+    int32_t fill_rows;             // received rows from num_recv_tokens to here are filled: id -1, weight 0
+    int32_t max_redundant_tokens;  // of a layout that every block makes for itself
+    uint8_t* slabs[kMaxLocalRanks];
+};
+
+template <IntranodeDispatchCfg kCfg>
+struct DispatchShared {
+    static constexpr int kNumWarps = kCfg.num_threads / kWarpSize;
+
+    uint64_t loaded[kCfg.num_data_warps][kCfg.num_stages];
+    // By destination, tokens of this rank: in this block's slice, in the lower ones, up to the slice's end.
+    int32_t tokens_here[kMaxLocalRanks], tokens_before[kMaxLocalRanks], tokens_until[kMaxLocalRanks];
+    int32_t tokens_total[kMaxLocalRanks];
+    int32_t warp_tokens[kNumWarps][kMaxLocalRanks];
+    short positions[kCfg.num_threads][kMaxLocalRanks];  // as send_row, of a redundant layout
+    uint32_t histogram[kMaxLocalRanks * kMaxLocalExperts];
+
+    DispatchOffer offers[kMaxLocalRanks];  // as they came
+    int32_t recv_counts[kMaxLocalRanks];
+    int64_t capacity[kMaxLocalRanks];
+    uint8_t* place[kMaxLocalRanks];  // where the rows of each destination land
+    SendPlan plan;
+    uint32_t overfull_ranks;
+    bool is_last;
+};
+
+template <IntranodeDispatchCfg kCfg>
+struct DispatchBlock {
+    static constexpr int kNumWarps = kCfg.num_threads / kWarpSize;
+    static constexpr int kOtherWarps = kNumWarps - kCfg.num_data_warps;
+
+    const IntranodeDispatchArgs<kCfg>& args;
+    const sync::Call& call;
+    DispatchShared<kCfg>& shared;
+    uint8_t* stages;
+    int32_t first_token, last_token;  // the block's slice
+    int32_t num_local_experts, warp, lane;
+    bool is_redundant;  // this block knows all positions by itself
+
+    // Layout.
+    __device__ void lay_out_alone();
+    __device__ Reason lay_out_together();
+    __device__ uint32_t destinations(int32_t token) const;
+    __device__ void count_tokens();
+    __device__ Reason add_up_blocks();
+    __device__ void place(uint32_t mask, int32_t& running, int32_t (&position)[kMaxLocalRanks]);
+    __device__ void keep(int32_t token, uint32_t mask, const int32_t (&position)[kMaxLocalRanks]) const;
+    __device__ void count_experts(int32_t begin, int32_t end);
+    __device__ Reason publish_experts();
+
+    // Offers.
+    __device__ void offer_place() const;
+    __device__ void offer_counts(int32_t total) const;
+    template <class CountOf>
+    __device__ void offer_experts(CountOf count_of) const;
+    __device__ Reason read_offers();
+    __device__ void plan_rows(int32_t peer);
+    __device__ int32_t num_recv_tokens() const;
+    __device__ bool has_offer(int32_t peer) const;
+    __device__ bool has_experts(int32_t peer) const;
+    __device__ Reason sum_experts() const;
+    __device__ Reason report() const;
+
+    // Metadata.
+    __device__ void send_metadata() const;
+    __device__ void send_scales() const;
+    __device__ void fill(uint8_t* section, int64_t begin, int64_t end, uint32_t word) const;
+    __device__ void fill_absent() const;
+
+    // Warps that move no rows share the rest; the last one of block 0 reports.
+    __device__ bool is_reporter() const { return blockIdx.x == 0 && warp == kNumWarps - 1; }
+    __device__ int32_t helper() const { return warp - kCfg.num_data_warps; }
+    __device__ int32_t num_helpers() const { return kOtherWarps - (blockIdx.x == 0 ? 1 : 0); }
+
+    // -1: none, also for an id that does not exist.
+    __device__ int32_t expert(int32_t token, int32_t k) const {
+        const int64_t at = static_cast<int64_t>(token) * args.num_topk + k;
+        const int64_t id = args.idx_bytes == 8 ? reinterpret_cast<const int64_t*>(args.topk_idx)[at]
+                                               : reinterpret_cast<const int32_t*>(args.topk_idx)[at];
+        return id >= 0 && id < args.num_experts ? static_cast<int32_t>(id) : -1;
+    }
+
+    // The row of a token at a destination; -1 where it does not go, or does not fit.
+    __device__ int32_t row_of(int32_t token, int32_t destination) const {
+        if (destination >= args.num_ranks) return -1;
+        const int32_t position =
+            is_redundant ? shared.positions[token][destination]
+                         : __ldcg(args.send_row + static_cast<int64_t>(token) * kMaxLocalRanks + destination);
+        const bool is_kept = position >= 0 && position < shared.plan.limit[destination];
+        return is_kept ? shared.plan.base[destination] + position : -1;
+    }
+
+    // Peers in another order on every rank, so that not all send to one at a time. Lanes beyond have none.
+    __device__ int32_t destination_of_lane() const {
+        return lane < args.num_ranks ? (args.rank + 1 + lane) % args.num_ranks : kMaxLocalRanks;
+    }
+
+    struct Sections {
+        uint8_t *topk_idx, *topk_weights, *sf, *x;
+    };
+    __device__ Sections sections(int32_t destination) const {
+        const bool with_weights = args.topk_weights != nullptr;
+        const ReceiveLayout at = receive_layout(
+            shared.capacity[destination], args.topk_idx == nullptr ? 0 : args.num_topk * args.idx_bytes,
+            with_weights ? args.num_topk * 4 : 0, args.sf_row_bytes, args.row_bytes);
+        uint8_t* place = shared.place[destination];
+        return {place + at.topk_idx, place + at.topk_weights, place + at.sf, place + at.x};
+    }
+
+    // Scale factors that are moved travel with the first piece of their row where bulk copies can carry them.
+    __device__ bool scales_ride() const {
+#ifdef EP_HAS_TMA
+        return args.sf_row_bytes % 16 == 0 && args.sf_row_bytes <= kCfg.scale_bytes;
+#else
+        return false;
+#endif
+    }
+};
+
+}  // namespace ep

@@ -1,0 +1,63 @@
+"""``python -m ep_rt bench`` on GPUs, small: it runs, what it checks is right, and its times are there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ranks import IS_UNDER_MPI, PLACES, device_count
+
+from ep_rt.__main__ import main
+from ep_rt.bench.options import OPERATIONS
+from ep_rt.groups import as_group
+
+pytestmark = pytest.mark.gpu
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["bench", "--backend=cuda", "--tokens", "8", "96", "--hidden=512", "--experts=64", "--topk=4"]
+SMALL += ["--dtype=both", "--sms", "4", "8", "--repeat=2"]
+
+
+def run_bench(place: str, path: Path, *arguments: str) -> None:
+    """Run on every rank of a place; the status must be 0."""
+    command = [*SMALL, *arguments, "--json", str(path)]
+    if device_count() == 0:
+        pytest.skip("no GPU")
+    if place == "mpi":
+        if as_group().size > device_count():
+            pytest.skip("more processes than GPUs")
+        assert main(command) == 0
+        return
+    if place == "gpus" and device_count() == 1:
+        pytest.skip("one GPU")
+    threads = ["--ranks=4", "--virtual"] if place == "virtual" else [f"--ranks={device_count()}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "ep_rt", *command, *threads],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_operation_is_checked_and_timed(place: str, tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    run_bench(place, path)
+    if IS_UNDER_MPI and as_group().rank != 0:
+        return
+    read = json.loads(path.read_text())
+    assert len(read["results"]) == 2 * 2 * (len(OPERATIONS) + 3)  # tokens, SMs, operations of both dtypes
+    for entry in read["results"]:
+        assert entry["op_us"]["min"] > 0
+        assert entry["call_us"]["min"] > 0
+        assert (entry["kernel_us"] is None) == (entry["operation"] == "dispatch-exact")
+    assert read["barrier_us"]["median"] > 0
+    num_ranks = len(read["barrier_us"]["ranks"])
+    assert num_ranks == 1 or read["wire_limit_best_gbps"] > 1

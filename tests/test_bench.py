@@ -1,0 +1,361 @@
+"""``python -m ep_rt bench`` without a GPU: what it moves, what it says, and that it notices wrong results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import MpiRun
+
+from ep_rt import __main__ as program
+from ep_rt import reference
+from ep_rt.bench import machine, options, places, plot, report, run, wire
+from ep_rt.bench.check import CheckError, check_against_reference
+from ep_rt.bench.measure import Times
+from ep_rt.bench.options import OPERATIONS, Options
+from ep_rt.bench.workload import BF16, ELEMENTS, FP8, Payload, Routing, Traffic
+from ep_rt.errors import ConfigError
+from ep_rt.host.engine import HostEngine
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--backend=host", "--tokens", "5", "9", "--hidden=64", "--experts=12", "--topk=3", "--repeat=2"]
+
+
+def draw(**changes: Any) -> Routing:
+    sizes = {"num_ranks": 4, "num_tokens": 37, "num_experts": 16, "num_topk": 5, **changes}
+    return Routing.draw(**sizes)
+
+
+# What is moved.
+
+
+@pytest.mark.parametrize("element", ELEMENTS.values(), ids=ELEMENTS)
+@pytest.mark.parametrize("zipf_exponent", [0.0, 1.2])
+def test_what_is_expected_is_what_the_oracle_says(element: Any, zipf_exponent: float) -> None:
+    routing = draw(zipf_exponent=zipf_exponent)
+    routing.topk_idx[2][::3, 1] = -1
+    routing = Routing(routing.topk_idx, routing.num_experts)
+    payload, tokens, salt = Payload(element, 256), np.arange(37), 8
+    ranks = range(routing.num_ranks)
+    x = [payload.rows(rank, tokens, salt) for rank in ranks]
+    sf = [payload.scales(rank, tokens, salt) for rank in ranks] if element.block else None
+    weights = [routing.weights(rank) for rank in ranks]
+    expected = reference.dispatch(
+        x, routing.topk_idx, num_experts=routing.num_experts, topk_weights=weights, sf=sf
+    )
+    for rank, part in enumerate(expected):
+        src_rank, src_token = routing.received(rank)
+        assert (src_rank.tolist(), src_token.tolist()) == (part.src_rank.tolist(), part.src_token.tolist())
+        assert payload.rows(src_rank, src_token, salt).tobytes() == part.recv_x.tobytes()
+        assert np.array_equal(routing.received_idx(rank), part.recv_topk_idx)
+        assert part.recv_topk_weights is not None
+        assert np.array_equal(routing.received_weights(rank), part.recv_topk_weights)
+        if part.recv_sf is not None:
+            assert payload.scales(src_rank, src_token, salt).tobytes() == part.recv_sf.tobytes()
+    if element is BF16:
+        y = [payload.rows(*routing.received(rank), salt + rank) for rank in ranks]
+        sums = reference.combine(y, expected, num_tokens=[37] * routing.num_ranks)
+        for rank, total in enumerate(sums):
+            mine = payload.combined(rank, tokens, routing.destinations[rank], salt)
+            assert mine.tobytes() == total.x.tobytes()
+
+
+def test_rows_differ_by_rank_token_and_salt_and_say_so() -> None:
+    payload = Payload(BF16, 32)
+    tokens = np.arange(3000)
+    rows = [payload.rows(rank, tokens, salt) for rank in range(3) for salt in range(3)]
+    names = {row.tobytes() for part in rows for row in part}
+    assert len(names) == 9 * 3000
+    assert payload.origin(rows[7][1234]) == "token 1234, rank 2, salt 1"
+    assert payload.origin(np.full(32, 0.3, ml_dtypes.bfloat16)) == "no row of this run"
+
+
+def test_experts_of_a_token_are_distinct_and_every_rank_draws_the_same() -> None:
+    first, second = draw(num_tokens=200), draw(num_tokens=200)
+    for mine, other in zip(first.topk_idx, second.topk_idx, strict=True):
+        assert np.array_equal(mine, other)
+        assert all(len(set(row)) == 5 for row in mine.tolist())
+    assert not np.array_equal(first.topk_idx[0], first.topk_idx[1])
+
+
+def test_zipf_is_skewed_as_the_exponent_says() -> None:
+    def popularity(exponent: float) -> list[int]:
+        routing = draw(num_tokens=4000, num_experts=64, num_topk=1, zipf_exponent=exponent)
+        counts = np.bincount(np.concatenate(routing.topk_idx).ravel(), minlength=64)
+        return sorted(counts.tolist(), reverse=True)
+
+    uniform, skewed = popularity(0.0), popularity(1.0)
+    assert uniform[0] < 1.3 * 16000 / 64
+    harmonic = sum(1 / n for n in range(1, 65))
+    for n in (1, 2, 4):
+        assert skewed[n - 1] == pytest.approx(16000 / harmonic / n, rel=0.1)
+    assert draw(zipf_exponent=1.5).traffic().busiest > draw().traffic().busiest
+
+
+def test_traffic_is_what_counting_gives() -> None:
+    routing = draw(num_ranks=3, num_experts=9, num_topk=2)
+    received, sent_away, from_others = [0] * 3, [0] * 3, [0] * 3
+    for src, ids in enumerate(routing.topk_idx):
+        for row in ids.tolist():
+            for dst in {expert // 3 for expert in row}:
+                received[dst] += 1
+                if dst != src:
+                    sent_away[src] += 1
+                    from_others[dst] += 1
+    traffic = routing.traffic()
+    assert traffic == Traffic(
+        received=tuple(received), sent_away=tuple(sent_away), received_from_others=tuple(from_others)
+    )
+    assert traffic.logical_rows == pytest.approx(sum(received) / 3)
+    assert traffic.wire_rows == pytest.approx(sum(sent_away) / 3)
+    assert traffic.busiest == pytest.approx(max(sent_away + from_others) / (sum(sent_away) / 3))
+
+
+def test_row_bytes() -> None:
+    assert (BF16.row_bytes(7168), FP8.row_bytes(7168)) == (14336, 7168 + 56 * 4)
+    assert FP8.num_scales(200) == 2
+
+
+# What it says.
+
+
+def result(**changes: Any) -> report.Result:
+    times = [
+        Times(kernel_us=(99.0, 100.0, 109.0), op_us=(120.0, 121.0, 122.0), call_us=(9.0, 8.0)),
+        Times(kernel_us=(101.0, 102.0, 103.0), op_us=(120.0, 124.0, 126.0), call_us=(7.0, 8.0)),
+    ]
+    traffic = Traffic(received=(10, 30), sent_away=(10, 20), received_from_others=(20, 10))
+    facts = {"element": "bf16", "num_tokens": 40, "num_sms": 16, "operation": "dispatch", "row_bytes": 1000}
+    return replace(report.Result.of(times, traffic=traffic, **facts), **changes)
+
+
+def a_report(*results: report.Result, backend: str = "cuda") -> report.Report:
+    found = report.Report(
+        options=Options(),
+        machine={
+            **dict.fromkeys(("links", "driver", "cuda_driver", "cuda_runtime", "cupy")),
+            "ep_rt": "1.0",
+            "host": "h",
+            "time": "now",
+            "ranks": "2 ranks",
+            "backend": backend,
+            "gpu": "H200",
+            "gpu_sms": 132,
+        },
+        results=list(results),
+    )
+    if backend == "cuda":
+        found.wire_limit = {16: 0.3, 132: 0.5}
+        found.wire_limit_ranks = [{16: (0.3,), 132: (0.5,)}] * 2
+    return found
+
+
+def test_bandwidth_and_share_of_the_limit() -> None:
+    found = result()
+    assert found.kernel is not None
+    assert (found.kernel.median, found.time_us) == (101.0, 101.0)
+    assert found.logical_gbps == pytest.approx(20 * 1000 / 101.0 / 1e3)
+    assert found.wire_gbps == pytest.approx(15 * 1000 / 101.0 / 1e3)
+    assert a_report(found).limit_share(found) == pytest.approx(found.wire_gbps / 0.5)
+    assert replace(found, kernel=None).time_us == 122.5
+
+
+def test_line_fits_its_columns_and_a_terminal() -> None:
+    found = a_report(result())
+    printed = report.line(found, result())
+    assert "101.0 (100.0-102.0)" in printed
+    assert "122.5 (121.0-124.0)" in printed
+    assert printed.split()[-4:] == ["8.0", "0.2", "0.1", "30%"]
+    assert len(printed) == len(report.COLUMNS) <= 120
+    slow = report.Reading(((123456.7,), (234567.8,)))
+    wide = result(kernel=None, call=None, op=slow, num_sms=None, operation=max(OPERATIONS, key=len))
+    assert len(report.line(found, wide)) == len(report.COLUMNS)
+    texts = [*report.header(found), *report.limit_lines(found), *report.footer(found)]
+    assert all(len(text) <= 120 for text in texts)
+
+
+def test_json_holds_every_reading() -> None:
+    read = json.loads(report.as_json(a_report(result(), result(operation="combine", kernel=None))))
+    assert read["config"]["hidden"] == 7168
+    assert [entry["operation"] for entry in read["results"]] == ["dispatch", "combine"]
+    first, second = read["results"]
+    assert first["kernel_us"]["ranks"] == [[99.0, 100.0, 109.0], [101.0, 102.0, 103.0]]
+    assert (first["op_us"]["min"], first["op_us"]["max"]) == (121.0, 124.0)
+    assert second["kernel_us"] is None
+    assert read["wire_limit_best_gbps"] == 0.5
+    assert [entry["sms"] for entry in read["wire_limit"]] == [16, 132]
+
+
+def test_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = a_report(result(), result(num_tokens=8), result(operation="combine"))
+    assert [len(points) for points in plot.curves(found).values()] == [2, 1]
+    assert [tokens for tokens, _ in plot.curves(found)["dispatch bf16, 16 SMs"]] == [8, 40]
+    plot.draw(found, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_links_are_read_from_the_matrix() -> None:
+    matrix = (
+        "\t\x1b[4mGPU0\tGPU1\tNIC0\tCPU Affinity\x1b[0m\n"
+        "GPU0\t X \tNV18\tPIX\t0-47\nGPU1\tNV18\t X \tSYS\t0-47\nNIC0\tPIX\tSYS\t X\n\nLegend:\n  SYS = ..."
+    )
+    assert machine.links_of(matrix) == "NV18"
+    assert machine.links_of("\tGPU0\tGPU1\nGPU0\t X \tPHB\nGPU1\tPHB\t X \n") == "PHB"
+    assert machine.links_of("") is None
+
+
+def test_the_limit_is_swept_over_what_is_asked_and_all() -> None:
+    assert wire.sweep([16, 24], 132) == [8, 16, 24, 56, 132]
+    assert wire.sweep([16], 16) == [8, 16]
+    assert wire.limits([{8: (1.0, 3.0, 2.0)}, {8: (4.0, 4.0, 4.0)}]) == {8: 3.0}
+    words = wire.outbox(3, 4, 64)
+    assert words.shape == (4, 8)
+    assert len({int(word) for src in range(4) for word in wire.outbox(src, 4, 64).ravel()}) == 4 * 4 * 8
+
+
+# The command line.
+
+
+def parsed(*arguments: str) -> Options:
+    parser = argparse.ArgumentParser()
+    options.add_parser(parser.add_subparsers())
+    return options.options_of(parser.parse_args(["bench", *arguments]))
+
+
+def test_defaults_of_the_command_line_are_those_of_the_options() -> None:
+    assert parsed() == Options()
+    assert parsed("--dtype", "both", "--operations", "combine", "dispatch").dtypes == ("bf16", "fp8")
+    assert parsed("--operations", "combine", "dispatch").operations == ("dispatch", "combine")
+    assert parsed("--routing", "zipf").exponent == 1.0
+
+
+def test_operations_that_there_are() -> None:
+    assert Options().operations_of("bf16", "cuda") == OPERATIONS
+    assert Options().operations_of("fp8", "cuda") == OPERATIONS[:3]
+    assert Options().operations_of("bf16", "host") == OPERATIONS[:4]
+
+
+@pytest.mark.parametrize("arguments", [("--topk", "300"), ("--hidden", "7170"), ("--zipf-exponent", "-1")])
+def test_options_that_cannot_work(arguments: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError):
+        parsed(*arguments)
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ep_rt", "bench", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_a_run_of_threads_with_json_on_stdout() -> None:
+    done = bench("--ranks", "3", *SMALL, "--dtype", "both", "--routing", "zipf", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    read = json.loads(done.stdout)
+    assert read["machine"]["ranks"] == "3 ranks (threads)"
+    found = {(entry["dtype"], entry["tokens"], entry["operation"]) for entry in read["results"]}
+    assert found == {("bf16", tokens, name) for tokens in (5, 9) for name in OPERATIONS[:4]} | {
+        ("fp8", tokens, name) for tokens in (5, 9) for name in OPERATIONS[:3]
+    }
+    for entry in read["results"]:
+        assert np.shape(entry["op_us"]["ranks"]) == (3, 2)
+        assert entry["logical_gbps"] > entry["wire_gbps"] > 0
+    assert "every result was compared" in done.stderr
+
+
+def test_a_run_of_processes(mpirun: MpiRun, tmp_path: Path) -> None:
+    code = "import sys; from ep_rt.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    path = tmp_path / "figures.json"
+    done = mpirun(3, code, "bench", *SMALL, "--operations", "combine", "--json", str(path))
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("BF16: rows of 128 bytes") == 1
+    assert json.loads(path.read_text())["machine"]["ranks"] == "3 ranks (processes)"
+
+
+def test_first_call() -> None:
+    done = bench("--ranks", "2", *SMALL, "--first-call", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    assert [call["cache"] for call in json.loads(done.stdout)["first_calls"]] == ["none", "none"]
+
+
+def test_what_cannot_run_is_said_once() -> None:
+    done = bench("--ranks", "5", *SMALL)
+    assert done.returncode == run.CANNOT_RUN
+    assert done.stderr == "error: ConfigError: 12 experts cannot be divided by 5 ranks\n"
+
+
+def test_help_names_the_commands() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ep_rt", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0
+    assert "bench" in done.stdout
+
+
+def test_the_program_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, ep_rt.__main__\n"
+        "heavy = {'cupy', 'mpi4py', 'torch', 'jax', 'cuda', 'matplotlib', 'tqdm'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# A wrong result is noticed, whatever is wrong.
+
+
+def swap_rows(rows: Any) -> None:
+    rows[[0, 1]] = rows[[1, 0]]
+
+
+def one_bit(rows: Any) -> None:
+    rows.view(np.uint8)[-1, -1] ^= 1
+
+
+@pytest.mark.parametrize("operation", ["dispatch", "dispatch-cached", "dispatch-exact", "combine"])
+@pytest.mark.parametrize("spoil", [swap_rows, one_bit])
+def test_a_wrong_row_fails_the_run(
+    operation: str, spoil: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "check_against_reference", lambda *_: None)
+    name = "combine" if operation == "combine" else "dispatch"
+    honest = getattr(HostEngine, name)
+
+    def wrong(engine: HostEngine, *arguments: Any) -> Any:
+        out = honest(engine, *arguments)
+        count = out[0].shape[0] if name == "combine" else out.handle.num_recv_tokens
+        spoil(out[0][:count])
+        return out
+
+    monkeypatch.setattr(HostEngine, name, wrong)
+    status = program.main(["bench", "--ranks", "2", *SMALL, "--operations", operation])
+    assert status == run.CHECK_FAILED
+    assert f"{operation}, 5 tokens: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_wrong_metadata_fails_the_run(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = HostEngine.dispatch
+
+    def wrong(engine: HostEngine, *arguments: Any) -> Any:
+        out: Any = honest(engine, *arguments)
+        if out[part] is not None:
+            out[part][0] += 1
+        return out
+
+    monkeypatch.setattr(HostEngine, "dispatch", wrong)
+    with pytest.raises(CheckError, match=r"ep_rt\.reference"):
+        places.on_every_rank(
+            parsed("--ranks", "2", *SMALL),
+            lambda group, place: check_against_reference(group, place, Options()),
+        )
+    monkeypatch.setattr(run, "check_against_reference", lambda *_: None)
+    assert program.main(["bench", "--ranks", "2", *SMALL]) == run.CHECK_FAILED
