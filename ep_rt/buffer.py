@@ -283,7 +283,8 @@ class Buffer:
             Dispatched: ``recv_x`` [num_recv_tokens, hidden] (or a tuple with its scale factors), rows ordered
             by source rank, then source token; ``recv_topk_idx`` [num_recv_tokens, num_topk] with *local*
             expert ids, -1 where the expert is not on this rank; ``recv_topk_weights``, 0 there;
-            ``num_recv_tokens_per_expert_list``, one count per local expert, [] with `num_worst_tokens`;
+            ``num_recv_tokens_per_expert_list``, one count per local expert, also of dropped rows: a list
+            or, on a GPU with `num_worst_tokens`, a sequence that waits for the device when it is looked at;
             ``handle`` for `combine`; ``event``. With `handle` the ids and weights are None.
 
             With layout "expert" ``recv_x`` has P rows, P the sum of the padded segments, or

@@ -7,8 +7,9 @@ over one allocation.
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -21,22 +22,41 @@ def fingerprint(obj: Any) -> tuple[Hashable, ...] | None:
 
     None where that takes a `view`: for JAX, NumPy, other producers, and subclasses that may be anything.
     """
-    kind = type(obj)
+    kind: Any = type(obj)
+    return _fingerprint_of(kind)(obj)
+
+
+@functools.cache
+def _fingerprint_of(kind: Any) -> Callable[[Any], tuple[Hashable, ...] | None]:
+    """The `fingerprint` of this very type. An array's type exists only after its framework was imported."""
     cupy, torch = sys.modules.get("cupy"), sys.modules.get("torch")
     if cupy is not None and kind is cupy.ndarray:
         # Hashing a NumPy dtype takes longer than all else here; its number says the same.
-        return kind, obj.shape, obj.strides, obj.dtype.num, obj.data.device_id
+        return lambda obj: (kind, obj.shape, obj.strides, obj.dtype.num, obj.data.device_id)
     if torch is not None and (kind is torch.Tensor or kind is torch.nn.Parameter):
-        if obj.layout is not torch.strided or obj.is_neg():
-            return None
-        return kind, obj.shape, obj.stride(), obj.dtype, obj.device
-    return None
+        strided = torch.strided
+
+        def of_tensor(obj: Any) -> tuple[Hashable, ...] | None:
+            if obj.layout is not strided or obj.is_neg():
+                return None
+            return kind, obj.shape, obj.stride(), obj.dtype, obj.device
+
+        return of_tensor
+    return lambda obj: None
 
 
 def address(obj: Any) -> int:
     """Where the elements of an array lie that has a `fingerprint`."""
-    data = getattr(obj, "data_ptr", None)
-    return int(obj.data.ptr if data is None else data())
+    kind: Any = type(obj)
+    return _address_of(kind)(obj)
+
+
+@functools.cache
+def _address_of(kind: Any) -> Callable[[Any], int]:
+    if hasattr(kind, "data_ptr"):
+        address: Callable[[Any], int] = kind.data_ptr
+        return address
+    return lambda obj: obj.data.ptr
 
 
 def current_stream(framework: str, device: int) -> int:

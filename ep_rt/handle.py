@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +13,11 @@ from numpy.typing import NDArray
 Tokens = NDArray[np.intp]
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, eq=False, kw_only=True)
 class DispatchHandle(abc.ABC):
     """The routing of one normal-mode dispatch as its rank saw it. Opaque to callers but for the counts.
+
+    Never changed once made; not frozen, because that takes as long as the rest of a dispatch's bookkeeping.
 
     Attributes:
         num_tokens: tokens this rank sent from.
@@ -32,7 +35,7 @@ class DispatchHandle(abc.ABC):
     num_tokens: int
     num_topk: int
     num_recv_rows: int
-    num_recv_tokens_per_expert_list: list[int]
+    num_recv_tokens_per_expert_list: Sequence[int]
     layout: str = "rank"
     psum_num_tokens_per_expert: Any = field(default=None, repr=False)
 
@@ -75,7 +78,7 @@ class ExpertRows:
     num_needed_rows: int
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, eq=False, kw_only=True)
 class HostDispatchHandle(DispatchHandle):
     """Of the host backend.
 

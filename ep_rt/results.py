@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from .events import EventOverlap
@@ -25,7 +25,7 @@ class Dispatched(NamedTuple):
     recv_x: Any
     recv_topk_idx: Any
     recv_topk_weights: Any
-    num_recv_tokens_per_expert_list: list[int]
+    num_recv_tokens_per_expert_list: Sequence[int]
     handle: DispatchHandle
     event: EventOverlap
 

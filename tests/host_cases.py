@@ -169,7 +169,7 @@ def check_worst_case(buffer: Buffer, seed: int) -> None:
     assert same_bits(out.recv_x[:rows], mine.recv_x[:rows])
     assert same_bits(out.recv_topk_idx, mine.recv_topk_idx)
     assert same_bits(out.recv_topk_weights, mine.recv_topk_weights)
-    assert out.num_recv_tokens_per_expert_list == []
+    assert out.num_recv_tokens_per_expert_list == mine.num_recv_tokens_per_expert
     assert out.handle.overflow == mine.overflow
     assert out.handle.num_recv_tokens == mine.num_recv_tokens
 
@@ -228,6 +228,7 @@ class ExpertMajorCase:
             num_experts=case.num_experts,
             topk_weights=weights,
             sf=sf,
+            expert_alignment=alignment,
             num_worst_tokens=num_worst_tokens,
         )
         expanded = [
@@ -324,7 +325,7 @@ def check_expert_major(buffer: Buffer, seed: int, *, is_exact: bool = True) -> N
     else:
         assert same_bits(out.recv_topk_weights, e.weights)
     handle = out.handle
-    assert out.num_recv_tokens_per_expert_list == ([] if drawn.num_worst_tokens else e.num_tokens_per_expert)
+    assert out.num_recv_tokens_per_expert_list == drawn.dispatched[rank].num_recv_tokens_per_expert
     assert same_bits(handle.psum_num_tokens_per_expert, e.psum_num_tokens_per_expert)
     assert (handle.layout, handle.num_recv_rows) == ("expert", len(e.row))
     assert handle.num_recv_tokens == drawn.dispatched[rank].num_recv_tokens

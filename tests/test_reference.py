@@ -166,7 +166,7 @@ def test_num_worst_tokens(case: Case, capacity: int) -> None:
         kept = min(capacity, e.num_recv_tokens)
         assert w.num_recv_tokens == e.num_recv_tokens
         assert w.overflow == (e.num_recv_tokens > capacity)
-        assert w.num_recv_tokens_per_expert == []
+        assert w.num_recv_tokens_per_expert == e.num_recv_tokens_per_expert
         assert e.recv_topk_weights is not None
         assert w.recv_topk_weights is not None
         assert same_bits(w.recv_x[:kept], e.recv_x[:kept])

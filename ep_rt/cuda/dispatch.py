@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any, Final
+
+import numpy as np
 
 from .. import arrays
 from ..arrays import ArrayView
@@ -23,11 +26,13 @@ from .domain import Call, Domain
 from .expansion import Expansion, Landed, Made
 from .expert_major import ExpertMajor, check_columns
 from .handle import (
+    EXPERT_COUNTS_OFFSET,
     NUM_RECV_TOKENS_OFFSET,
     RESULT_OFFSET,
     SEND_PLAN_OFFSET,
     SEND_ROW_OFFSET,
     CudaDispatchHandle,
+    LazyCounts,
     routing_bytes,
 )
 from .heap import Block
@@ -335,7 +340,7 @@ class Dispatch:
                 if handle is None
                 else handle.num_recv_tokens_pointer,
             )
-            counts = [] if handle is None else handle.num_recv_tokens_per_expert_list
+            counts = self._lazy_counts(found, routing) if handle is None else None
         if found.expansion is not None:
             made = found.expansion.run(call, landed, counts if is_exact else None, handle)
         else:
@@ -362,6 +367,7 @@ class Dispatch:
         recv_x, recv_sf, recv_ids, recv_weights = made.arrays
         if recv_sf is not None:
             recv_x = recv_x, recv_sf
+        counts = handle.num_recv_tokens_per_expert_list
         return Dispatched(recv_x, recv_ids, recv_weights, counts, handle, event)
 
     def _as_it_landed(self, found: _Plan, call: Call, landed: Landed) -> Made:
@@ -395,6 +401,17 @@ class Dispatch:
                     )
         self.num_copied_results += 1
         return Made(found.arrays.over(block.pointer, there.end, block, _places(there, num_rows)), num_rows)
+
+    def _lazy_counts(self, found: _Plan, routing: Block) -> Sequence[int]:
+        """Counts that the host does not wait for; none where only the callers have counted."""
+        if not found.num_topk:
+            return []
+        return LazyCounts(found.num_local_experts, partial(self._read_counts, found, routing))
+
+    def _read_counts(self, found: _Plan, routing: Block) -> list[int]:
+        struct = np.dtype(("<i4", (found.num_local_experts,)))
+        counts = self._domain.read(routing.pointer + EXPERT_COUNTS_OFFSET, struct)[0]
+        return plan.aligned(counts.tolist(), found.expert_alignment)
 
     def _expert_counts(self, found: _Plan, told: Any) -> list[int]:
         counts: list[int] = told.expert_counts[: found.num_local_experts]

@@ -29,7 +29,7 @@ def routing_bytes(num_tokens: int) -> int:
     return SEND_ROW_OFFSET + 4 * MAX_LOCAL_RANKS * num_tokens
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, eq=False, kw_only=True)
 class CudaDispatchHandle(DispatchHandle):
     """Of the CUDA backend.
 

@@ -89,8 +89,13 @@ class HostEngine:
                 recv_weights[num_recv_tokens:] = 0
                 recv_weights[elsewhere] = 0
 
+        first_expert = self._rank * num_local_experts
+        everywhere = np.sum([counts for _, counts in payloads], axis=0)
+        per_expert = _aligned(
+            everywhere[first_expert : first_expert + num_local_experts], request.expert_alignment
+        )
         if request.layout == "expert":
-            handle = self._expert_major_handle(plan, recv_idx, recv_counts)
+            handle = self._expert_major_handle(plan, recv_idx, recv_counts, per_expert)
             num_rows = handle.num_recv_rows
             assert handle.expert_rows is not None
             rows = handle.expert_rows
@@ -108,17 +113,8 @@ class HostEngine:
         elif request.handle is not None:
             handle = _host_handle(request)
         else:
-            first_expert = self._rank * num_local_experts
-            per_expert = np.sum([counts for _, counts in payloads], axis=0)
             handle = self._new_handle(
-                plan,
-                recv_counts,
-                num_recv_rows=num_rows,
-                num_recv_tokens_per_expert_list=[]
-                if request.num_worst_tokens
-                else _aligned(
-                    per_expert[first_expert : first_expert + num_local_experts], request.expert_alignment
-                ),
+                plan, recv_counts, num_recv_rows=num_rows, num_recv_tokens_per_expert_list=per_expert
             )
 
         def result(array: Array | None, like: ArrayView | None) -> Any:
@@ -202,7 +198,11 @@ class HostEngine:
         )
 
     def _expert_major_handle(
-        self, plan: _DispatchPlan, recv_idx: Array | None, recv_counts: Sequence[int]
+        self,
+        plan: _DispatchPlan,
+        recv_idx: Array | None,
+        recv_counts: Sequence[int],
+        num_recv_tokens_per_expert_list: list[int],
     ) -> HostDispatchHandle:
         request = plan.request
         if request.handle is not None:
@@ -222,7 +222,7 @@ class HostEngine:
             plan,
             recv_counts,
             num_recv_rows=len(layout.rows.received_row),
-            num_recv_tokens_per_expert_list=[] if request.num_worst_tokens else layout.segments,
+            num_recv_tokens_per_expert_list=num_recv_tokens_per_expert_list,
             psum_num_tokens_per_expert=arrays.to_framework(
                 layout.psum_num_tokens, request.topk_idx.framework
             ),

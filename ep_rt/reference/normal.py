@@ -53,8 +53,8 @@ class Dispatched:
         columns that hold another rank's expert or none.
     recv_topk_weights: float32 [N, K], +0.0 where recv_topk_idx is -1; None without topk_weights.
     num_recv_tokens: tokens that were sent here, the dropped ones included.
-    num_recv_tokens_per_expert: El counts of (row, k) pairs, each rounded up to expert_alignment; 0 stays 0.
-        Empty with C > 0, where the host learns no counts.
+    num_recv_tokens_per_expert: El counts of the (token, k) pairs sent here, also those of dropped tokens,
+        each rounded up to expert_alignment; 0 stays 0.
     src_rank, src_token: int32 [N], where each row came from.
     overflow: more than C > 0 tokens were sent here; the last num_recv_tokens - C were dropped.
     """
@@ -182,7 +182,9 @@ def dispatch(
         if topk_weights is not None:
             weights = _gather(topk_weights, src_rank, src_token)
             weights[local_idx < 0] = 0
-        counts = np.bincount(local_idx[local_idx >= 0], minlength=num_local_experts)
+        all_ids = np.concatenate([ids.reshape(-1) for ids in topk_idx]) - rank * num_local_experts
+        mine = all_ids[(all_ids >= 0) & (all_ids < num_local_experts)]
+        counts = np.bincount(mine, minlength=num_local_experts)
         received.append(
             Dispatched(
                 recv_x=_gather(x, src_rank, src_token),
@@ -190,9 +192,7 @@ def dispatch(
                 recv_topk_idx=local_idx,
                 recv_topk_weights=weights,
                 num_recv_tokens=num_recv_tokens,
-                num_recv_tokens_per_expert=(
-                    [] if num_worst_tokens else [align_up(int(count), expert_alignment) for count in counts]
-                ),
+                num_recv_tokens_per_expert=[align_up(int(count), expert_alignment) for count in counts],
                 src_rank=src_rank,
                 src_token=src_token,
                 overflow=num_recv_tokens > num_rows,
