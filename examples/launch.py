@@ -135,7 +135,7 @@ def place_of(group: ep_rt.Group, options: argparse.Namespace) -> Iterator[Place]
     with current_gpu(gpu, framework):
         yield Place(
             group,
-            options.backend,
+            "cuda",
             options.framework,
             gpu,
             framework,
