@@ -35,8 +35,7 @@ class Kernel:
         self.spec = spec
         self.device: int = cupy.cuda.runtime.getDevice()
         make_context_current()
-        digits = cupy.cuda.Device().compute_capability
-        capability = int(digits[:-1]), int(digits[-1])
+        capability = _capability()
         self.architecture = jit.architecture(capability)
         self.shared_bytes = spec.shared_bytes if capability >= (9, 0) else spec.shared_bytes_sm80
         path = jit.cubin(spec, self.architecture, cache_dir=cache_dir)
@@ -117,6 +116,18 @@ class Launch:
             self._function, num_blocks, *self._after_grid, stream, self._params_address, 0
         )
         return status
+
+
+def current_architecture() -> str:
+    """Of the current device, as `jit` takes it."""
+    return jit.architecture(_capability())
+
+
+def _capability() -> tuple[int, int]:
+    import cupy
+
+    digits = cupy.cuda.Device().compute_capability
+    return int(digits[:-1]), int(digits[-1])
 
 
 def make_context_current() -> None:
