@@ -317,7 +317,7 @@ class Buffer:
             quantize,
         )
         return self._engine.dispatch(
-            (*given, *options), self._dispatch_request, self._schedule(config, previous_event, async_finish)
+            given, options, self._dispatch_request, self._schedule(config, previous_event, async_finish)
         )
 
     def combine(

@@ -197,9 +197,13 @@ class CudaEngine:
         return self._domain.on_device(self._get_dispatch_layout, build, schedule)
 
     def dispatch(
-        self, given: tuple[Any, ...], build: Callable[..., DispatchRequest], schedule: Schedule
+        self,
+        given: tuple[Any, ...],
+        options: tuple[Any, ...],
+        build: Callable[..., DispatchRequest],
+        schedule: Schedule,
     ) -> Dispatched:
-        return self._domain.on_device(self._dispatch, given, build, schedule)
+        return self._domain.on_device(self._dispatch, given, options, build, schedule)
 
     def combine(
         self, given: tuple[Any, ...], build: Callable[..., CombineRequest], schedule: Schedule
