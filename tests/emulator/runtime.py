@@ -25,6 +25,7 @@ class Strategy(IntEnum):
     UNIFORM = 0
     CHANGE_POINTS = 1
     STARVE_ONE = 2
+    REST = 3
 
 
 class Geometry(Structure):

@@ -19,7 +19,7 @@ struct EmuStream {
 struct EmuOptions {
     uint64_t seed, max_steps;
     int64_t timeout_ns;   // virtual time jumps by a part of it when nobody can go on otherwise
-    int32_t strategy;     // -1: from the seed; 0 uniform, 1 priority change points, 2 starve one
+    int32_t strategy;     // -1: from the seed; 0 uniform, 1 priority change points, 2 starve one, 3 let one rest
     int32_t finds_races;  // the checks that need no wrong value to be seen
     int32_t is_strict;    // a receiver needs its own proxy fence after an acquire from another rank
     int32_t checks_uninitialised;  // reads of shared memory that nobody wrote

@@ -266,7 +266,7 @@ uint64_t load_word(const void* address, int size, Order order, Scope scope) {
     const uint32_t pc = EMU_PC();
     begin(pc);
     Fiber* fiber = current;
-    tick(2);
+    meet_others();
     const auto* bytes = static_cast<const uint8_t*>(address);
     while (true) {
         check(accessor(fiber, scope, pc), bytes, size, false);
@@ -293,7 +293,7 @@ void store_word(void* address, uint64_t value, int size, Order order, Scope scop
     const uint32_t pc = EMU_PC();
     begin(pc);
     Fiber* fiber = current;
-    tick(2);
+    meet_others();
     acts();
     auto* bytes = static_cast<uint8_t*>(address);
     check(accessor(fiber, scope, pc), bytes, size, true);
@@ -315,7 +315,7 @@ uint64_t change_word(void* address, uint64_t operand, uint64_t other, int size, 
     const uint32_t pc = EMU_PC();
     begin(pc);
     Fiber* fiber = current;
-    tick(2);
+    meet_others();
     acts();
     auto* bytes = static_cast<uint8_t*>(address);
     check(accessor(fiber, scope, pc), bytes, size, true);
@@ -373,7 +373,7 @@ uint64_t change_word(void* address, uint64_t operand, uint64_t other, int size, 
 void fence(Order, Scope scope, bool is_sequentially_consistent) {
     begin(EMU_PC());
     Fiber* fiber = current;
-    tick(2);
+    meet_others();
     acts();
     // What earlier fences of that kind ordered cannot be read stale any more; races are not judged by it.
     if (is_sequentially_consistent) fiber->sc_order = join(fiber->sc_order, sc_order);

@@ -19,7 +19,7 @@ uint64_t num_progress;
 
 namespace {
 
-enum Strategy { kUniform, kChangePoints, kStarveOne };
+enum Strategy { kUniform, kChangePoints, kStarveOne, kRest };
 
 constexpr int kFreePolls = 160;      // of a thread woken by idleness: enough to look at its deadline
 constexpr int kMaxIdleRounds = 12;   // without progress
@@ -30,11 +30,15 @@ Strategy strategy;
 uint32_t copy_rate, store_rate, network_rate;
 uint64_t next_change, lowest_priority;
 int victim_kind, victim;  // a thread, a block or a rank
+uint64_t rest_until;      // by kRest: the victim stays behind until then, and another one is chosen later
 int idle_rounds;
 uint64_t progress_at_idle;
 
+int unit_of(const Fiber* fiber) {
+    return victim_kind == 0 ? fiber->id : victim_kind == 1 ? fiber->slot : fiber->rank;
+}
 bool is_victim(const Fiber* fiber) {
-    return victim == (victim_kind == 0 ? fiber->id : victim_kind == 1 ? fiber->slot : fiber->rank);
+    return victim == unit_of(fiber) && (strategy == kStarveOne || result.steps < rest_until);
 }
 
 void fall_asleep(Fiber* fiber) {
@@ -105,10 +109,10 @@ void reset_schedule() {
     idle_rounds = 0;
     num_progress = progress_at_idle = 0;
     lowest_priority = uint64_t{1} << 61;
-    // Half of the seeds starve someone: that finds most of what depends on the schedule alone.
-    const uint32_t drawn = random_numbers.below(4);
-    strategy = options.strategy >= 0 ? static_cast<Strategy>(options.strategy)
-                                     : static_cast<Strategy>(std::min(drawn, uint32_t{kStarveOne}));
+    // Most seeds keep someone behind: that finds most of what depends on the schedule alone.
+    constexpr Strategy kDrawn[] = {kUniform, kChangePoints, kStarveOne, kStarveOne, kRest, kRest};
+    strategy = options.strategy >= 0 ? static_cast<Strategy>(options.strategy) : kDrawn[random_numbers.below(6)];
+    rest_until = 0;
     result.strategy = strategy;
     constexpr uint32_t kRates[] = {1, 8, 64, 100000};
     switch_rate = uint32_t{2} << 2 * random_numbers.below(3);
@@ -143,7 +147,7 @@ Fiber* pick() {
                                  [](const Fiber* a, const Fiber* b) { return a->priority < b->priority; });
     }
     Fiber* fiber = runnable[random_numbers.below(runnable.size())];
-    if (strategy == kStarveOne)
+    if (strategy == kStarveOne || result.steps < rest_until)
         for (int i = 0; i < 12 && is_victim(fiber) && !random_numbers.one_in(512); ++i)
             fiber = runnable[random_numbers.below(runnable.size())];
     return fiber;
@@ -174,6 +178,15 @@ void tick(uint32_t one_in) {
         next_change = result.steps + 1 + random_numbers.below(400);
     }
     if (random_numbers.one_in(one_in)) switch_to(pick());
+}
+
+void meet_others() {
+    tick(2);
+    if (strategy != kRest || result.steps < rest_until || !random_numbers.one_in(32)) return;
+    victim_kind = static_cast<int>(random_numbers.below(3));
+    victim = unit_of(current);
+    rest_until = result.steps + random_numbers.below(size_t{1} << (6 + random_numbers.below(9)));
+    switch_to(pick());
 }
 
 void block(State state) {

@@ -161,6 +161,7 @@ void start_run();  // returns when it ends
 // Scheduler: where another thread may run, and waiting.
 void reset_schedule();
 void tick(uint32_t one_in);
+void meet_others();  // the same at a strong operation, around which schedules matter most
 void block(State state);
 void make_runnable(Fiber* fiber);
 void remove_runnable(Fiber* fiber, State state);
