@@ -243,7 +243,7 @@ class HangWatch:
         base = max(epochs) + 2
         header[:] = 0
         header["signals"] = signal_word(base, Operation.NO_OPERATION)
-        header["epoch"] = base
+        header["epoch"] = header["block_epochs"] = base
         self._slab.write(0, header)
         self._record[:] = 0
         self._error = None

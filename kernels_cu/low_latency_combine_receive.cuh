@@ -1,0 +1,174 @@
+// The receive phase of the low-latency combine: the sums of what came back.
+#pragma once
+#include "low_latency_combine_block.cuh"
+
+namespace ep {
+
+// Waits until it is known who takes part: with masks, those of whom everything has landed. `is_first`: for
+// the arguments of all ranks, too. A barrier.
+template <LowLatencyCombineCfg kCfg>
+__device__ Reason LowLatencyCombineBlock<kCfg>::await_ranks(bool is_first) const {
+    Reason reason = kNothing;
+    if (args.masks != nullptr) {
+        for (int32_t src = 0; src < args.num_ranks; ++src) {
+            reason = kExpired;
+            if (!__syncthreads_or(session.is_masked(src)))
+                reason = low_latency::await_flags(session, shared.found, src, num_row_blocks);
+            if (reason != kNothing && reason != kExpired) return reason;
+            if (threadIdx.x == 0 && !low_latency::decide(session, src, reason == kNothing)) {
+                shared.found.ranks &= ~(1u << src);
+                ptx::st_relaxed_gpu(&args.masks[src], 1);
+            }
+            __syncthreads();
+        }
+    }
+    reason = kNothing;
+    if (is_first && threadIdx.x < args.num_ranks && (shared.found.ranks >> threadIdx.x & 1)) {
+        const int32_t peer = threadIdx.x;
+        const uint64_t began_ns = ptx::globaltimer_ns();
+        const uint64_t* word = &session.own()->digests[args.zone][peer];
+        uint64_t seen = 0;
+        reason = sync::poll(session.call, word, peer, seen,
+                            [&](uint64_t value) { return is_stamped(value, session.call.epoch); });
+        if (reason == kNothing && static_cast<uint32_t>(seen) != args.digest) reason = kDisagreed;
+        if (reason != kNothing) atomicOr(&shared.found.missing, 1u << peer);
+        if (args.wait_stats != nullptr)
+            args.wait_stats[peer] += static_cast<int64_t>((ptx::globaltimer_ns() - began_ns) / 1000);
+    }
+    return sync::agree(reason);
+}
+
+// A lane's part of a piece, once all of it is there; then the zone is as it was, for data that is polled.
+template <LowLatencyCombineCfg kCfg>
+__device__ Reason LowLatencyCombineBlock<kCfg>::take(const uint8_t* from, int32_t piece, int32_t src,
+                                                     wire::Parcel& parcel) const {
+    if (kWire != wire::kBfloat16 || !args.polls_data) {
+        parcel = wire::load<kWire>(from, args.hidden, piece, lane);
+        return kNothing;
+    }
+    const auto* vectors = reinterpret_cast<const uint4*>(from);
+#pragma unroll
+    for (int32_t v = 0; v < 2; ++v) {
+        const int32_t vector = wire::vector_of<kWire>(piece, lane, v);
+        parcel.vectors[v] = make_uint4(0, 0, 0, 0);
+        if (vector >= num_vectors) continue;
+        for (uint32_t polls = 1;; ++polls) {
+            const uint4 seen = ptx::ld_relaxed_sys(&vectors[vector]);
+            parcel.vectors[v] = seen;
+            // Every word by itself: 16 bytes need not arrive together.
+            if (seen.x != kPoison && seen.y != kPoison && seen.z != kPoison && seen.w != kPoison) break;
+            const Reason reason = polls % 64 == 0 ? sync::trouble(session.call, src) : kNothing;
+            if (reason == kNothing) continue;
+            atomicOr(&shared.found.missing, 1u << src);
+            return reason;
+        }
+    }
+    return kNothing;
+}
+
+// One piece of a token, as a warp. The same reason in all lanes.
+template <LowLatencyCombineCfg kCfg>
+__device__ Reason LowLatencyCombineBlock<kCfg>::sum_piece(int32_t token, int32_t piece) const {
+    constexpr int32_t kDepth = 4;
+    int32_t owners[2];
+    float weight[2] = {0.0f, 0.0f};
+    uint32_t mine = 0;
+#pragma unroll
+    for (int32_t v = 0; v < 2; ++v) {
+        const int32_t k = v * kWarpSize + lane;
+        const int64_t pair = int64_t{token} * args.num_topk + k;
+        const int32_t e = k < args.num_topk ? expert(pair) : -1;
+        owners[v] = e < 0 ? -1 : e / num_local_experts;
+        if (owners[v] >= 0 && !(shared.found.ranks >> owners[v] & 1)) owners[v] = -1;
+        if (owners[v] >= 0) mine |= 1u << owners[v];
+        if (args.sums_at_source && owners[v] >= 0) weight[v] = args.topk_weights[pair];
+    }
+    const uint32_t ranks = __reduce_or_sync(kFullWarp, mine);
+    if (!args.polls_data) {
+        int32_t block = -1;
+        if (lane < args.num_ranks && (ranks >> lane & 1))
+            block = turn_of(token, number_of(lane, args.rank) / sources_per_turn, piece) % num_row_blocks;
+        const Reason reason = low_latency::await_flags_as_warp(session, shared.found, lane, block);
+        const uint32_t worst = __reduce_max_sync(kFullWarp, static_cast<uint32_t>(reason));
+        if (worst != kNothing) return static_cast<Reason>(worst);
+    }
+    // What is added, in order: a slot for each rank, or for each column.
+    uint64_t terms = ranks;
+    if (args.sums_at_source) {
+        const uint32_t low = __ballot_sync(kFullWarp, owners[0] >= 0);
+        const uint32_t high = __ballot_sync(kFullWarp, owners[1] >= 0);
+        terms = low | static_cast<uint64_t>(high) << 32;
+    }
+    wire::Channels sums[2];
+#pragma unroll
+    for (int32_t i = 0; i < 2 * wire::kNumChannels; ++i)
+        sums[i / wire::kNumChannels][i % wire::kNumChannels] = terms == 0 ? 0.0f : rows::kNoTerm;
+    Reason reason = kNothing;
+    while (terms != 0) {
+        wire::Parcel parcels[kDepth];
+        int32_t numbers[kDepth];
+#pragma unroll
+        for (int32_t i = 0; i < kDepth; ++i) {
+            numbers[i] = -1;
+            if (terms == 0) continue;
+            const auto low = static_cast<int32_t>(terms);
+            numbers[i] = low != 0 ? __ffs(low) - 1 : 31 + __ffs(static_cast<int32_t>(terms >> 32));
+            terms &= terms - 1;
+            if (reason == kNothing)
+                reason = take(slot(args.rank, token, numbers[i]), piece, numbers[i], parcels[i]);
+        }
+        if (__reduce_max_sync(kFullWarp, static_cast<uint32_t>(reason)) != kNothing) break;
+        if (kWire == wire::kBfloat16 && args.polls_data) {
+            // Read by this lane alone, and not again before the peers know that the zone is free.
+#pragma unroll
+            for (int32_t i = 0; i < kDepth; ++i) {
+#pragma unroll
+                for (int32_t v = 0; v < 2; ++v) {
+                    const int32_t vector = wire::vector_of<kWire>(piece, lane, v);
+                    if (numbers[i] < 0 || vector >= num_vectors) continue;
+                    reinterpret_cast<uint4*>(slot(args.rank, token, numbers[i]))[vector] =
+                        make_uint4(kPoison, kPoison, kPoison, kPoison);
+                }
+            }
+        }
+#pragma unroll
+        for (int32_t i = 0; i < kDepth; ++i) {
+            if (numbers[i] < 0) continue;
+            float factor = 1.0f;
+            if (args.sums_at_source)
+                factor = __shfl_sync(kFullWarp, numbers[i] < kWarpSize ? weight[0] : weight[1],
+                                     numbers[i] % kWarpSize);
+            wire::Channels channels[2];
+            wire::decode<kWire>(parcels[i], channels);
+#pragma unroll
+            for (int32_t c = 0; c < 2 * wire::kNumChannels; ++c) {
+                const float term = channels[c / wire::kNumChannels][c % wire::kNumChannels];
+                float& sum = sums[c / wire::kNumChannels][c % wire::kNumChannels];
+                sum = __fadd_rn(sum, args.sums_at_source ? __fmul_rn(factor, term) : term);
+            }
+        }
+    }
+    const uint32_t worst = __reduce_max_sync(kFullWarp, static_cast<uint32_t>(reason));
+    if (worst != kNothing) return static_cast<Reason>(worst);
+    auto* to = reinterpret_cast<uint4*>(args.out + int64_t{token} * args.hidden * 2);
+#pragma unroll
+    for (int32_t v = 0; v < 2; ++v) {
+        const int32_t vector = wire::vector_of<kWire>(piece, lane, v);
+        if (vector < num_vectors) to[vector] = rows::rounded<rows::kBfloat16>(sums[v]);
+    }
+    return kNothing;
+}
+
+// The tokens of this rank: warps take pieces in turn.
+template <LowLatencyCombineCfg kCfg>
+__device__ Reason LowLatencyCombineBlock<kCfg>::sum_tokens(int32_t block, int32_t num_blocks) const {
+    Reason reason = await_ranks(block == 0);
+    if (reason != kNothing) return reason;
+    const int32_t num_turns = args.num_tokens * num_pieces;
+    for (int32_t turn = block + num_blocks * warp; turn < num_turns && reason == kNothing;
+         turn += num_blocks * kNumWarps)
+        reason = sum_piece(turn / num_pieces, turn % num_pieces);
+    return reason;
+}
+
+}  // namespace ep
