@@ -150,18 +150,25 @@ constexpr bool kAcquiring = true, kStamped = false;  // kStamped: the words say 
 
 // Waits, as one block, until each of `num_words` words satisfies `is_there(word)`. Acquires what was released
 // with them, if `kAcquires`. `word_at(i)` is word i; `peer_of(i)` the rank that stores it, -1 for a block of
-// this rank.
-template <bool kAcquires, class WordAt, class PeerOf, class IsThere>
+// this rank. `note(i, seen)` gets the value that was waited for: what it says is acquired, while the word may
+// say more by now.
+template <bool kAcquires, class WordAt, class PeerOf, class IsThere, class Note>
 __device__ inline Reason wait_for_words(const Call& call, int32_t num_words, WordAt word_at, PeerOf peer_of,
-                                        IsThere is_there) {
+                                        IsThere is_there, Note note) {
     Reason reason = kNothing;
     for (int32_t i = threadIdx.x; i < num_words && reason == kNothing; i += blockDim.x) {
         uint64_t seen;
         reason = poll(call, word_at(i), peer_of(i), seen, is_there);
         // An acquire load is dear: only of the word that is known to be there.
         if (kAcquires) ptx::ld_acquire_sys(word_at(i));
+        note(i, seen);
     }
     return agree(reason);
+}
+template <bool kAcquires, class WordAt, class PeerOf, class IsThere>
+__device__ inline Reason wait_for_words(const Call& call, int32_t num_words, WordAt word_at, PeerOf peer_of,
+                                        IsThere is_there) {
+    return wait_for_words<kAcquires>(call, num_words, word_at, peer_of, is_there, [](int32_t, uint64_t) {});
 }
 
 // Gives the call up, as one block; of several blocks that come here, one writes the record.
