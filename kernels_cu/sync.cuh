@@ -61,7 +61,7 @@ __device__ inline void give_up(SlabHeader* own, HangRecord* host_hang, uint64_t*
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-        own->failed = 1;
+        ptx::st_relaxed_sys(&own->failed, 1);
         ptx::st_release_sys(&own->hang.reason, reason);
         ptx::st_release_sys(&host_hang->reason, reason);
     }
@@ -87,16 +87,17 @@ struct Call {
     __device__ bool has_failed() const { return ptx::ld_relaxed_gpu(&header(rank)->failed) != 0; }
 };
 
-// Begins a call: every thread of every block. False when an earlier one was given up.
+// Begins a call: every thread of every block. False when an earlier one was given up, or another block gives
+// this one up already: the same answer for all threads of a block, which meet again later.
 // Block 0 tells the peers which call this is, and clears the counters of the next one.
 __device__ inline bool enter(Call& call, uint64_t operation, uint64_t timeout_ns) {
-    const SlabHeader* own = call.header(call.rank);
-    if (own->failed) return false;
+    const bool has_failed = call.has_failed();
     call.deadline_ns = ptx::globaltimer_ns() + timeout_ns;
-    call.epoch = own->epoch + 1;
+    call.epoch = call.header(call.rank)->epoch + 1;
     call.word = signal_word(call.epoch, operation);
     call.parity = call.epoch & 1;
     call.set = call.workspace->calls & 1;
+    if (__syncthreads_or(has_failed)) return false;
     if (blockIdx.x == 0) {
         const int32_t peer = threadIdx.x;
         // Orders nothing: it only says where this rank is.
