@@ -1,23 +1,19 @@
-"""The product's kernels with few threads, and the arguments that its host side would give them.
+"""The ranks of one NVLink domain, and the collective calls that are enqueued on all of them.
 
-`Ranks` stands for the ranks of one NVLink domain. Its methods enqueue one collective call on the streams of all
-ranks and arrange that its results are compared with the oracle's once everything has run.
+Every call arranges that its results are compared with the oracle's once everything has run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import numpy as np
 
 from ep_rt import reference
-from ep_rt.cuda import kernels, launch
 from ep_rt.cuda.digest import along
 from ep_rt.cuda.handle import RESULT_OFFSET, SEND_PLAN_OFFSET, SEND_ROW_OFFSET, routing_bytes
-from ep_rt.cuda.kernels import ELEMENTS, KernelSpec
 from ep_rt.cuda.layout import (
     DISPATCH_RESULT,
     HANG_RECORD,
@@ -32,104 +28,11 @@ from ep_rt.cuda.layout import (
 )
 from ep_rt.cuda.plan import scratch_bytes
 
-from . import build
+from .kernels import Kernels, bound
 from .machine import TIMEOUT_NS, Array, Conditions, EmulatedKernel, Machine, Memory
 from .runtime import Kind
 
-Cfg = TypeVar("Cfg")
-
 MAX_STAGERS: Final = 2  # blocks of a combine, besides those that sum
-
-# Of kernels whose warps add what a short stage leaves to what they need, and drop the sum.
-READS_PAST_THE_END: Final = ("intranode_combine", "collapse")
-
-
-def small(spec: KernelSpec, *, num_data_warps: int = 1, stage_bytes: int = 64) -> KernelSpec:
-    """The same kernel with few threads and short stages, so that schedules are cheap and pieces many."""
-    cfg: Any = spec.cfg
-    if isinstance(cfg, kernels.IntranodeDispatchCfg):
-        # What is cast comes in steps of 2 KiB, with a scale for every 256 bytes.
-        stage_bytes = 2048 if cfg.quantizes else stage_bytes
-        cfg = replace(
-            cfg,
-            num_threads=32 * (num_data_warps + 2),
-            num_data_warps=num_data_warps,
-            stage_bytes=stage_bytes,
-            scale_bytes=32,
-        )
-    elif isinstance(cfg, kernels.ExpandCfg):
-        cfg = replace(
-            cfg,
-            num_threads=32 * (num_data_warps + 1),
-            num_data_warps=num_data_warps,
-            stage_bytes=stage_bytes,
-            scale_bytes=32,
-        )
-    elif isinstance(cfg, kernels.IntranodeCombineCfg | kernels.CollapseCfg):
-        cfg = replace(cfg, num_threads=32 * (num_data_warps + 1), num_stages=2, stage_bytes=512)
-    elif isinstance(cfg, kernels.WireLimitCfg):
-        cfg = replace(cfg, num_threads=64, num_stages=3, stage_bytes=512)
-    elif isinstance(cfg, kernels.DispatchLayoutCfg | kernels.ContiguousCfg):
-        cfg = replace(cfg, num_threads=64)
-    return replace(spec, cfg=cfg, shared_bytes=_shared_bytes(spec, cfg))
-
-
-def _shared_bytes(spec: KernelSpec, cfg: Any) -> int:
-    """As `kernels` says it for the shapes of the product."""
-    if not spec.shared_bytes:
-        return 0
-    warps = getattr(cfg, "num_data_warps", cfg.num_threads // 32)
-    stages = warps * cfg.num_stages * (cfg.stage_bytes + getattr(cfg, "scale_bytes", 0))
-    return max(int(stages), spec.shared_bytes_sm80)
-
-
-@dataclass(slots=True)
-class Kernels:
-    """Kernels of one code path, loaded when they are first asked for.
-
-    Args:
-        architecture: 900 for bulk copies, 800 for loads and stores.
-        num_data_warps: of the small kernels.
-    """
-
-    architecture: int = 900
-    num_data_warps: int = 1
-    sources: Path = build.KERNELS_CU
-    loaded: dict[str, EmulatedKernel] = field(default_factory=dict)
-
-    def __call__(self, spec: KernelSpec) -> EmulatedKernel:
-        if spec.name not in self.loaded:
-            self.loaded[spec.name] = EmulatedKernel.load(spec, self.architecture, sources=self.sources)
-        return self.loaded[spec.name]
-
-    def small(self, spec: KernelSpec) -> EmulatedKernel:
-        return self(small(spec, num_data_warps=self.num_data_warps))
-
-    def barrier(self, num_ranks: int) -> EmulatedKernel:
-        return self(kernels.barrier(num_ranks))
-
-    def dispatch(self, *, quantizes: bool) -> EmulatedKernel:
-        return self.small(kernels.intranode_dispatch(quantizes=quantizes))
-
-    def combine(self, element: str) -> EmulatedKernel:
-        return self.small(kernels.intranode_combine(element))
-
-
-def bound(kernel: EmulatedKernel, *fields: dict[str, Any]) -> Array:
-    """The arguments of a launch, as the product binds them."""
-    return cast(Array, launch.bind(cast(launch.Kernel, _Packing(kernel)), 0, *fields))
-
-
-@dataclass(frozen=True, slots=True)
-class _Packing:
-    kernel: EmulatedKernel
-
-    @property
-    def spec(self) -> KernelSpec:
-        return self.kernel.spec
-
-    def bind(self, args: Array, *, num_blocks: int) -> Array:
-        return args
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,28 +141,40 @@ class Ranks:
 
         self.check(check)
 
-    def _same(self, name: str, rank: int, memory: Memory, expected: Array, *, offset: int = 0) -> None:
+    def _same(
+        self, name: str, rank: int, memory: Memory, expected: Array, where: Array | None = None
+    ) -> None:
         wanted = np.ascontiguousarray(expected)
-        here = memory.array(np.uint8, (wanted.nbytes,), offset=offset)
+        here = memory.array(np.uint8, (wanted.nbytes,))
         raw = wanted.reshape(-1).view(np.uint8)
+        rows = np.arange(len(wanted)) if where is None else np.flatnonzero(where)
 
         def check() -> str | None:
             if np.array_equal(here, raw):
                 return None
+            differs = (here != raw).reshape(*wanted.shape, wanted.itemsize).any(axis=-1)
+            found = np.argwhere(differs[rows])
+            if not len(found):
+                return None
             got = here.view(wanted.dtype).reshape(wanted.shape)
-            where = np.argwhere((here != raw).reshape(*wanted.shape, wanted.itemsize).any(axis=-1))[0]
-            at = tuple(int(i) for i in where)
+            at = int(rows[found[0][0]]), *(int(i) for i in found[0][1:])
             return f"{name} of rank {rank}: {at} is {got[at]!r}, expected {wanted[at]!r}"
 
         self.check(check)
 
-    def compare(self, name: str, rank: int, address: int, expected: Array | None, stream: int | None = None) -> None:
-        """Copy a result away behind what is enqueued, and compare it bit by bit in the end."""
+    def compare(
+        self, name: str, rank: int, address: int, expected: Array | None, *, where: Array | None = None
+    ) -> None:
+        """Copy a result away behind what is enqueued, and compare it bit by bit in the end.
+
+        Args:
+            where: rows that count; default all.
+        """
         if expected is None or expected.nbytes == 0 or self.is_failing:
             return
         memory = self.machine.allocate(rank, expected.nbytes, f"copy of {name}")
-        self.machine.copy(rank if stream is None else stream, memory.address, address, expected.nbytes)
-        self._same(name, rank, memory, expected)
+        self.machine.copy(rank, memory.address, address, expected.nbytes)
+        self._same(name, rank, memory, expected, where)
 
     # Calls.
 
@@ -333,8 +248,12 @@ class Ranks:
                     "x": self._input(rank, x[rank], "x"),
                     "sf": self._input(rank, None if sf is None else sf[rank], "sf"),
                     "topk_idx": self._input(rank, None if ids is None else ids[rank], "topk_idx"),
-                    "topk_weights": self._input(rank, None if weights is None else weights[rank], "topk_weights"),
-                    "is_token_in_rank": self._input(rank, None if in_rank is None else in_rank[rank], "in_rank"),
+                    "topk_weights": self._input(
+                        rank, None if weights is None else weights[rank], "topk_weights"
+                    ),
+                    "is_token_in_rank": self._input(
+                        rank, None if in_rank is None else in_rank[rank], "in_rank"
+                    ),
                     "result": told.address if told else routing[rank].address + RESULT_OFFSET,
                     "send_row": routing[rank].address + SEND_ROW_OFFSET,
                     "send_plan": routing[rank].address + SEND_PLAN_OFFSET,
@@ -443,14 +362,17 @@ class Ranks:
         weights: Sequence[Array] | None = None,
         biases: Sequence[Sequence[Array]] = (),
         places: Sequence[int],
-        num_stagers: int | None = None,
+        num_stagers: int = 0,
         is_in_slab: bool = True,
+        is_there: bool = False,
     ) -> None:
         """One combine of the rows of a dispatch.
 
         Args:
             biases: at most two for each rank, in the order of addition.
-            num_stagers: blocks that copy `y` into the slab, if it lies outside; they come on top.
+            num_stagers: blocks that copy `y` into the slab, if it lies outside; they come on top. 0: some of
+                those that sum.
+            is_there: an earlier kernel has made `y` at its place in the slab.
         """
         element = y[0].dtype.name
         kernel = self.load.combine(element)
@@ -463,13 +385,12 @@ class Ranks:
             topk_weights=None if weights is None else list(weights),
             bias=None if not biases else [tuple(each) for each in biases],  # type: ignore[misc]
         )
-        assert element in ELEMENTS
         for rank in range(self.num_ranks):
             base, offset = self.place(rank, places[rank])
             num_tokens = handle.num_tokens[rank]
             row_bytes = y[rank].itemsize * y[rank].shape[1]
             weights_at = -(-y[rank].nbytes // OFFSET_UNIT) * OFFSET_UNIT
-            given = self.machine.put(rank, y[rank], "y") if y[rank].nbytes else 0
+            given = self.machine.put(rank, y[rank], "y") if y[rank].nbytes and not is_there else 0
             stages = not is_in_slab and given != 0
             if not stages and given and not self.is_failing:
                 self.machine.copy(rank, base, given, y[rank].nbytes)
@@ -479,7 +400,6 @@ class Ranks:
             num_topk = 0 if weights is None else weights[rank].shape[1]
             out = self.machine.allocate(rank, num_tokens * row_bytes, "combined x")
             out_weights = self.machine.allocate(rank, 4 * num_tokens * num_topk, "combined weights")
-            extra = num_stagers or 0
             args = bound(
                 kernel,
                 {
@@ -497,11 +417,11 @@ class Ranks:
                     "row_bytes": row_bytes,
                     "num_topk": num_topk,
                     "num_pullers": self.num_blocks,
-                    "num_stagers": (extra or max(1, self.num_blocks // 2)) if stages else 0,
+                    "num_stagers": (num_stagers or max(1, self.num_blocks // 2)) if stages else 0,
                 },
                 self.common(rank),
             )
-            self.machine.launch(rank, kernel, args, self.num_blocks + (extra if stages else 0))
+            self.machine.launch(rank, kernel, args, self.num_blocks + (num_stagers if stages else 0))
             self._same("combined x", rank, out, expected[rank].x)
             if weights is not None:
                 summed = expected[rank].topk_weights
