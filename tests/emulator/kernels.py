@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 from ep_rt.cuda import kernels, launch
 from ep_rt.cuda.kernels import KernelSpec
 
@@ -92,11 +94,31 @@ class Kernels:
     def normal(self, num_ranks: int) -> list[EmulatedKernel]:
         """All that programs of the normal mode launch."""
         dispatches = [self.dispatch(), self.dispatch(quantizes=True)]
-        return [self.barrier(num_ranks), *dispatches, *map(self.combine, kernels.ELEMENTS)]
+        combines = map(self.combine, kernels.ELEMENTS)
+        return [self.barrier(num_ranks), self(host_reads()), *dispatches, *combines]
 
     def expert_major(self, num_ranks: int) -> list[EmulatedKernel]:
         """The same with the expert-major layout."""
         return [*self.normal(num_ranks), self.expand(), *map(self.collapse, kernels.ELEMENTS)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TestCfg:
+    """Of the kernels that the tests bring."""
+
+    num_threads: int
+
+
+def host_reads() -> KernelSpec:
+    """A host that waits for the result of a dispatch."""
+    return KernelSpec(
+        source="host_reads.cu",
+        function="host_reads",
+        cfg=TestCfg(num_threads=32),
+        args=np.dtype(
+            [("result", "<u8"), ("copy", "<u8"), ("call", "<u8"), ("timeout_ns", "<u8")], align=True
+        ),
+    )
 
 
 def bound(kernel: EmulatedKernel, *fields: dict[str, Any]) -> Array:

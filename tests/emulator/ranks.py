@@ -16,6 +16,8 @@ from ep_rt.cuda.digest import along
 from ep_rt.cuda.handle import RESULT_OFFSET, SEND_PLAN_OFFSET, SEND_ROW_OFFSET, routing_bytes
 from ep_rt.cuda.layout import (
     DISPATCH_RESULT,
+    EXCHANGE,
+    EXCHANGE_OFFSET,
     HANG_RECORD,
     MAX_LOCAL_RANKS,
     OFFSET_UNIT,
@@ -28,7 +30,7 @@ from ep_rt.cuda.layout import (
 )
 from ep_rt.cuda.plan import scratch_bytes
 
-from .kernels import Kernels, bound
+from .kernels import Kernels, bound, host_reads
 from .machine import TIMEOUT_NS, Array, Conditions, EmulatedKernel, Machine, Memory
 from .runtime import Kind
 
@@ -56,6 +58,11 @@ class Landed:
     row: ReceivedRow
 
 
+def _stamped(epoch: int, value: int) -> int:
+    """Twin of `stamped` in layout.cuh."""
+    return (epoch << 32 | value) & 0xFFFFFFFFFFFFFFFF
+
+
 class Ranks:
     """The ranks of one NVLink domain, with a slab each, their workspaces and a stream each.
 
@@ -64,7 +71,6 @@ class Ranks:
         epoch: calls that the slabs have completed before.
         num_places: of a slab: results and inputs of calls take them in turn.
         place_bytes: size of each.
-        more: streams besides, see `Machine`.
         is_failing: calls will be given up. Then nobody looks at results, which peers may still write to, and
             nothing is copied into the slabs.
     """
@@ -80,7 +86,6 @@ class Ranks:
         num_places: int = 2,
         place_bytes: int = 16 << 10,
         timeout_ns: int = TIMEOUT_NS,
-        more: Sequence[tuple[int, int]] = (),
         conditions: Conditions | None = None,
         is_failing: bool = False,
     ) -> None:
@@ -92,7 +97,10 @@ class Ranks:
         self.machine = Machine(
             num_ranks,
             specs,
-            [*((rank, num_blocks + MAX_STAGERS) for rank in range(num_ranks)), *more],
+            [
+                *((rank, num_blocks + MAX_STAGERS) for rank in range(num_ranks)),
+                *((rank, 1) for rank in range(num_ranks)),  # of the hosts
+            ],
             conditions=replace(conditions or Conditions(), timeout_ns=timeout_ns),
         )
         ranks = range(num_ranks)
@@ -104,7 +112,24 @@ class Ranks:
             header = slab.array(SLAB_HEADER, (1,))
             header["epoch"] = epoch
             header["signals"] = signal_word(epoch, Operation.NO_OPERATION)
+            self._leave_words(slab, epoch)
+        for workspace in self.workspaces:
+            workspace.array(WORKSPACE, (1,))["block_counts"] = _stamped(epoch, 7)
         self.epoch = epoch
+
+    @staticmethod
+    def _leave_words(slab: Memory, epoch: int) -> None:
+        """What the last two calls would have left in every word that carries its epoch."""
+        exchange = slab.array(EXCHANGE, (1,), offset=EXCHANGE_OFFSET)
+        for parity in range(2):
+            last = epoch - (epoch - parity) % 2
+            if last <= 0:
+                continue
+            for part in ("dispatch", "combine"):
+                for name in exchange.dtype[part].base.names or ():
+                    exchange[part][name][0, parity] = _stamped(last, 7)
+            exchange["expert_counts"][0, parity] = _stamped(last, 7)
+        exchange["arrivals"] = signal_word(epoch, Operation.BARRIER)
 
     def common(self, rank: int) -> dict[str, Any]:
         """Fields of every collective call."""
@@ -278,8 +303,10 @@ class Ranks:
             self.machine.launch(rank, kernel, args, self.num_blocks)
             landed.append(Landed(base, room, row))
             self._compare_received(rank, landed[-1], wanted, ids=ids, weights=weights)
-            if handle is None:
-                self._compare_told(rank, told or routing[rank], 0 if told else RESULT_OFFSET, expected, ids)
+            if told is not None:
+                self._compare_told(rank, self._read_by_host(rank, told), 0, expected, ids)
+            elif handle is None:
+                self._compare_told(rank, routing[rank], RESULT_OFFSET, expected, ids)
         if handle is not None:
             return handle, landed
         made = Handle(
@@ -319,6 +346,19 @@ class Ranks:
         if weights is not None and expected.recv_topk_weights is not None:
             got = expected.recv_topk_weights[: landed.capacity]
             self.compare("recv_topk_weights", rank, landed.base + at.topk_weights, got)
+
+    def _read_by_host(self, rank: int, told: Memory) -> Memory:
+        """A copy by the rank's host, made as soon as it may, while kernels run."""
+        kernel = self.load(host_reads())
+        copy = self.machine.allocate(rank, DISPATCH_RESULT.itemsize, "result as the host read it")
+        fields = {
+            "result": told.address,
+            "copy": copy.address,
+            "call": self.num_calls,
+            "timeout_ns": self.timeout_ns,
+        }
+        self.machine.launch(self.num_ranks + rank, kernel, bound(kernel, fields), 1)
+        return copy
 
     def _compare_told(
         self,
