@@ -27,7 +27,11 @@ _RUNTIME_FLAGS: Final = ("-std=c++20", "-O2", "-g1", "-fPIC", "-Wall", "-Wextra"
 # must be reached by a call. Accesses stay as they are written: none are merged, none become calls.
 _KERNEL_FLAGS: Final = (
     *("-std=c++20", "-O1", "-g", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas", "-Wno-return-type"),
-    *("-fsanitize=thread", "--param=tsan-distinguish-volatile=1", "--param=tsan-instrument-func-entry-exit=0"),
+    *(
+        "-fsanitize=thread",
+        "--param=tsan-distinguish-volatile=1",
+        "--param=tsan-instrument-func-entry-exit=0",
+    ),
     *("-fno-extern-tls-init", "-fno-gnu-unique", "-fno-stack-protector", "-fvisibility=hidden"),
     *("-fno-tree-loop-distribute-patterns", "-fno-tree-vectorize", "-fno-tree-slp-vectorize"),
 )
@@ -79,7 +83,9 @@ def kernel(spec: KernelSpec, architecture: int, *, sources: Path = KERNELS_CU) -
         def make(output: Path) -> None:
             unit, compiled = root / f"{spec.name}.cpp", root / "kernel.o"
             unit.write_text(text)
-            _run("g++", *flags, "-include", SHIM / "cuda.h", "-I", root, "-I", SHIM, "-c", unit, "-o", compiled)
+            _run(
+                "g++", *flags, "-include", SHIM / "cuda.h", "-I", root, "-I", SHIM, "-c", unit, "-o", compiled
+            )
             _run("objcopy", *_RENAMED, compiled)
             _run("g++", "-shared", "-nostdlib", "-o", output, compiled)
 

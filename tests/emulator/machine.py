@@ -94,9 +94,7 @@ class EmulatedKernel:
     shared_bytes: int
 
     @classmethod
-    def load(
-        cls, spec: KernelSpec, architecture: int, *, sources: Path = build.KERNELS_CU
-    ) -> EmulatedKernel:
+    def load(cls, spec: KernelSpec, architecture: int, *, sources: Path = build.KERNELS_CU) -> EmulatedKernel:
         path = build.kernel(spec, architecture, sources=sources)
         emulator = runtime.library()
         library = emulator.emu_load(str(path).encode())

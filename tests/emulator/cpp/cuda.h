@@ -69,6 +69,14 @@ __forceinline__ int __popc(unsigned value) { return __builtin_popcount(value); }
 __forceinline__ int __ffs(int value) { return __builtin_ffs(value); }
 __forceinline__ int __clz(int value) { return value ? __builtin_clz(static_cast<unsigned>(value)) : 32; }
 
+// CUDA's ignore a NaN, a signalling one too, which C's do not.
+namespace emu {
+__forceinline__ float maximum(float a, float b) { return !(a == a) || a < b ? (b == b ? b : a) : a; }
+__forceinline__ float minimum(float a, float b) { return !(a == a) || b < a ? (b == b ? b : a) : a; }
+}  // namespace emu
+#define fmaxf emu::maximum
+#define fminf emu::minimum
+
 // Loads past the first cache: ordinary loads of the memory model.
 template <class T>
 __forceinline__ T __ldcg(const T* address) {

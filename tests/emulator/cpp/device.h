@@ -56,7 +56,7 @@ void bulk_wait(int num_pending, bool is_read_enough);
 uint64_t nanoseconds();
 void sleep(uint32_t ns);
 
-// Barrier `id` of the block; num_threads 0: of all threads that are still there.
+// Barrier `id` of the block; num_threads 0: of all its threads.
 int block_barrier(int id, int num_threads, int value, Vote vote);
 // `argument`: the source lane of a shuffle, or a Reduce.
 uint64_t warp_collective(Collective kind, uint32_t mask, uint64_t value, uint32_t argument, bool is_signed);

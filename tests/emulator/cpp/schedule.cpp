@@ -21,7 +21,7 @@ namespace {
 
 enum Strategy { kUniform, kChangePoints, kStarveOne, kRest };
 
-constexpr int kFreePolls = 160;      // of a thread woken by idleness: enough to look at its deadline
+constexpr int kFreePolls = 160;      // of a thread that is to look at its deadline, too
 constexpr int kMaxIdleRounds = 12;   // without progress
 constexpr uint32_t kWakeRate = 256;  // one sleeper, at one step in so many
 
@@ -29,13 +29,14 @@ std::vector<Fiber*> runnable, sleepers;
 Strategy strategy;
 uint32_t copy_rate, store_rate, network_rate;
 uint64_t next_change, lowest_priority;
-int victim_kind, victim;  // a thread, a block or a rank
+enum { kThread, kBlock, kRank };
+int victim_kind, victim;
 uint64_t rest_until;      // by kRest: the victim stays behind until then, and another one is chosen later
 int idle_rounds;
 uint64_t progress_at_idle;
 
 int unit_of(const Fiber* fiber) {
-    return victim_kind == 0 ? fiber->id : victim_kind == 1 ? fiber->slot : fiber->rank;
+    return victim_kind == kThread ? fiber->id : victim_kind == kBlock ? fiber->slot : fiber->rank;
 }
 bool is_victim(const Fiber* fiber) {
     return victim == unit_of(fiber) && (strategy == kStarveOne || result.steps < rest_until);
@@ -59,12 +60,19 @@ void wake_one(Fiber* fiber) {
     make_runnable(fiber);
 }
 
+// Without a reason.
+Fiber* wake_any() {
+    Fiber* fiber = sleepers[random_numbers.below(sleepers.size())];
+    if (random_numbers.one_in(4)) fiber->free_polls = kFreePolls;
+    wake_one(fiber);
+    return fiber;
+}
+
 void act_of_others() {
     if (num_copies() != 0 && random_numbers.one_in(copy_rate)) step_copy();
     if (num_pending != 0 && random_numbers.one_in(store_rate)) deliver_any();
     if (num_puts() != 0 && random_numbers.one_in(network_rate)) step_network();
-    if (!sleepers.empty() && random_numbers.one_in(kWakeRate))
-        wake_one(sleepers[random_numbers.below(sleepers.size())]);
+    if (!sleepers.empty() && random_numbers.one_in(kWakeRate)) wake_any();
 }
 
 bool is_dying() {
@@ -123,7 +131,7 @@ void reset_schedule() {
     next_change = 1 + random_numbers.below(2000);
     victim_kind = static_cast<int>(random_numbers.below(3));
     const size_t num_victims =
-        victim_kind == 0 ? fibers.size() : victim_kind == 1 ? slots.size() : geometry.num_ranks;
+        victim_kind == kThread ? fibers.size() : victim_kind == kBlock ? slots.size() : geometry.num_ranks;
     victim = static_cast<int>(random_numbers.below(num_victims));
 }
 
@@ -150,6 +158,9 @@ Fiber* pick() {
     if (strategy == kStarveOne || result.steps < rest_until)
         for (int i = 0; i < 12 && is_victim(fiber) && !random_numbers.one_in(512); ++i)
             fiber = runnable[random_numbers.below(runnable.size())];
+    // Who waits for a victim looks at the deadline first, now and then.
+    if (victim_kind == kThread && is_victim(fiber) && !sleepers.empty() && random_numbers.one_in(2))
+        fiber = wake_any();
     return fiber;
 }
 

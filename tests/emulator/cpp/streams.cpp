@@ -9,8 +9,6 @@ namespace emu {
 std::vector<Slot> slots;
 std::vector<Stream> streams;
 
-void leave_barriers(Slot& slot);
-
 namespace {
 
 struct Event {
@@ -170,7 +168,11 @@ void end_thread() {
     remove_runnable(fiber, State::kDone);
     Slot& slot = slots[fiber->slot];
     --slot.num_alive;
-    leave_barriers(slot);
+    if (!slot.barriers[0].arrived.empty()) {
+        const Fiber* waiting = slot.barriers[0].arrived[0];
+        fail("collective", "a thread ends while others of its block are at a barrier",
+             access_of(waiting->agent, waiting->pc, "barrier"), access_of(fiber->agent, fiber->pc, "the end"));
+    }
     if (--stream.num_alive == 0) {
         stream.known = end_of_kernel(stream, stream.launches[stream.next]);
         ++stream.next;

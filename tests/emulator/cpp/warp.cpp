@@ -129,11 +129,6 @@ int meeting_for(std::vector<Meeting>& meetings, uint32_t mask, int lane, Collect
 
 }  // namespace
 
-void leave_barriers(Slot& slot) {
-    BlockBarrier& barrier = slot.barriers[0];
-    if (slot.num_alive > 0 && static_cast<int>(barrier.arrived.size()) == slot.num_alive) complete(barrier);
-}
-
 int block_barrier(int id, int num_threads, int value, Vote vote) {
     begin(EMU_PC());
     tick(4);
@@ -149,7 +144,10 @@ int block_barrier(int id, int num_threads, int value, Vote vote) {
     barrier.count += value != 0;
     fiber->vote = vote;
     barrier.arrived.push_back(fiber);
-    const int awaited = num_threads != 0 ? num_threads : slot.num_alive;
+    if (num_threads == 0 && slot.num_alive != slot.num_threads)
+        fail("collective", "a barrier of the block that some of its threads will not reach: they have ended",
+             access_of(fiber->agent, fiber->pc, "barrier"));
+    const int awaited = num_threads != 0 ? num_threads : slot.num_threads;
     if (static_cast<int>(barrier.arrived.size()) == awaited) {
         complete(barrier);
         tick(2);

@@ -1,25 +1,23 @@
-"""The product's kernels with few threads, and the arguments that its host side would give them.
+"""The ranks of one NVLink domain, and the collective calls that are enqueued on all of them.
 
-`Ranks` stands for the ranks of one NVLink domain. Its methods enqueue one collective call on the streams of all
-ranks and arrange that its results are compared with the oracle's once everything has run.
+Every call arranges that its results are compared with the oracle's once everything has run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import numpy as np
 
 from ep_rt import reference
-from ep_rt.cuda import kernels, launch
 from ep_rt.cuda.digest import along
 from ep_rt.cuda.handle import RESULT_OFFSET, SEND_PLAN_OFFSET, SEND_ROW_OFFSET, routing_bytes
-from ep_rt.cuda.kernels import ELEMENTS, KernelSpec
 from ep_rt.cuda.layout import (
     DISPATCH_RESULT,
+    EXCHANGE,
+    EXCHANGE_OFFSET,
     HANG_RECORD,
     MAX_LOCAL_RANKS,
     OFFSET_UNIT,
@@ -32,104 +30,11 @@ from ep_rt.cuda.layout import (
 )
 from ep_rt.cuda.plan import scratch_bytes
 
-from . import build
+from .kernels import Kernels, bound, host_reads
 from .machine import TIMEOUT_NS, Array, Conditions, EmulatedKernel, Machine, Memory
 from .runtime import Kind
 
-Cfg = TypeVar("Cfg")
-
 MAX_STAGERS: Final = 2  # blocks of a combine, besides those that sum
-
-# Of kernels whose warps add what a short stage leaves to what they need, and drop the sum.
-READS_PAST_THE_END: Final = ("intranode_combine", "collapse")
-
-
-def small(spec: KernelSpec, *, num_data_warps: int = 1, stage_bytes: int = 64) -> KernelSpec:
-    """The same kernel with few threads and short stages, so that schedules are cheap and pieces many."""
-    cfg: Any = spec.cfg
-    if isinstance(cfg, kernels.IntranodeDispatchCfg):
-        # What is cast comes in steps of 2 KiB, with a scale for every 256 bytes.
-        stage_bytes = 2048 if cfg.quantizes else stage_bytes
-        cfg = replace(
-            cfg,
-            num_threads=32 * (num_data_warps + 2),
-            num_data_warps=num_data_warps,
-            stage_bytes=stage_bytes,
-            scale_bytes=32,
-        )
-    elif isinstance(cfg, kernels.ExpandCfg):
-        cfg = replace(
-            cfg,
-            num_threads=32 * (num_data_warps + 1),
-            num_data_warps=num_data_warps,
-            stage_bytes=stage_bytes,
-            scale_bytes=32,
-        )
-    elif isinstance(cfg, kernels.IntranodeCombineCfg | kernels.CollapseCfg):
-        cfg = replace(cfg, num_threads=32 * (num_data_warps + 1), num_stages=2, stage_bytes=512)
-    elif isinstance(cfg, kernels.WireLimitCfg):
-        cfg = replace(cfg, num_threads=64, num_stages=3, stage_bytes=512)
-    elif isinstance(cfg, kernels.DispatchLayoutCfg | kernels.ContiguousCfg):
-        cfg = replace(cfg, num_threads=64)
-    return replace(spec, cfg=cfg, shared_bytes=_shared_bytes(spec, cfg))
-
-
-def _shared_bytes(spec: KernelSpec, cfg: Any) -> int:
-    """As `kernels` says it for the shapes of the product."""
-    if not spec.shared_bytes:
-        return 0
-    warps = getattr(cfg, "num_data_warps", cfg.num_threads // 32)
-    stages = warps * cfg.num_stages * (cfg.stage_bytes + getattr(cfg, "scale_bytes", 0))
-    return max(int(stages), spec.shared_bytes_sm80)
-
-
-@dataclass(slots=True)
-class Kernels:
-    """Kernels of one code path, loaded when they are first asked for.
-
-    Args:
-        architecture: 900 for bulk copies, 800 for loads and stores.
-        num_data_warps: of the small kernels.
-    """
-
-    architecture: int = 900
-    num_data_warps: int = 1
-    sources: Path = build.KERNELS_CU
-    loaded: dict[str, EmulatedKernel] = field(default_factory=dict)
-
-    def __call__(self, spec: KernelSpec) -> EmulatedKernel:
-        if spec.name not in self.loaded:
-            self.loaded[spec.name] = EmulatedKernel.load(spec, self.architecture, sources=self.sources)
-        return self.loaded[spec.name]
-
-    def small(self, spec: KernelSpec) -> EmulatedKernel:
-        return self(small(spec, num_data_warps=self.num_data_warps))
-
-    def barrier(self, num_ranks: int) -> EmulatedKernel:
-        return self(kernels.barrier(num_ranks))
-
-    def dispatch(self, *, quantizes: bool) -> EmulatedKernel:
-        return self.small(kernels.intranode_dispatch(quantizes=quantizes))
-
-    def combine(self, element: str) -> EmulatedKernel:
-        return self.small(kernels.intranode_combine(element))
-
-
-def bound(kernel: EmulatedKernel, *fields: dict[str, Any]) -> Array:
-    """The arguments of a launch, as the product binds them."""
-    return cast(Array, launch.bind(cast(launch.Kernel, _Packing(kernel)), 0, *fields))
-
-
-@dataclass(frozen=True, slots=True)
-class _Packing:
-    kernel: EmulatedKernel
-
-    @property
-    def spec(self) -> KernelSpec:
-        return self.kernel.spec
-
-    def bind(self, args: Array, *, num_blocks: int) -> Array:
-        return args
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +58,11 @@ class Landed:
     row: ReceivedRow
 
 
+def _stamped(epoch: int, value: int) -> int:
+    """Twin of `stamped` in layout.cuh."""
+    return (epoch << 32 | value) & 0xFFFFFFFFFFFFFFFF
+
+
 class Ranks:
     """The ranks of one NVLink domain, with a slab each, their workspaces and a stream each.
 
@@ -161,7 +71,8 @@ class Ranks:
         epoch: calls that the slabs have completed before.
         num_places: of a slab: results and inputs of calls take them in turn.
         place_bytes: size of each.
-        more: streams besides, see `Machine`.
+        is_failing: calls will be given up. Then nobody looks at results, which peers may still write to, and
+            nothing is copied into the slabs.
     """
 
     def __init__(
@@ -175,9 +86,10 @@ class Ranks:
         num_places: int = 2,
         place_bytes: int = 16 << 10,
         timeout_ns: int = TIMEOUT_NS,
-        more: Sequence[tuple[int, int]] = (),
         conditions: Conditions | None = None,
+        is_failing: bool = False,
     ) -> None:
+        self.is_failing = is_failing
         self.num_ranks, self.num_blocks, self.load = num_ranks, num_blocks, load
         self.num_places, self.place_bytes = num_places, place_bytes
         self.timeout_ns = timeout_ns
@@ -185,7 +97,10 @@ class Ranks:
         self.machine = Machine(
             num_ranks,
             specs,
-            [*((rank, num_blocks + MAX_STAGERS) for rank in range(num_ranks)), *more],
+            [
+                *((rank, num_blocks + MAX_STAGERS) for rank in range(num_ranks)),
+                *((rank, 1) for rank in range(num_ranks)),  # of the hosts
+            ],
             conditions=replace(conditions or Conditions(), timeout_ns=timeout_ns),
         )
         ranks = range(num_ranks)
@@ -197,7 +112,24 @@ class Ranks:
             header = slab.array(SLAB_HEADER, (1,))
             header["epoch"] = epoch
             header["signals"] = signal_word(epoch, Operation.NO_OPERATION)
+            self._leave_words(slab, epoch)
+        for workspace in self.workspaces:
+            workspace.array(WORKSPACE, (1,))["block_counts"] = _stamped(epoch, 7)
         self.epoch = epoch
+
+    @staticmethod
+    def _leave_words(slab: Memory, epoch: int) -> None:
+        """What the last two calls would have left in every word that carries its epoch."""
+        exchange = slab.array(EXCHANGE, (1,), offset=EXCHANGE_OFFSET)
+        for parity in range(2):
+            last = epoch - (epoch - parity) % 2
+            if last <= 0:
+                continue
+            for part in ("dispatch", "combine"):
+                for name in exchange.dtype[part].base.names or ():
+                    exchange[part][name][0, parity] = _stamped(last, 7)
+            exchange["expert_counts"][0, parity] = _stamped(last, 7)
+        exchange["arrivals"] = signal_word(epoch, Operation.BARRIER)
 
     def common(self, rank: int) -> dict[str, Any]:
         """Fields of every collective call."""
@@ -215,6 +147,8 @@ class Ranks:
 
     def check(self, check: Callable[[], str | None]) -> None:
         """Of the results, after a run in which all ranks live."""
+        if self.is_failing:
+            return
         self.machine.checks.append(check)
 
     def check_epoch(self) -> None:
@@ -232,28 +166,40 @@ class Ranks:
 
         self.check(check)
 
-    def _same(self, name: str, rank: int, memory: Memory, expected: Array, *, offset: int = 0) -> None:
+    def _same(
+        self, name: str, rank: int, memory: Memory, expected: Array, where: Array | None = None
+    ) -> None:
         wanted = np.ascontiguousarray(expected)
-        here = memory.array(np.uint8, (wanted.nbytes,), offset=offset)
+        here = memory.array(np.uint8, (wanted.nbytes,))
         raw = wanted.reshape(-1).view(np.uint8)
+        rows = np.arange(len(wanted)) if where is None else np.flatnonzero(where)
 
         def check() -> str | None:
             if np.array_equal(here, raw):
                 return None
+            differs = (here != raw).reshape(*wanted.shape, wanted.itemsize).any(axis=-1)
+            found = np.argwhere(differs[rows])
+            if not len(found):
+                return None
             got = here.view(wanted.dtype).reshape(wanted.shape)
-            where = np.argwhere((here != raw).reshape(*wanted.shape, wanted.itemsize).any(axis=-1))[0]
-            at = tuple(int(i) for i in where)
+            at = int(rows[found[0][0]]), *(int(i) for i in found[0][1:])
             return f"{name} of rank {rank}: {at} is {got[at]!r}, expected {wanted[at]!r}"
 
         self.check(check)
 
-    def compare(self, name: str, rank: int, address: int, expected: Array | None, stream: int | None = None) -> None:
-        """Copy a result away behind what is enqueued, and compare it bit by bit in the end."""
-        if expected is None or expected.nbytes == 0:
+    def compare(
+        self, name: str, rank: int, address: int, expected: Array | None, *, where: Array | None = None
+    ) -> None:
+        """Copy a result away behind what is enqueued, and compare it bit by bit in the end.
+
+        Args:
+            where: rows that count; default all.
+        """
+        if expected is None or expected.nbytes == 0 or self.is_failing:
             return
         memory = self.machine.allocate(rank, expected.nbytes, f"copy of {name}")
-        self.machine.copy(rank if stream is None else stream, memory.address, address, expected.nbytes)
-        self._same(name, rank, memory, expected)
+        self.machine.copy(rank, memory.address, address, expected.nbytes)
+        self._same(name, rank, memory, expected, where)
 
     # Calls.
 
@@ -327,8 +273,12 @@ class Ranks:
                     "x": self._input(rank, x[rank], "x"),
                     "sf": self._input(rank, None if sf is None else sf[rank], "sf"),
                     "topk_idx": self._input(rank, None if ids is None else ids[rank], "topk_idx"),
-                    "topk_weights": self._input(rank, None if weights is None else weights[rank], "topk_weights"),
-                    "is_token_in_rank": self._input(rank, None if in_rank is None else in_rank[rank], "in_rank"),
+                    "topk_weights": self._input(
+                        rank, None if weights is None else weights[rank], "topk_weights"
+                    ),
+                    "is_token_in_rank": self._input(
+                        rank, None if in_rank is None else in_rank[rank], "in_rank"
+                    ),
                     "result": told.address if told else routing[rank].address + RESULT_OFFSET,
                     "send_row": routing[rank].address + SEND_ROW_OFFSET,
                     "send_plan": routing[rank].address + SEND_PLAN_OFFSET,
@@ -353,8 +303,10 @@ class Ranks:
             self.machine.launch(rank, kernel, args, self.num_blocks)
             landed.append(Landed(base, room, row))
             self._compare_received(rank, landed[-1], wanted, ids=ids, weights=weights)
-            if handle is None:
-                self._compare_told(rank, told or routing[rank], 0 if told else RESULT_OFFSET, expected, ids)
+            if told is not None:
+                self._compare_told(rank, self._read_by_host(rank, told), 0, expected, ids)
+            elif handle is None:
+                self._compare_told(rank, routing[rank], RESULT_OFFSET, expected, ids)
         if handle is not None:
             return handle, landed
         made = Handle(
@@ -394,6 +346,19 @@ class Ranks:
         if weights is not None and expected.recv_topk_weights is not None:
             got = expected.recv_topk_weights[: landed.capacity]
             self.compare("recv_topk_weights", rank, landed.base + at.topk_weights, got)
+
+    def _read_by_host(self, rank: int, told: Memory) -> Memory:
+        """A copy by the rank's host, made as soon as it may, while kernels run."""
+        kernel = self.load(host_reads())
+        copy = self.machine.allocate(rank, DISPATCH_RESULT.itemsize, "result as the host read it")
+        fields = {
+            "result": told.address,
+            "copy": copy.address,
+            "call": self.num_calls,
+            "timeout_ns": self.timeout_ns,
+        }
+        self.machine.launch(self.num_ranks + rank, kernel, bound(kernel, fields), 1)
+        return copy
 
     def _compare_told(
         self,
@@ -437,14 +402,17 @@ class Ranks:
         weights: Sequence[Array] | None = None,
         biases: Sequence[Sequence[Array]] = (),
         places: Sequence[int],
-        num_stagers: int | None = None,
+        num_stagers: int = 0,
         is_in_slab: bool = True,
+        is_there: bool = False,
     ) -> None:
         """One combine of the rows of a dispatch.
 
         Args:
             biases: at most two for each rank, in the order of addition.
-            num_stagers: blocks that copy `y` into the slab, if it lies outside; they come on top.
+            num_stagers: blocks that copy `y` into the slab, if it lies outside; they come on top. 0: some of
+                those that sum.
+            is_there: an earlier kernel has made `y` at its place in the slab.
         """
         element = y[0].dtype.name
         kernel = self.load.combine(element)
@@ -457,23 +425,21 @@ class Ranks:
             topk_weights=None if weights is None else list(weights),
             bias=None if not biases else [tuple(each) for each in biases],  # type: ignore[misc]
         )
-        assert element in ELEMENTS
         for rank in range(self.num_ranks):
             base, offset = self.place(rank, places[rank])
             num_tokens = handle.num_tokens[rank]
             row_bytes = y[rank].itemsize * y[rank].shape[1]
             weights_at = -(-y[rank].nbytes // OFFSET_UNIT) * OFFSET_UNIT
-            given = self.machine.put(rank, y[rank], "y") if y[rank].nbytes else 0
+            given = self.machine.put(rank, y[rank], "y") if y[rank].nbytes and not is_there else 0
             stages = not is_in_slab and given != 0
-            if not stages and given:
+            if not stages and given and not self.is_failing:
                 self.machine.copy(rank, base, given, y[rank].nbytes)
-            if weights is not None and weights[rank].nbytes:
+            if weights is not None and weights[rank].nbytes and not self.is_failing:
                 values = self.machine.put(rank, weights[rank], "weights")
                 self.machine.copy(rank, base + weights_at, values, weights[rank].nbytes)
             num_topk = 0 if weights is None else weights[rank].shape[1]
             out = self.machine.allocate(rank, num_tokens * row_bytes, "combined x")
             out_weights = self.machine.allocate(rank, 4 * num_tokens * num_topk, "combined weights")
-            extra = num_stagers or 0
             args = bound(
                 kernel,
                 {
@@ -491,11 +457,11 @@ class Ranks:
                     "row_bytes": row_bytes,
                     "num_topk": num_topk,
                     "num_pullers": self.num_blocks,
-                    "num_stagers": (extra or max(1, self.num_blocks // 2)) if stages else 0,
+                    "num_stagers": (num_stagers or max(1, self.num_blocks // 2)) if stages else 0,
                 },
                 self.common(rank),
             )
-            self.machine.launch(rank, kernel, args, self.num_blocks + (extra if stages else 0))
+            self.machine.launch(rank, kernel, args, self.num_blocks + (num_stagers if stages else 0))
             self._same("combined x", rank, out, expected[rank].x)
             if weights is not None:
                 summed = expected[rank].topk_weights
