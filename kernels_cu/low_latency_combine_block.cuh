@@ -34,7 +34,8 @@ struct LowLatencyCombineArgs {
     uint32_t digest;
     int32_t rank, num_ranks, num_tokens, num_topk, num_experts, num_max_tokens, hidden, idx_bytes;
     int32_t sends_weights, sums_at_source, polls_data, num_slots;
-    int32_t zone, dispatch_zone, phases, max_send_blocks, num_sum_blocks;
+    int32_t zone, dispatch_zone;  // -1 where the rows that were dispatched lie in another area
+    int32_t phases, max_send_blocks, num_sum_blocks;
     uint8_t* slabs[kMaxLocalRanks];
     uint8_t* areas[kMaxLocalRanks];
 };
@@ -111,7 +112,9 @@ struct LowLatencyCombineBlock {
     __device__ Reason await_ranks(bool is_first) const;
     __device__ Reason sum_tokens(int32_t block, int32_t num_blocks) const;
     __device__ Reason sum_piece(int32_t token, int32_t piece) const;
-    __device__ Reason take(const uint8_t* from, int32_t piece, int32_t src, wire::Parcel& parcel) const;
+    template <int32_t kDepth>
+    __device__ Reason poll_slots(int32_t token, int32_t piece, const int32_t (&numbers)[kDepth],
+                                 wire::Parcel (&parcels)[kDepth]) const;
 };
 
 }  // namespace ep

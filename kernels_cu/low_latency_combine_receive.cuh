@@ -38,31 +38,47 @@ __device__ Reason LowLatencyCombineBlock<kCfg>::await_ranks(bool is_first) const
     return sync::agree(reason);
 }
 
-// A lane's part of a piece, once all of it is there; then the zone is as it was, for data that is polled.
+// A lane's parts of some slots, once all of them are there; then the zone is as it was. All words that are
+// still missing are on their way together.
 template <LowLatencyCombineCfg kCfg>
-__device__ Reason LowLatencyCombineBlock<kCfg>::take(const uint8_t* from, int32_t piece, int32_t src,
-                                                     wire::Parcel& parcel) const {
-    if (kWire != wire::kBfloat16 || !args.polls_data) {
-        parcel = wire::load<kWire>(from, args.hidden, piece, lane);
-        return kNothing;
-    }
-    const auto* vectors = reinterpret_cast<const uint4*>(from);
+template <int32_t kDepth>
+__device__ Reason LowLatencyCombineBlock<kCfg>::poll_slots(int32_t token, int32_t piece,
+                                                           const int32_t (&numbers)[kDepth],
+                                                           wire::Parcel (&parcels)[kDepth]) const {
+    uint4* at[2 * kDepth];
+    uint32_t missing = 0;
 #pragma unroll
-    for (int32_t v = 0; v < 2; ++v) {
-        const int32_t vector = wire::vector_of<kWire>(piece, lane, v);
-        parcel.vectors[v] = make_uint4(0, 0, 0, 0);
-        if (vector >= num_vectors) continue;
-        for (uint32_t polls = 1;; ++polls) {
-            const uint4 seen = ptx::ld_relaxed_sys(&vectors[vector]);
-            parcel.vectors[v] = seen;
-            // Every word by itself: 16 bytes need not arrive together.
-            if (seen.x != kPoison && seen.y != kPoison && seen.z != kPoison && seen.w != kPoison) break;
-            const Reason reason = polls % 64 == 0 ? sync::trouble(session.call, src) : kNothing;
-            if (reason == kNothing) continue;
-            atomicOr(&shared.found.missing, 1u << src);
-            return reason;
-        }
+    for (int32_t i = 0; i < 2 * kDepth; ++i) {
+        const int32_t number = numbers[i / 2], vector = wire::vector_of<kWire>(piece, lane, i % 2);
+        parcels[i / 2].vectors[i % 2] = make_uint4(0, 0, 0, 0);
+        at[i] = number < 0 ? nullptr : reinterpret_cast<uint4*>(slot(args.rank, token, number)) + vector;
+        if (number >= 0 && vector < num_vectors) missing |= 1u << i;
     }
+    const uint32_t expected = missing;
+    for (uint32_t polls = 1; missing != 0; ++polls) {
+#pragma unroll
+        for (int32_t i = 0; i < 2 * kDepth; ++i)
+            if (missing >> i & 1) parcels[i / 2].vectors[i % 2] = ptx::ld_relaxed_sys(at[i]);
+#pragma unroll
+        for (int32_t i = 0; i < 2 * kDepth; ++i) {
+            const uint4& seen = parcels[i / 2].vectors[i % 2];
+            // Every word by itself: 16 bytes need not arrive together.
+            if (seen.x != kPoison && seen.y != kPoison && seen.z != kPoison && seen.w != kPoison)
+                missing &= ~(1u << i);
+        }
+        if (missing == 0 || polls % 64 != 0) continue;
+        const int32_t src = numbers[(__ffs(static_cast<int32_t>(missing)) - 1) / 2];
+        const Reason reason = sync::trouble(session.call, src);
+        if (reason == kNothing) continue;
+        atomicOr(&shared.found.missing, 1u << src);
+        return reason;
+    }
+    // By the lane that has read it, and not again before the peers know that the zone is free. As strong as
+    // the store that it replaces, which was seen but not acquired.
+    constexpr uint4 kRest{kPoison, kPoison, kPoison, kPoison};
+#pragma unroll
+    for (int32_t i = 0; i < 2 * kDepth; ++i)
+        if (expected >> i & 1) ptx::st_relaxed_sys(at[i], kRest);
     return kNothing;
 }
 
@@ -114,23 +130,17 @@ __device__ Reason LowLatencyCombineBlock<kCfg>::sum_piece(int32_t token, int32_t
             const auto low = static_cast<int32_t>(terms);
             numbers[i] = low != 0 ? __ffs(low) - 1 : 31 + __ffs(static_cast<int32_t>(terms >> 32));
             terms &= terms - 1;
-            if (reason == kNothing)
-                reason = take(slot(args.rank, token, numbers[i]), piece, numbers[i], parcels[i]);
+        }
+        if (kWire == wire::kBfloat16 && args.polls_data) {
+            reason = poll_slots(token, piece, numbers, parcels);
+        } else {
+#pragma unroll
+            for (int32_t i = 0; i < kDepth; ++i)
+                if (numbers[i] >= 0)
+                    parcels[i] =
+                        wire::load<kWire>(slot(args.rank, token, numbers[i]), args.hidden, piece, lane);
         }
         if (__reduce_max_sync(kFullWarp, static_cast<uint32_t>(reason)) != kNothing) break;
-        if (kWire == wire::kBfloat16 && args.polls_data) {
-            // Read by this lane alone, and not again before the peers know that the zone is free.
-#pragma unroll
-            for (int32_t i = 0; i < kDepth; ++i) {
-#pragma unroll
-                for (int32_t v = 0; v < 2; ++v) {
-                    const int32_t vector = wire::vector_of<kWire>(piece, lane, v);
-                    if (numbers[i] < 0 || vector >= num_vectors) continue;
-                    reinterpret_cast<uint4*>(slot(args.rank, token, numbers[i]))[vector] =
-                        make_uint4(kPoison, kPoison, kPoison, kPoison);
-                }
-            }
-        }
 #pragma unroll
         for (int32_t i = 0; i < kDepth; ++i) {
             if (numbers[i] < 0) continue;

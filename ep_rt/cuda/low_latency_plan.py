@@ -26,18 +26,26 @@ POISON: Final = 0xFF
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AreaShape:
-    """What the calls of an area have in common; the same on every rank."""
+    """What the calls of an area have in common; the same on every rank.
+
+    Attributes:
+        is_main: dispatches land here, and combines of one row for each rank. Where such rows are polled they
+            need zones that nothing else is stored to, so the other combines have an area of their own.
+        has_columns: rows may come back for each column.
+    """
 
     num_ranks: int
     num_max_tokens: int
     hidden: int
     num_experts: int
     num_topk: int
+    is_main: bool = True
+    has_columns: bool = False
 
     @property
     def num_slots(self) -> int:
-        """Of a token where rows come back: for each rank, or for each column."""
-        return max(self.num_ranks, self.num_topk)
+        """Of a token where rows come back: for each rank, or also for each column."""
+        return max(self.num_ranks, self.num_topk) if self.has_columns else self.num_ranks
 
     @property
     def num_pieces(self) -> int:
@@ -93,13 +101,16 @@ class AreaLayout:
         num_rows = shape.num_ranks * shape.num_max_tokens
         # An FP8 row with its scale factors never takes more than the bfloat16 row, but for the alignment.
         rows_bytes = align_up(2 * num_rows * shape.hidden, OFFSET_UNIT) + OFFSET_UNIT
+        pairs_bytes = words_bytes
+        if not shape.is_main:
+            rows_bytes = pairs_bytes = 0
         slots_bytes = align_up(
             shape.num_max_tokens * shape.num_slots * slot_bytes(shape.hidden), OFFSET_UNIT
         )
         dispatches, combines = [], []
         for _ in range(FIRST_COMBINE_ZONE):
-            rows = at + 2 * words_bytes
-            dispatches.append(DispatchZone(at, at + words_bytes, rows, rows + rows_bytes))
+            rows = at + 2 * pairs_bytes
+            dispatches.append(DispatchZone(at, at + pairs_bytes, rows, rows + rows_bytes))
             at = rows + rows_bytes
         for _ in range(FIRST_COMBINE_ZONE):
             rows = at + words_bytes

@@ -40,6 +40,8 @@ def small(spec: KernelSpec, *, num_data_warps: int = 1, stage_bytes: int = 64) -
         cfg = replace(cfg, num_threads=32 * (num_data_warps + 1), num_stages=2, stage_bytes=512)
     elif isinstance(cfg, kernels.WireLimitCfg):
         cfg = replace(cfg, num_threads=64, num_stages=3, stage_bytes=512)
+    elif isinstance(cfg, kernels.LowLatencyDispatchCfg | kernels.LowLatencyCombineCfg):
+        cfg = replace(cfg, num_threads=64)
     elif isinstance(cfg, kernels.DispatchLayoutCfg | kernels.ContiguousCfg):
         cfg = replace(cfg, num_threads=64)
     return replace(spec, cfg=cfg, shared_bytes=_shared_bytes(spec, cfg))
@@ -90,6 +92,10 @@ class Kernels:
 
     def collapse(self, element: str) -> EmulatedKernel:
         return self.small(kernels.collapse(element))
+
+    def low_latency(self, num_ranks: int) -> list[EmulatedKernel]:
+        """All that programs of the low-latency mode launch."""
+        return [*self.normal(num_ranks), *map(self.small, kernels.low_latency_specs())]
 
     def normal(self, num_ranks: int) -> list[EmulatedKernel]:
         """All that programs of the normal mode launch."""

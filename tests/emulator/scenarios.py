@@ -18,7 +18,7 @@ from ep_rt.cuda.hang import Report, verdict
 from ep_rt.cuda.layout import HANG_RECORD
 from ep_rt.errors import PeerTimeoutError
 
-from . import cases
+from . import cases, low_latency
 from .kernels import Kernels
 from .machine import TIMEOUT_NS, Conditions, Failure
 from .ranks import Ranks
@@ -41,6 +41,7 @@ class Scenario:
         dies: a rank stops, at the start or at a random step; the others must say so.
         expires: deadlines are so short that they pass here and there.
         max_dead_step: the latest step at which a rank dies.
+        max_grid: blocks of the largest kernel, beside those of the normal mode.
     """
 
     num_ranks: int
@@ -55,6 +56,7 @@ class Scenario:
     dies: bool = False
     expires: bool = False
     max_dead_step: int = 60_000
+    max_grid: int = 0
 
     @property
     def is_failing(self) -> bool:
@@ -77,6 +79,13 @@ def _each_path(name: str, **fields: Any) -> dict[str, Scenario]:
         f"{name}-sm{architecture // 10}": Scenario(architecture=architecture, **fields)
         for architecture in (900, 800)
     }
+
+
+def _low_latency(num_ranks: int, num_rounds: int, max_tokens: int, **fields: Any) -> Scenario:
+    draw = partial(low_latency.draw_low_latency, num_rounds=num_rounds, max_tokens=max_tokens)
+    return Scenario(
+        num_ranks=num_ranks, draw=draw, needs="low_latency", max_grid=2 * num_ranks + 4, **fields
+    )
 
 
 # Beyond 2^32 the epochs that words carry begin again.
@@ -103,6 +112,11 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         epochs=(0, *_NEAR_WRAP),
     ),
     **_each_path("local-r2", num_ranks=2, draw=partial(cases.draw_local, max_tokens=40), needs="local"),
+    "low-latency-r1": _low_latency(1, 2, 3),
+    "low-latency-r2": _low_latency(2, 3, 3),
+    "low-latency-r2-sm80": _low_latency(2, 2, 3, architecture=800),
+    "low-latency-r3": _low_latency(3, 2, 3, epochs=(0, *_NEAR_WRAP)),
+    "low-latency-r8": _low_latency(8, 1, 2),
     **_each_path("dead-r2", num_ranks=2, draw=_normal(3, 4), dies=True),
     **_each_path("dead-r4", num_ranks=4, draw=_normal(2, 4), dies=True, max_dead_step=150_000),
     **_each_path("expiring-r2", num_ranks=2, draw=_normal(3, 4), expires=True),
@@ -164,6 +178,7 @@ class Runner:
             timeout_ns=int(2.0 ** rng.uniform(8, 17)) if scenario.expires else TIMEOUT_NS,
             conditions=Conditions(checks_uninitialised=scenario.checks_uninitialised),
             is_failing=scenario.is_failing,
+            max_grid=scenario.max_grid,
         )
         scenario.draw(rng, self.ranks)
         return self.ranks
@@ -172,6 +187,8 @@ class Runner:
         num_ranks = self.scenario.num_ranks
         if self.scenario.needs == "expert_major":
             return self.load.expert_major(num_ranks)
+        if self.scenario.needs == "low_latency":
+            return self.load.low_latency(num_ranks)
         if self.scenario.needs == "local":
             specs = kernels.dispatch_layout(), kernels.contiguous(), kernels.wire_limit()
             return [self.load.barrier(num_ranks), *map(self.load.small, specs)]
