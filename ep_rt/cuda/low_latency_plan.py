@@ -8,8 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from ..errors import ConfigError
 from ..requests import FP8_BLOCK
-from .layout import FIRST_COMBINE_ZONE, LOW_LATENCY_AREA, MAX_LOCAL_RANKS, MAX_SEND_BLOCKS, OFFSET_UNIT, align_up
+from .layout import (
+    FIRST_COMBINE_ZONE,
+    LOW_LATENCY_AREA,
+    MAX_LOCAL_RANKS,
+    MAX_SEND_BLOCKS,
+    OFFSET_UNIT,
+    align_up,
+)
 
 MAX_TOPK: Final = 64
 """Most columns of ``topk_idx``: two for each lane of a warp."""
@@ -104,9 +112,7 @@ class AreaLayout:
         pairs_bytes = words_bytes
         if not shape.is_main:
             rows_bytes = pairs_bytes = 0
-        slots_bytes = align_up(
-            shape.num_max_tokens * shape.num_slots * slot_bytes(shape.hidden), OFFSET_UNIT
-        )
+        slots_bytes = align_up(shape.num_max_tokens * shape.num_slots * slot_bytes(shape.hidden), OFFSET_UNIT)
         dispatches, combines = [], []
         for _ in range(FIRST_COMBINE_ZONE):
             rows = at + 2 * pairs_bytes
@@ -130,17 +136,39 @@ def num_send_blocks(num_turns: int, max_blocks: int) -> int:
 
 
 def max_send_blocks(shape: AreaShape, *, max_blocks: int) -> int:
-    """Blocks that send rows when every rank has as many tokens as it may; the same on every rank."""
-    most = min(max_blocks, MAX_SEND_BLOCKS - 1)  # the last flag is that of the metadata
+    """Blocks that send rows when every rank has as many tokens as it may; the same on every rank.
+
+    Args:
+        max_blocks: as many of a rank may run at once, one for each SM; of low-latency kernels twice as many.
+
+    Raises:
+        ConfigError: no room for all kinds of blocks that a call has.
+    """
+    room = 2 * max_blocks - 2 * shape.num_ranks
+    if room < 2:
+        raise ConfigError(
+            f"low-latency calls of {shape.num_ranks} ranks need {shape.num_ranks + 1} SMs for each rank, and "
+            f"{max_blocks} are there"
+        )
+    most = max_blocks if room - max_blocks >= max_blocks // 2 else room // 2
+    most = min(most, MAX_SEND_BLOCKS - 1)  # the last flag is that of the metadata
     return max(1, num_send_blocks(shape.num_max_tokens * shape.num_ranks * shape.num_pieces, most))
 
 
-def num_sum_blocks(shape: AreaShape, num_tokens: int, *, max_blocks: int) -> int:
-    """Blocks that add what came back."""
-    return max(1, num_send_blocks(num_tokens * shape.num_pieces, max_blocks))
+def num_copy_blocks(shape: AreaShape, num_senders: int, *, max_blocks: int) -> int:
+    """Blocks that copy rows to their experts, beside `num_senders`."""
+    return max(1, 2 * max_blocks - 2 * shape.num_ranks - num_senders)
 
 
-def area_bytes_hint(num_max_tokens: int, hidden: int, num_ranks: int, num_experts: int, num_topk: int = 8) -> int:
+def num_sum_blocks(shape: AreaShape, num_tokens: int, num_senders: int, *, max_blocks: int) -> int:
+    """Blocks that add what came back, beside `num_senders`."""
+    room = 2 * max_blocks - shape.num_ranks - num_senders
+    return max(1, num_send_blocks(num_tokens * shape.num_pieces, room))
+
+
+def area_bytes_hint(
+    num_max_tokens: int, hidden: int, num_ranks: int, num_experts: int, num_topk: int = 8
+) -> int:
     """Slab bytes for calls of one shape."""
     shape = AreaShape(
         num_ranks=min(num_ranks, MAX_LOCAL_RANKS),

@@ -117,6 +117,11 @@ def slab_bytes(num_nvl_bytes: int, *, row_bytes: int = 0, num_topk: int = 0, num
     return max(_MIN_MODEL_SLAB_BYTES, align_up(2 * num_rows * (row_bytes + metadata_bytes), OFFSET_UNIT))
 
 
+def rounded(num_bytes: int) -> int:
+    """To whole units of the slab."""
+    return align_up(num_bytes, OFFSET_UNIT)
+
+
 def scratch_bytes(num_tokens: int) -> int:
     """Of a dispatch besides its results: a mask for each token, and a list of tokens for each rank."""
     return num_tokens * (4 * MAX_LOCAL_RANKS + 1)

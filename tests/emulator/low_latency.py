@@ -74,9 +74,7 @@ class LowLatency:
         self.others = self
         if shape.is_main and not with_masks:
             others = replace(shape, is_main=False, has_columns=True)
-            self.others = LowLatency(
-                ranks, others, with_masks=False, num_blocks=num_blocks, masks=self.masks
-            )
+            self.others = LowLatency(ranks, others, with_masks=False, num_blocks=num_blocks, masks=self.masks)
 
     def _leave_words(self, area: Memory, state: Memory) -> None:
         """Words of the call before, which those of the first call must not be taken for."""
@@ -171,7 +169,9 @@ class LowLatency:
             made.routes.append(self._buffer(rank, ROUTE.itemsize * rows * shape.num_topk, "routes"))
             out = {
                 "recv_x": self._buffer(rank, num_local * rows * row_bytes, "recv_x") if is_packed else None,
-                "recv_sf": self._buffer(rank, 4 * num_local * rows * scale_words, "recv_sf") if is_packed else None,
+                "recv_sf": self._buffer(rank, 4 * num_local * rows * scale_words, "recv_sf")
+                if is_packed
+                else None,
                 "recv_count": self._buffer(rank, 4 * num_local, "recv_count"),
                 "src_info": self._buffer(rank, 4 * num_local * rows, "src_info"),
                 "expert_rows": None if is_packed else self._buffer(rank, 4 * num_local * rows, "expert_rows"),
