@@ -57,8 +57,7 @@ class Area:
         self._state = cupy.cuda.alloc(LOW_LATENCY_STATE.itemsize)
         self.state: int = self._state.ptr
         self.max_send_blocks = plan.max_send_blocks(shape, max_blocks=max_blocks)
-        self._next = [0, 0]
-        self._pending: list[Pending | None] = [None] * LOW_LATENCY_ZONES
+        self.reset_pending()
 
     @property
     def num_bytes(self) -> int:
@@ -96,11 +95,15 @@ class Area:
 
     def reset(self) -> None:
         """Forget calls that are under way. The same on every rank."""
-        self._next = [0, 0]
         for pending in self._pending:
             if pending is not None:
                 pending.is_taken = True
-        self._pending = [None] * LOW_LATENCY_ZONES
+        self.reset_pending()
+
+    def reset_pending(self) -> None:
+        """No zone has been taken yet."""
+        self._next = [0, 0]
+        self._pending: list[Pending | None] = [None] * LOW_LATENCY_ZONES
 
 
 class Areas:

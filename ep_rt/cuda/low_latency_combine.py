@@ -17,7 +17,7 @@ from .domain import Domain
 from .heap import Block
 from .inputs import ROW_ALIGN_BYTES, Inputs, is_contiguous, itemsize
 from .launch import Launch
-from .layout import FIRST_COMBINE_ZONE
+from .layout import FIRST_COMBINE_ZONE, LOW_LATENCY_RECORD
 from .low_latency_areas import Area, Areas
 from .low_latency_calls import MAX_PLANS, CudaLowLatencyHandle, LowLatencyKernels, run
 
@@ -206,7 +206,7 @@ class LowLatencyCombine:
         domain.order(call)
         ids = self._inputs.readable(found.inputs[0], ids, call)
         weights = self._inputs.readable(found.inputs[1], weights, call) if found.reads_weights else 0
-        record = domain.heap.take(1, is_capturing=call.is_capturing)
+        record = domain.heap.take(LOW_LATENCY_RECORD.itemsize, is_capturing=call.is_capturing)
         zone = area.take_zone(first=FIRST_COMBINE_ZONE)
         base, at = handle.block.pointer, handle.at
         fields = {

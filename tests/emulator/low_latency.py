@@ -15,6 +15,7 @@ from ep_rt.cuda import low_latency_plan as plan
 from ep_rt.cuda.layout import LOW_LATENCY_AREA, LOW_LATENCY_RECORD, LOW_LATENCY_STATE, ROUTE
 from ep_rt.cuda.low_latency_plan import AreaLayout, AreaShape
 
+from .engine import Engines, results_in_numpy
 from .kernels import bound
 from .machine import Array, Memory
 from .ranks import Ranks
@@ -271,6 +272,7 @@ class LowLatency:
         is_fixed: bool = False,
         num_sum_blocks: int = 1,
         dispatched_here: bool = True,
+        missing: Sequence[Array] | None = None,
     ) -> Callable[[int], None]:
         """Enqueue a combine, or its send phase; the function that enqueues the receive phase of a rank."""
         ranks, shape = self.ranks, self.shape
@@ -278,21 +280,24 @@ class LowLatency:
         if self.others is not self and (at_source or wire != "bfloat16"):
             return self.others.combine(
                 y, handle, ids, weights, reduce=reduce, wire=wire, is_split=is_split, is_fixed=is_fixed,
-                num_sum_blocks=num_sum_blocks, dispatched_here=False,
+                num_sum_blocks=num_sum_blocks, dispatched_here=False, missing=missing,
             )  # fmt: skip
         sends_weights = not at_source and handle.weights is None
         in_routes = not at_source and not sends_weights
         used = handle.ids if in_routes else ids
+        if missing is not None:
+            used = [np.where(gone, -1, each) for gone, each in zip(missing, used, strict=True)]
         expected = reference.low_latency_combine(
-            [each for each in y],
+            list(y),
             handle.expected,
             handle.ids,
             handle.weights if in_routes and handle.weights else weights,
             use_logfmt=wire == "logfmt",
             use_fp8=wire == "fp8",
             reduce=reduce,
-        ) if all(np.array_equal(a, b) for a, b in zip(used, handle.ids, strict=True)) else combine_without(
-            [each for each in y], handle, used, weights, wire=wire, reduce=reduce
+        ) if not self.not_compared and all(np.array_equal(a, b) for a, b in zip(used, handle.ids, strict=True)) else combine_without(
+            list(y), handle, used, handle.weights if in_routes and handle.weights else weights,
+            wire=wire, reduce=reduce,
         )  # fmt: skip
         zone = self._zone(1, is_fixed=is_fixed)
         at = self.layout.combine[zone - 2]
@@ -463,9 +468,19 @@ def draw_ids(rng: np.random.Generator, shape: AreaShape, count: int, dtype: Any)
 
 
 def draw_low_latency(
-    rng: np.random.Generator, ranks: Ranks, *, num_rounds: int, max_tokens: int, with_masks: bool = False
+    rng: np.random.Generator,
+    ranks: Ranks,
+    *,
+    num_rounds: int,
+    max_tokens: int,
+    with_masks: bool = False,
+    has_dead: bool = False,
 ) -> None:
-    """Rounds of one or two dispatches and their combines, in one kernel each or split, all enqueued at once."""
+    """Rounds of one or two dispatches and their combines, in one kernel each or split, all enqueued at once.
+
+    Args:
+        has_dead: one rank, `ranks.dead`, never comes, and its peers go on without it.
+    """
     num_ranks = ranks.num_ranks
     shape = AreaShape(
         num_ranks=num_ranks,
@@ -476,6 +491,10 @@ def draw_low_latency(
         has_columns=with_masks,
     )
     mode = LowLatency(ranks, shape, with_masks=with_masks, num_blocks=int(rng.integers(1, 3)))
+    dead = int(rng.integers(num_ranks)) if has_dead else None
+    absent = [] if dead is None else [dead]
+    mode.not_compared = mode.others.not_compared = frozenset(absent)
+    num_local = shape.num_experts // num_ranks
     dtype = (np.int64, np.int32)[rng.integers(2)]
     has_fp8 = shape.hidden % 128 == 0
 
@@ -518,6 +537,7 @@ def draw_low_latency(
                     is_fixed=is_fixed,
                     num_copy_blocks=int(rng.integers(1, 3)),
                     repeats=again,
+                    absent=absent,
                 )
             )
         for rank in range(num_ranks):
@@ -537,6 +557,7 @@ def draw_low_latency(
             ids, weights = handle.ids, [rng.random(each.shape, np.float32) - 0.5 for each in handle.ids]
             if reduce == "source" or handle.weights is None:
                 ids = [np.where(rng.random(each.shape) < 0.2, -1, each).astype(each.dtype) for each in ids]
+            missing = [(each >= 0) & np.isin(each // num_local, absent) for each in ids]
             splits = bool(rng.integers(2))
             receive = mode.combine(
                 y,
@@ -548,12 +569,152 @@ def draw_low_latency(
                 is_split=splits,
                 is_fixed=is_fixed,
                 num_sum_blocks=int(rng.integers(1, 3)),
+                missing=missing,
             )
             if splits:
                 receives.append(receive)
         for rank in range(num_ranks):
             for number in rng.permutation(len(receives)):
                 receives[number](rank)
-        if not rng.integers(4):
+        if not rng.integers(4) and dead is None:
             ranks.barrier()
+    if dead is None:
+        ranks.check_epoch()
+    else:
+        ranks.dead = dead
+        check_survivors(mode, dead)
+
+
+def check_survivors(mode: LowLatency, dead: int) -> None:
+    """Everybody else has completed everything, and has masked that rank alone."""
+    ranks, wanted = mode.ranks, mode.ranks.epoch
+
+    def check() -> str | None:
+        for rank in range(ranks.num_ranks):
+            header, masks = ranks.header(rank), mode.masks[rank].array(np.uint64)[: ranks.num_ranks]
+            if rank == dead:
+                continue
+            if header["failed"][0] or header["epoch"][0] != wanted:
+                return f"rank {rank} is at epoch {header['epoch'][0]}, not {wanted}, or gave up"
+            if masks.tolist() != [int(peer == dead) for peer in range(ranks.num_ranks)]:
+                return f"rank {rank} has masked {masks.tolist()}"
+        return None
+
+    ranks.check(check)
+
+
+def draw_engine(rng: np.random.Generator, ranks: Ranks, *, num_rounds: int, max_tokens: int) -> None:
+    """The product's own host side: dispatches and combines of changing options, with and without hooks."""
+    results_in_numpy()
+    num_ranks = ranks.num_ranks
+    engines = Engines(ranks, max_blocks=num_ranks + 2)
+    shape = AreaShape(
+        num_ranks=num_ranks,
+        num_max_tokens=max_tokens,
+        hidden=128 * int(rng.integers(1, 6)),
+        num_experts=num_ranks * int(rng.integers(1, 4)),
+        num_topk=int(rng.integers(1, 4)),
+    )
+    check = LowLatency.__new__(LowLatency)  # for its comparisons
+    check.ranks, check.not_compared = ranks, frozenset()
+
+    def put(rank: int, array: Array) -> Array:
+        memory = ranks.machine.allocate(rank, max(16, array.nbytes), "input")
+        here = memory.array(array.dtype, array.shape)
+        here[...] = array
+        return here
+
+    for _ in range(num_rounds):
+        counts = [int(n) for n in rng.integers(0, max_tokens + 1, num_ranks)]
+        x = [(rng.standard_normal((n, shape.hidden), np.float32) / 3).astype(BF16) for n in counts]
+        ids = [draw_ids(rng, shape, n, np.int64) for n in counts]
+        weights = [rng.random(each.shape, np.float32) for each in ids]
+        scales = int(rng.integers(-1, 3))
+        layout = ("expert", "rank")[rng.integers(2)]
+        options = (max_tokens, shape.num_experts, scales >= 0, scales in (1, 2), scales == 2, layout)
+        expected = reference.low_latency_dispatch(
+            x,
+            ids,
+            num_max_dispatch_tokens_per_rank=max_tokens,
+            num_experts=shape.num_experts,
+            use_fp8=scales >= 0,
+            round_scale=scales in (1, 2),
+            use_ue8m0=scales == 2,
+            layout=layout,
+        )
+        sends, splits = bool(rng.integers(2)), rng.integers(2, size=2)
+        here = [[put(rank, each[rank]) for each in (x, ids, weights)] for rank in range(num_ranks)]
+        outs = []
+        for rank in range(num_ranks):
+            rows, mine_ids, mine_weights = here[rank]
+            stats = put(rank, np.zeros(shape.num_experts // num_ranks, np.int32))
+            waits = put(rank, np.zeros(num_ranks, np.int64))
+            given = (rows, mine_ids, stats, waits, mine_weights if sends else None)
+            outs.append(engines.dispatch(rank, given, options, with_hook=bool(splits[0])))
+        ranks.epoch += 1
+        for rank, out in enumerate(outs):
+            if out.hook is not None:
+                out.hook()
+            compare_engine(check, rank, out, expected[rank])
+        y = [
+            (rng.standard_normal((*each.src_info.shape, shape.hidden), np.float32) / 3).astype(BF16)
+            for each in expected
+        ]
+        reduce, wire = ("rank", "source")[rng.integers(2)], int(rng.integers(3))
+        combined = reference.low_latency_combine(
+            y, expected, ids, weights, use_logfmt=wire == 1, use_fp8=wire == 2, reduce=reduce
+        )
+        backs = []
+        for rank, out in enumerate(outs):
+            _, mine_ids, mine_weights = here[rank]
+            zero_copy, target = bool(rng.integers(2)), None
+            rows = put(rank, y[rank])
+            if zero_copy:
+                buffer = engines.combines[rank].next_buffer(out.handle)
+                ranks.machine.copy(rank, buffer.ctypes.data, rows.ctypes.data, rows.nbytes)
+                rows = put(rank, np.zeros_like(y[rank]))
+            if rng.integers(2):
+                target = put(rank, np.zeros((counts[rank], shape.hidden), BF16))
+            given = (rows, mine_ids, mine_weights, target, put(rank, np.zeros(num_ranks, np.int64)))
+            back = engines.combine(
+                rank,
+                given,
+                out.handle,
+                (wire == 1, zero_copy, wire == 2, reduce),
+                with_hook=bool(splits[1]),
+            )
+            backs.append(back)
+        ranks.epoch += 1
+        for rank, back in enumerate(backs):
+            if back.hook is not None:
+                back.hook()
+            check._same_at("combined_x", rank, back.combined_x.ctypes.data, combined[rank])
     ranks.check_epoch()
+
+
+def compare_engine(check: LowLatency, rank: int, out: Any, mine: reference.LowLatencyDispatched) -> None:
+    """What a dispatch returned, beside the oracle's."""
+
+    def same(name: str, got: Array, expected: Array, where: Array | None = None) -> None:
+        assert (got.shape, got.dtype) == (expected.shape, expected.dtype), (name, got.shape, expected.shape)
+        check._same_at(name, rank, got.ctypes.data, expected, where)
+
+    recv_x, recv_sf = out.recv_x if mine.sf is not None else (out.recv_x, None)
+    same("recv_count", out.recv_count, mine.recv_count)
+    same("src_info", out.handle.src_info, mine.src_info)
+    same("layout_range", out.handle.layout_range, mine.layout_range)
+    if mine.expert_rows is None:
+        counts = mine.recv_count[:, None] > np.arange(mine.src_info.shape[1])
+        same("recv_x", recv_x, mine.recv_x, counts)
+        if recv_sf is not None and mine.sf is not None:
+            by_column = np.ascontiguousarray(mine.sf.transpose(0, 2, 1))
+            there = np.broadcast_to(counts[:, None], by_column.shape)
+            same("recv_sf", recv_sf.transpose(0, 2, 1), by_column, there)
+        return
+    same("expert_rows", out.handle.expert_rows, mine.expert_rows)
+    there = np.zeros(mine.src_info.shape[1], bool)
+    there[mine.expert_rows[mine.expert_rows >= 0]] = True
+    there = there.reshape(mine.recv_x.shape[:2])
+    same("recv_x", recv_x, mine.recv_x, there)
+    if recv_sf is not None and mine.sf is not None:
+        same("recv_sf", recv_sf, mine.sf, there)

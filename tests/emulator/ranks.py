@@ -92,6 +92,7 @@ class Ranks:
         max_grid: int = 0,
     ) -> None:
         self.is_failing = is_failing
+        self.dead: int | None = None  # that never comes, in programs that go on without it
         self.num_ranks, self.num_blocks, self.load = num_ranks, num_blocks, load
         self.num_places, self.place_bytes = num_places, place_bytes
         self.timeout_ns = timeout_ns

@@ -81,8 +81,22 @@ def _each_path(name: str, **fields: Any) -> dict[str, Scenario]:
     }
 
 
-def _low_latency(num_ranks: int, num_rounds: int, max_tokens: int, **fields: Any) -> Scenario:
-    draw = partial(low_latency.draw_low_latency, num_rounds=num_rounds, max_tokens=max_tokens)
+def _low_latency(
+    num_ranks: int,
+    num_rounds: int,
+    max_tokens: int,
+    *,
+    with_masks: bool = False,
+    has_dead: bool = False,
+    **fields: Any,
+) -> Scenario:
+    draw = partial(
+        low_latency.draw_low_latency,
+        num_rounds=num_rounds,
+        max_tokens=max_tokens,
+        with_masks=with_masks,
+        has_dead=has_dead,
+    )
     return Scenario(
         num_ranks=num_ranks, draw=draw, needs="low_latency", max_grid=2 * num_ranks + 4, **fields
     )
@@ -116,6 +130,16 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "low-latency-r2": _low_latency(2, 3, 3),
     "low-latency-r2-sm80": _low_latency(2, 2, 3, architecture=800),
     "low-latency-r3": _low_latency(3, 2, 3, epochs=(0, *_NEAR_WRAP)),
+    "low-latency-masks-r3": _low_latency(3, 2, 3, with_masks=True),
+    "low-latency-masked-r3": _low_latency(3, 2, 2, with_masks=True, has_dead=True),
+    "low-latency-dead-r3": _low_latency(3, 2, 3, dies=True),
+    "low-latency-expiring-r2": _low_latency(2, 3, 3, expires=True),
+    "low-latency-engine-r2": Scenario(
+        num_ranks=2,
+        draw=partial(low_latency.draw_engine, num_rounds=3, max_tokens=3),
+        needs="low_latency",
+        max_grid=16,
+    ),
     "low-latency-r8": _low_latency(8, 1, 2),
     **_each_path("dead-r2", num_ranks=2, draw=_normal(3, 4), dies=True),
     **_each_path("dead-r4", num_ranks=4, draw=_normal(2, 4), dies=True, max_dead_step=150_000),
@@ -158,6 +182,8 @@ class Runner:
             step = int(rng.integers(scenario.max_dead_step)) if rng.integers(3) else 0
             result = ranks.machine.run(seed, dead_rank=dead, dead_step=step, **changes)
             _check_blame(ranks, dead, result.steps)
+        elif ranks.dead is not None:
+            result = ranks.machine.run(seed, dead_rank=ranks.dead, **changes)
         else:
             result = ranks.machine.run(seed, **changes)
         self.steps += result.steps
