@@ -210,9 +210,11 @@ class Ranks:
             self.machine.launch(rank, kernel, args, 1)
         self.epoch += 1
 
-    def place(self, rank: int, number: int) -> tuple[int, int]:
-        """Address of a place of the slab, and as words tell it to the peers."""
+    def place(self, rank: int, number: int, *, before_end: int | None = None) -> tuple[int, int]:
+        """Address of a place of the slab, or so much before its end, and as words tell it to the peers."""
         offset = PAYLOAD_OFFSET + number % self.num_places * self.place_bytes
+        if before_end is not None:
+            offset += self.place_bytes - before_end
         return self.slabs[rank].address + offset, offset // OFFSET_UNIT
 
     def dispatch(
@@ -257,12 +259,14 @@ class Ranks:
             is_exact = handle is None and num_worst_tokens == 0
             room = row.capacity(self.place_bytes) if is_exact else len(wanted.recv_x)
             room = room if capacity is None or not is_exact else capacity
-            assert row.layout(room).end <= self.place_bytes, "the case does not fit into a place of the slab"
+            num_bytes = row.layout(room).end
+            assert num_bytes <= self.place_bytes, "the case does not fit into a place of the slab"
             if handle is None:
                 routing.append(self.machine.allocate(rank, routing_bytes(num_tokens), "routing"))
             scratch = self.machine.allocate(rank, scratch_bytes(num_tokens), "scratch")
             told = self.machine.allocate(rank, DISPATCH_RESULT.itemsize, "result") if is_exact else None
-            base, offset = self.place(rank, places[rank])
+            # At the end of the place, so that a row too many lies beyond it.
+            base, offset = self.place(rank, places[rank], before_end=num_bytes)
             if num_worst_tokens and handle is None:
                 rows.append(num_worst_tokens)
             else:
