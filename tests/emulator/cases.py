@@ -314,3 +314,26 @@ def draw_local(rng: np.random.Generator, ranks: Ranks, *, max_tokens: int) -> No
         shape = ranks.num_ranks, peer_bytes
         wire_limit(ranks, [random_bits(rng, shape, np.uint8) for _ in range(ranks.num_ranks)])
     ranks.check_epoch()
+
+
+def draw_mistaken(rng: np.random.Generator, ranks: Ranks, *, is_other_call: bool) -> None:
+    """Some calls, then one in which a rank is in another call, or has other arguments."""
+    num_ranks = ranks.num_ranks
+    draw_normal(rng, ranks, num_calls=int(rng.integers(1, 3)), max_tokens=3, elements=ELEMENTS[2:])
+    routing = Routing.draw(rng, num_ranks, max_tokens=3)
+    x = [np.zeros((count, 16), np.uint8) for count in routing.num_tokens]
+    expected = reference.dispatch(x, routing.ids, num_experts=routing.num_experts)
+    mistaken = int(rng.integers(num_ranks))
+    others = [rank for rank in range(num_ranks) if rank != mistaken]
+    ranks.dispatch(
+        x,
+        expected,
+        ids=routing.ids,
+        num_experts=routing.num_experts,
+        places=[0] * num_ranks,
+        only=others if is_other_call else None,
+        digests=[77 + (rank == mistaken) for rank in range(num_ranks)],
+    )
+    if is_other_call:
+        ranks.barrier(only=[mistaken])
+    ranks.barrier()

@@ -152,7 +152,7 @@ _SYNC: Final = (
         "if (__syncthreads_or(has_failed)) return false;",
         "if (has_failed) return false;",
         "expiring-r3-sm90",
-        200,
+        400,
     ),
     Mutation(
         "`failed` is stored by an ordinary store",
@@ -280,7 +280,7 @@ _DISPATCH: Final = (
         "position < shared.plan.limit[destination];",
         "position <= shared.plan.limit[destination];",
         "normal-r2-sm90",
-        64,
+        128,
     ),
     Mutation(
         "no fence between the cast and the bulk store",

@@ -6,7 +6,7 @@ several schedules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -16,7 +16,7 @@ import numpy as np
 from ep_rt.cuda import kernels
 from ep_rt.cuda.hang import Report, verdict
 from ep_rt.cuda.layout import HANG_RECORD
-from ep_rt.errors import PeerTimeoutError
+from ep_rt.errors import CollectiveMismatchError, ConfigError, EpError, PeerTimeoutError
 
 from . import cases
 from .kernels import Kernels, host_reads
@@ -67,6 +67,7 @@ class Scenario:
         max_blocks: programs have between one and so many blocks.
         epochs: where the slabs' counters start.
         dies: a rank stops, at the start or at a random step; the others must say so.
+        mistake: what every rank must say, of programs that are wrong.
         expires: deadlines are so short that they pass here and there.
         max_dead_step: the latest step at which a rank dies.
     """
@@ -81,12 +82,13 @@ class Scenario:
     place_bytes: int = PLACE_BYTES
     checks_uninitialised: bool = False
     dies: bool = False
+    mistake: type[EpError] | None = None
     expires: bool = False
     max_dead_step: int = 60_000
 
     @property
     def is_failing(self) -> bool:
-        return self.dies or self.expires
+        return self.dies or self.expires or self.mistake is not None
 
 
 def _normal(num_calls: int, max_tokens: int, elements: Sequence[str] = BF16) -> Draw:
@@ -145,6 +147,14 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     **_each_path("local-r2", num_ranks=2, draw=partial(cases.draw_local, max_tokens=40), kernels=_local),
     **_each_path("dead-r2", num_ranks=2, draw=_normal(3, 4), dies=True),
     **_each_path("dead-r4", num_ranks=4, draw=_normal(2, 4), dies=True, max_dead_step=150_000),
+    "other-call-r3": Scenario(
+        num_ranks=3,
+        draw=partial(cases.draw_mistaken, is_other_call=True),
+        mistake=CollectiveMismatchError,
+    ),
+    "other-arguments-r3": Scenario(
+        num_ranks=3, draw=partial(cases.draw_mistaken, is_other_call=False), mistake=ConfigError
+    ),
     **_each_path("expiring-r2", num_ranks=2, draw=_normal(3, 4), expires=True),
     **_each_path("expiring-r3", num_ranks=3, draw=_normal(3, 4), expires=True),
 }
@@ -186,6 +196,8 @@ class Runner:
             _check_blame(ranks, dead, result.steps)
         else:
             result = ranks.machine.run(seed, **changes)
+            if scenario.mistake is not None:
+                _check_mistake(ranks, scenario.mistake, result.steps)
         self.steps += result.steps
 
     def _program(self, number: int) -> Ranks:
@@ -227,14 +239,13 @@ def _check_blame(ranks: Ranks, dead: int, steps: int) -> None:
             raise FoundError("record", f"rank {rank} says, with rank {dead} dead: {error}", steps=steps)
 
 
-def found(name: str, seeds: range, **kernels: Any) -> Iterator[tuple[int, FoundError]]:
-    """The seeds of a scenario that find something."""
-    runner = Runner.of(name, **kernels)
-    for seed in seeds:
-        try:
-            runner.run(seed)
-        except FoundError as failure:
-            yield seed, failure
+def _check_mistake(ranks: Ranks, mistake: type[EpError], steps: int) -> None:
+    """Every rank has given up, and all say the same."""
+    reports = [Report.of(rank, ranks.header(rank)["hang"]) for rank in range(ranks.num_ranks)]
+    for rank, report in enumerate(reports):
+        error = None if report is None else verdict(reports, rank=rank, timeout_s=1.0)
+        if not isinstance(error, mistake):
+            raise FoundError("record", f"rank {rank} says {error}, not {mistake.__name__}", steps=steps)
 
 
 def replay(name: str, seed: int) -> str:
