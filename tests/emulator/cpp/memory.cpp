@@ -1,14 +1,12 @@
 // Stores on their way, and words that strong operations read and write.
 //
 // Stores      ordinary, relaxed and release stores wait in one list and arrive in any order, except that
-// those
-//             of one address keep theirs, and that what happened before a release arrives before it.
+//             those of one address keep theirs, and that what happened before a release arrives before it.
 // Loads       what happened before a load has arrived. A strong load may see an older value of its word, but
 //             none that what the thread knows hides, and never one older than it has seen.
-// Ordinary    stores are known by their address before they are made (see hooks.cpp). The bytes that were
-// there
-//             are remembered; at the thread's next call the new ones are taken out and put on their way. No
-//             other thread runs in between.
+// Ordinary    stores are known by their address before they are made (see hooks.cpp). The bytes that stand
+//             there are remembered; at the thread's next call the new ones are taken out and put on their
+//             way. No other thread runs in between.
 #include "memory.h"
 
 #include <algorithm>

@@ -1,9 +1,8 @@
 // A network between processing elements, behind the functions of nvshmem.h.
 //
 // Put         reads its source at any time, and writes its destination at any later time, in two halves. Its
-// own
-//             signal follows its data. Puts are delivered in any order, also those of one queue pair, because
-//             adaptive routing reorders them; `orders_queue_pairs` is a network without it.
+//             own signal follows its data. Puts are delivered in any order, also those of one queue pair,
+//             because adaptive routing reorders them; `orders_queue_pairs` is a network without it.
 // Fence       what its thread puts to a processing element later arrives later.
 // Quiet       waits until all puts of its thread have arrived. No deadline: NVSHMEM has none either.
 // Proxies     what arrives was written by the generic proxy: bulk copies of it need the proxy fence.

@@ -1,9 +1,8 @@
 // Who runs next, who sleeps, and how time passes when nobody can run.
 //
-// Polling     a thread that reads the same value of the same word again, having done nothing in between,
-// sleeps
-//             until one of the words it polls has changed. Now and then one is woken without a reason: what
-//             it waits for may be another thread of its block.
+// Polling     a thread that reads the same value of the same word again, having done nothing in between, goes
+//             to sleep until one of the words it polls has changed. Now and then one is woken without a
+//             reason: it may wait for another thread of its block, or be about to look at its deadline.
 // Idle        with nobody runnable first everything on its way arrives; then all sleepers look again; then
 //             virtual time jumps, so that deadlines expire. So there is no false timeout, and a wait without
 //             a deadline is found at once.

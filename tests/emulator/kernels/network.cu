@@ -1,8 +1,7 @@
 // A ring over the network: every processing element puts a row into the next one's memory, which waits for it
 // and adds it up. The variants put in different ways, some of them wrong.
-#include "nvshmem.h"
-
 #include "layout.cuh"
+#include "nvshmem.h"
 #include "ptx.cuh"
 
 namespace ep {
