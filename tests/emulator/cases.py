@@ -57,9 +57,10 @@ class Routing:
         return [len(each) for each in self.ids]
 
     @classmethod
-    def draw(cls, rng: np.random.Generator, num_ranks: int, *, max_tokens: int) -> Routing:
-        num_experts = num_ranks * int(rng.integers(1, 4))
-        num_topk = int(rng.integers(1, 4))
+    def draw(cls, rng: np.random.Generator, num_ranks: int, *, max_tokens: int, max_topk: int = 9) -> Routing:
+        # Warps look after 32 experts, and 32 columns, at a time.
+        num_experts = num_ranks * int(rng.choice([1, 2, 3, 3, 40]))
+        num_topk = int(rng.choice([1, 2, 3, max_topk]))
         dtype = (np.int64, np.int32)[rng.integers(2)]
         counts = rng.integers(0, max_tokens + 1, num_ranks)
         counts[rng.integers(num_ranks)] *= rng.integers(2)  # now and then a rank without any
@@ -234,7 +235,7 @@ def draw_expert_major(
 ) -> None:
     """A dispatch with layout "expert", the same again along its handle, and the combine."""
     local = ExpertMajor(ranks)
-    routing = Routing.draw(rng, ranks.num_ranks, max_tokens=max_tokens)
+    routing = Routing.draw(rng, ranks.num_ranks, max_tokens=max_tokens, max_topk=40)
     num_local_experts = routing.num_experts // ranks.num_ranks
     alignment, zero_padding = int(rng.choice([1, 3, 8])), bool(rng.integers(2))
     width, sf_width = int(rng.integers(1, 10)), (0, 1, 4)[rng.integers(3)]

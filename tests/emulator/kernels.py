@@ -62,10 +62,12 @@ class Kernels:
     Args:
         architecture: 900 for bulk copies, 800 for loads and stores.
         num_data_warps: of the small kernels.
+        is_small: else all have the product's shapes.
     """
 
     architecture: int = 900
     num_data_warps: int = 1
+    is_small: bool = True
     sources: Path = build.KERNELS_CU
     loaded: dict[str, EmulatedKernel] = field(default_factory=dict)
 
@@ -75,7 +77,7 @@ class Kernels:
         return self.loaded[spec.name]
 
     def small(self, spec: KernelSpec) -> EmulatedKernel:
-        return self(small(spec, num_data_warps=self.num_data_warps))
+        return self(small(spec, num_data_warps=self.num_data_warps) if self.is_small else spec)
 
     def barrier(self, num_ranks: int) -> EmulatedKernel:
         return self(kernels.barrier(num_ranks))

@@ -232,6 +232,9 @@ def _options(seed: int, conditions: Conditions) -> runtime.Options:
 
 
 def _described(access: runtime.Access) -> str:
-    where = " < ".join(build.decode(_LOADED[access.library], access.pc)[:4]) if access.pc else "the stream"
+    if access.pc:
+        where = " < ".join(build.decode(_LOADED[access.library], access.pc)[:4])
+    else:
+        where = "its stream"
     thread = f"thread {access.thread}" if access.thread >= 0 else "asynchronously"
     return f"{access.what.decode()} by rank {access.rank} block {access.block} {thread} at {where}"

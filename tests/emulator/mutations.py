@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final
+from typing import Any, Final
 
 from .build import KERNELS_CU
 from .machine import FoundError
@@ -35,17 +35,36 @@ class Mutation:
     uncaught: str = ""
 
 
-def seeds_until_found(mutation: Mutation, *, first: int = 0, max_seeds: int | None = None) -> int | None:
-    """How many seeds it takes; None for more than `max_seeds`."""
-    with sources_with(mutation) as sources:
-        runner = Runner.of(mutation.scenario, sources=sources)
-        for number in range(max_seeds or mutation.max_seeds):
-            try:
-                # Another program each time, and another of its schedules.
-                runner.run(first + number * (SCHEDULES + 1))
-            except FoundError:
-                return number + 1
+@dataclass(frozen=True, slots=True)
+class Catch:
+    """After how many seeds a mutation was found, by which, and what it said."""
+
+    num_seeds: int
+    seed: int
+    found: FoundError
+
+
+def catch(runner: Runner, max_seeds: int, *, first: int = 0, **changes: Any) -> Catch | None:
+    """The first seed that finds something; None if none does.
+
+    Args:
+        runner: of the scenario with mutated sources.
+        changes: to the scenario's conditions.
+    """
+    for number in range(max_seeds):
+        # Another program each time, and another of its schedules.
+        seed = first + number * (SCHEDULES + 1)
+        try:
+            runner.run(seed, **changes)
+        except FoundError as found:
+            return Catch(number + 1, seed, found)
     return None
+
+
+def caught(mutation: Mutation) -> Catch | None:
+    """Whether a mutation is found within its seeds."""
+    with sources_with(mutation) as sources:
+        return catch(Runner.of(mutation.scenario, sources=sources), mutation.max_seeds)
 
 
 @contextmanager
@@ -202,6 +221,14 @@ _DISPATCH: Final = (
         "",
         "dead-r4-sm90",
         uncaught="its memory serves another purpose only after a reset by the host, which is not emulated",
+    ),
+    Mutation(
+        "the digest of an offer is read by an ordinary load",
+        "intranode_dispatch.cu",
+        "static_cast<uint32_t>(ptx::ld_relaxed_sys(&from.digest)) == args.digest;",
+        "static_cast<uint32_t>(from.digest) == args.digest;",
+        "expiring-r2-sm90",
+        200,
     ),
     Mutation(
         "no proxy fence between the peers' reads and our bulk stores",

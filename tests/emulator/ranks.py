@@ -248,6 +248,7 @@ class Ranks:
         self.num_calls += 1
         self.epoch += 1
         rows, landed = [], []
+        results: list[tuple[Memory, int]] = []  # what the host is told, or the handle keeps
         routing = handle.routing if handle is not None else []
         for rank in range(self.num_ranks):
             wanted = expected[rank]
@@ -311,9 +312,11 @@ class Ranks:
             landed.append(Landed(base, room, row))
             self._compare_received(rank, landed[-1], wanted, ids=ids, weights=weights)
             if told is not None:
-                self._compare_told(rank, self._read_by_host(rank, told), 0, expected, ids)
+                results.append((self._read_by_host(rank, told), 0))
             elif handle is None:
-                self._compare_told(rank, routing[rank], RESULT_OFFSET, expected, ids)
+                results.append((routing[rank], RESULT_OFFSET))
+        for rank, (memory, at) in enumerate(results):
+            self._compare_told(rank, memory, at, expected, ids, [each.capacity for each in landed])
         if handle is not None:
             return handle, landed
         made = Handle(
@@ -374,6 +377,7 @@ class Ranks:
         offset: int,
         expected: list[reference.Dispatched],
         ids: Sequence[Array] | None,
+        capacities: Sequence[int],
     ) -> None:
         """What the host, or the handle, is told."""
         told = memory.array(DISPATCH_RESULT, (1,), offset=offset)
@@ -381,12 +385,16 @@ class Ranks:
         kept = wanted.src_rank[wanted.src_rank >= 0]
         counts = [int((kept == src).sum()) for src in range(self.num_ranks)]
         number = self.num_calls
+        overfull = sum(
+            1 << each for each, capacity in enumerate(capacities) if expected[each].num_recv_tokens > capacity
+        )
 
         def check() -> str | None:
             seen = told[0]
             experts = wanted.num_recv_tokens_per_expert
             facts: dict[str, tuple[object, object]] = {
                 "num_recv_tokens": (int(seen["num_recv_tokens"]), wanted.num_recv_tokens),
+                "overfull_ranks": (int(seen["overfull_ranks"]), overfull),
             }
             if offset == 0:  # a repeated dispatch stores its own number with the handle's result
                 facts["call"] = int(seen["call"]), number

@@ -65,6 +65,7 @@ class Scenario:
         draw: enqueues a program.
         kernels: that it may launch.
         max_blocks: programs have between one and so many blocks.
+        is_small: kernels of few threads; else those of the product.
         epochs: where the slabs' counters start.
         dies: a rank stops, at the start or at a random step; the others must say so.
         mistake: what every rank must say, of programs that are wrong.
@@ -78,6 +79,7 @@ class Scenario:
     kernels: Callable[[Kernels, int], list[EmulatedKernel]] = _normal_kernels
     max_blocks: int = 2
     num_data_warps: int = 1
+    is_small: bool = True
     epochs: tuple[int, ...] = (0,)
     place_bytes: int = PLACE_BYTES
     checks_uninitialised: bool = False
@@ -122,11 +124,14 @@ _BARRIERS: Final[dict[str, Any]] = {
 SCENARIOS: Final[dict[str, Scenario]] = {
     "barrier-r2": Scenario(num_ranks=2, **_BARRIERS),
     "barrier-r8": Scenario(num_ranks=8, **_BARRIERS),
+    "barrier-r12": Scenario(num_ranks=12, **_BARRIERS),  # the instance for many ranks
     **_each_path("dispatch-r2", num_ranks=2, draw=_normal(1, 4), max_blocks=1),
+    **_each_path("normal-r1", num_ranks=1, draw=_normal(4, 6)),
     **_each_path("normal-r2", num_ranks=2, draw=_normal(4, 6, kernels.ELEMENTS), kernels=_all_elements),
     **_each_path("normal-r3", num_ranks=3, draw=_normal(4, 6)),
     **_each_path("normal-r3-wide", num_ranks=3, draw=_normal(3, 8), num_data_warps=2),
     **_each_path("normal-r8", num_ranks=8, draw=_normal(2, 3), max_blocks=1),
+    **_each_path("product-r2", num_ranks=2, draw=_normal(2, 20), max_blocks=1, is_small=False),
     **_each_path("normal-r3-wrap", num_ranks=3, draw=_normal(4, 4), epochs=_NEAR_WRAP),
     **_each_path("long-r2", num_ranks=2, draw=_normal(14, 3), max_blocks=1),
     **_each_path("staged-r2", num_ranks=2, draw=cases.draw_staged),
@@ -177,7 +182,12 @@ class Runner:
     @classmethod
     def of(cls, name: str, **kernels: Any) -> Runner:
         scenario = SCENARIOS[name]
-        load = Kernels(scenario.architecture, num_data_warps=scenario.num_data_warps, **kernels)
+        load = Kernels(
+            scenario.architecture,
+            num_data_warps=scenario.num_data_warps,
+            is_small=scenario.is_small,
+            **kernels,
+        )
         return cls(name, load)
 
     def run(self, seed: int, **changes: Any) -> None:

@@ -128,6 +128,27 @@ def test_ordinary_stores_are_delayed_and_none_is_lost() -> None:
         assert result.delayed_stores > 0.9 * 2 * 2 * 7 * num_threads
 
 
+def test_streams_are_ordered_by_events_alone() -> None:
+    kernel = EmulatedKernel.load(LITMUS_SPEC, 900)
+
+    def copies(*, with_event: bool) -> tuple[Machine, int]:
+        machine = Machine(1, [kernel], [(0, 1), (0, 1)])
+        first, second, third = (machine.allocate(0, 64, name) for name in ("first", "second", "third"))
+        first.array(np.uint8)[:] = 7
+        if with_event:
+            machine.wait(0, 0)
+        machine.copy(0, third.address, second.address, 64)
+        machine.copy(1, second.address, first.address, 64)
+        if with_event:
+            machine.record(1, 0)
+        machine.run(0)
+        return machine, int(third.array(np.uint8).sum())
+
+    assert copies(with_event=True)[1] == 7 * 64
+    with pytest.raises(FoundError, match="race: race at second of rank 0"):
+        copies(with_event=False)
+
+
 def test_a_seed_gives_the_same_run() -> None:
     runner = Runner.of("normal-r2-sm90")
     seen = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .mutations import MUTATIONS, Mutation, seeds_until_found, sources_with
+from .mutations import MUTATIONS, Mutation, caught, sources_with
 from .support import needs_emulator
 
 CAUGHT = [mutation for mutation in MUTATIONS if not mutation.uncaught]
@@ -24,4 +24,4 @@ def test_there_are_many() -> None:
 @needs_emulator
 @pytest.mark.parametrize("mutation", CAUGHT, ids=lambda mutation: mutation.name)
 def test_mutation_is_caught(mutation: Mutation) -> None:
-    assert seeds_until_found(mutation) is not None
+    assert caught(mutation) is not None

@@ -82,7 +82,7 @@ void fail(const char* kind, const std::string& text, const EmuAccess& first, con
     result.address = reinterpret_cast<uint64_t>(address);
     result.first = first;
     result.second = second;
-    if (current == nullptr) {
+    if (!is_running) {
         fprintf(stderr, "emulator: %s\n", text.c_str());
         abort();
     }
@@ -188,8 +188,7 @@ void emu_run(const EmuOptions* wanted, EmuResult* found) {
     reset_network();
     reset_streams();
     reset_schedule();
-    start_streams();
-    if (num_live > 0) start_run();
+    start_run();
     result.virtual_ns = now_ns;
     *found = result;
 }

@@ -38,7 +38,7 @@ constexpr size_t kStackBytes = 128 << 10, kGuardBytes = 4 << 10;
 constexpr int kMaxFibers = 16384;
 constexpr int kSavedRegisters = 6;
 
-uint8_t* stacks;
+uint8_t *stacks, *spare_stack;
 int num_stacks;
 void* main_stack_pointer;
 
@@ -55,12 +55,14 @@ void* prepared(uint8_t* stack, void (*function)()) {
 
 std::vector<Fiber> fibers;
 Fiber* current;
+bool is_running;
 
 void open_fibers(int num_fibers) {
     constexpr size_t kStride = kStackBytes + kGuardBytes;
     if (num_fibers > kMaxFibers) fail("limit", "more threads than there are stacks");
     if (stacks == nullptr) {
         stacks = reserve(kMaxFibers * kStride);
+        spare_stack = reserve(kStackBytes);
         allow_reads(&threadIdx, sizeof(threadIdx));
         allow_reads(&blockIdx, sizeof(blockIdx));
         allow_reads(&blockDim, sizeof(blockDim));
@@ -94,10 +96,7 @@ void leave_for(void* stack_pointer) {
     abort();
 }
 
-void continue_beside(void (*function)()) {
-    static uint8_t* const spare = reserve(kStackBytes);
-    leave_for(prepared(spare, function));
-}
+void continue_beside(void (*function)()) { leave_for(prepared(spare_stack, function)); }
 
 void switch_from(void** save, void* to) { emu_switch(save, to); }
 
@@ -112,9 +111,9 @@ void enter(Fiber* fiber) {
 }
 
 void start_run() {
-    Fiber* first = pick();
-    enter(first);
-    emu_switch(&main_stack_pointer, first->stack_pointer);
+    is_running = true;
+    emu_switch(&main_stack_pointer, prepared(spare_stack, start_threads));
+    is_running = false;
     current = nullptr;
 }
 

@@ -94,7 +94,8 @@ struct Fiber {
     uint32_t pc;
 };
 extern std::vector<Fiber> fibers;
-extern Fiber* current;
+extern Fiber* current;   // nullptr: the hosts are still enqueuing
+extern bool is_running;  // what fails ends the run, and not the process
 
 struct Meeting {
     uint32_t mask = 0, arrived = 0, left = 0, pc = 0;
@@ -162,6 +163,7 @@ void open_fibers(int num_fibers);
 void prepare(Fiber& fiber);  // to begin at `run_thread`
 [[noreturn]] void run_thread();
 void end_thread();
+void start_threads();
 void switch_from(void** save, void* to);
 [[noreturn]] void leave_for(void* stack_pointer);
 [[noreturn]] void continue_beside(void (*function)());  // on a stack that is nobody's
@@ -188,7 +190,6 @@ inline void acts() { current->num_polled = 0; }
 
 // Streams.
 void advance(int stream);
-void start_streams();
 void reset_streams();
 
 }  // namespace emu

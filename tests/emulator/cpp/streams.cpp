@@ -122,8 +122,12 @@ void reset_streams() {
     }
 }
 
-void start_streams() {
+void start_threads() {
     for (size_t s = 0; s < streams.size(); ++s) advance(static_cast<int>(s));
+    if (num_live == 0) leave_run();
+    Fiber* first = pick();
+    enter(first);
+    leave_for(first->stack_pointer);
 }
 
 void advance(int number) {
