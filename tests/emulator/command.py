@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .build import KERNELS_CU
-from .machine import Failure
+from .machine import FoundError
+from .mutations import MUTATIONS, catch, sources_with
 from .scenarios import SCENARIOS, Runner, replay
 
 
@@ -32,18 +33,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figures = commands.add_parser("figures", help="schedules a minute of every scenario")
     figures.add_argument("--seconds", type=float, default=5, help="for each")
     figures.add_argument("names", nargs="*")
+    mutations = commands.add_parser("mutations", help="how soon planted bugs are found")
+    mutations.add_argument("name", nargs="?", default="", help="a part of the names")
+    mutations.add_argument("--tries", type=int, default=5, help="from different seeds")
     chosen = parser.parse_args(arguments)
     if chosen.command == "list":
         print("\n".join(SCENARIOS))
         return 0
     if chosen.command == "run":
         return _run(chosen.name, chosen.first, chosen.seeds, chosen.sources, chosen.keep_going)
+    if chosen.command == "mutations":
+        return _mutations(chosen.name, chosen.tries)
     if chosen.command == "figures":
         return _figures(chosen.names or list(SCENARIOS), chosen.seconds)
     return _night(chosen.minutes, chosen.jobs, chosen.first)
 
 
-def report(name: str, seed: int, failure: Failure) -> str:
+def report(name: str, seed: int, failure: FoundError) -> str:
     """What is printed of a seed that found something."""
     return f"{name}, seed {seed}: {failure}\n    replay: {replay(name, seed)}"
 
@@ -54,7 +60,7 @@ def _run(name: str, first: int, num_seeds: int, sources: Path, keeps_going: bool
     for seed in range(first, first + num_seeds):
         try:
             runner.run(seed)
-        except Failure as failure:
+        except FoundError as failure:
             num_found += 1
             print(report(name, seed, failure), flush=True)
             if not keeps_going:
@@ -79,6 +85,32 @@ def _figures(names: Sequence[str], seconds: float) -> int:
             seed += 1
         rate = 60 * (seed - 1) / (time.monotonic() - began)
         print(f"| {name} | {rate:,.0f} | {runner.steps / (seed - 1):,.0f} |", flush=True)
+    return 0
+
+
+def _mutations(name: str, num_tries: int) -> int:
+    """With the checks of order, and by wrong values, hangs and what else a schedule alone shows."""
+    print("| bug | file | scenario | seeds: median, worst | by value alone: median | reported first |")
+    print("|---|---|---|---|---|---|")
+    for mutation in MUTATIONS:
+        if name not in mutation.name:
+            continue
+        with sources_with(mutation) as sources:
+            runner = Runner.of(mutation.scenario, sources=sources)
+            firsts = [1_000 * number for number in range(num_tries)]
+            limit = 2 * mutation.max_seeds
+            found = [catch(runner, limit, first=first) for first in firsts]
+            by_value = [catch(runner, 40, first=first, finds_races=False) for first in firsts]
+        counts = sorted(each.num_seeds if each else limit + 1 for each in found)
+        values = sorted(each.num_seeds if each else 41 for each in by_value)
+        median, worst, value = counts[num_tries // 2], counts[-1], values[num_tries // 2]
+        seeds = f"> {limit}" if median > limit else f"{median}, {worst}"
+        text = f"seed {found[0].seed}: {found[0].found.kind}" if found[0] else mutation.uncaught
+        at_value = value if value <= 40 else "> 40"
+        print(
+            f"| {mutation.name} | {mutation.file} | {mutation.scenario} | {seeds} | {at_value} | {text} |",
+            flush=True,
+        )
     return 0
 
 
@@ -107,7 +139,7 @@ def _night_job(job: int, num_jobs: int, first: int, until: float) -> None:
             while time.time() < end:
                 try:
                     runner.run(seed)
-                except Failure as failure:
+                except FoundError as failure:
                     num_found += 1
                     print(report(name, seed, failure), flush=True)
                 num_run += 1

@@ -208,4 +208,3 @@ def wire_limit(ranks: Ranks, sources: Sequence[Array]) -> None:
             if peer != rank:
                 wanted = sources[peer][rank]
                 ranks.compare("what came", rank, base + peer * wanted.nbytes, wanted)
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -63,10 +64,12 @@ class Kernels:
     Args:
         architecture: 900 for bulk copies, 800 for loads and stores.
         num_data_warps: of the small kernels.
+        is_small: else all have the product's shapes.
     """
 
     architecture: int = 900
     num_data_warps: int = 1
+    is_small: bool = True
     sources: Path = build.KERNELS_CU
     loaded: dict[str, EmulatedKernel] = field(default_factory=dict)
 
@@ -76,7 +79,7 @@ class Kernels:
         return self.loaded[spec.name]
 
     def small(self, spec: KernelSpec) -> EmulatedKernel:
-        return self(small(spec, num_data_warps=self.num_data_warps))
+        return self(small(spec, num_data_warps=self.num_data_warps) if self.is_small else spec)
 
     def barrier(self, num_ranks: int) -> EmulatedKernel:
         return self(kernels.barrier(num_ranks))
@@ -93,23 +96,14 @@ class Kernels:
     def collapse(self, element: str) -> EmulatedKernel:
         return self.small(kernels.collapse(element))
 
-    def low_latency(self, num_ranks: int) -> list[EmulatedKernel]:
-        """All that programs of the low-latency mode launch."""
-        return [*self.normal(num_ranks), *map(self.small, kernels.low_latency_specs())]
-
-    def normal(self, num_ranks: int) -> list[EmulatedKernel]:
-        """All that programs of the normal mode launch."""
-        dispatches = [self.dispatch(), self.dispatch(quantizes=True)]
-        combines = map(self.combine, kernels.ELEMENTS)
-        return [self.barrier(num_ranks), self(host_reads()), *dispatches, *combines]
-
-    def expert_major(self, num_ranks: int) -> list[EmulatedKernel]:
-        """The same with the expert-major layout."""
-        return [*self.normal(num_ranks), self.expand(), *map(self.collapse, kernels.ELEMENTS)]
+    def normal(self, num_ranks: int, elements: Sequence[str]) -> list[EmulatedKernel]:
+        """Dispatch, combine for rows of `elements`, and what stands beside them."""
+        beside = [self.barrier(num_ranks), self(host_reads())]
+        return [*beside, self.dispatch(), *map(self.combine, elements)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TestCfg:
+class ThreadsCfg:
     """Of the kernels that the tests bring."""
 
     num_threads: int
@@ -120,7 +114,7 @@ def host_reads() -> KernelSpec:
     return KernelSpec(
         source="host_reads.cu",
         function="host_reads",
-        cfg=TestCfg(num_threads=32),
+        cfg=ThreadsCfg(num_threads=32),
         args=np.dtype(
             [("result", "<u8"), ("copy", "<u8"), ("call", "<u8"), ("timeout_ns", "<u8")], align=True
         ),

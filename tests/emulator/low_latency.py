@@ -578,11 +578,22 @@ def draw_low_latency(
                 receives[number](rank)
         if not rng.integers(4) and dead is None:
             ranks.barrier()
+        if not rng.integers(4) and dead is None:
+            draw_dispatch(rng, ranks)
     if dead is None:
         ranks.check_epoch()
     else:
         ranks.dead = dead
         check_survivors(mode, dead)
+
+
+def draw_dispatch(rng: np.random.Generator, ranks: Ranks) -> None:
+    """A dispatch of the normal mode, in between."""
+    counts = rng.integers(0, 4, ranks.num_ranks)
+    ids = [rng.integers(-1, ranks.num_ranks, (int(n), 1)) for n in counts]
+    x = [rng.integers(0, 256, (len(each), 16), np.uint8) for each in ids]
+    expected = reference.dispatch(x, ids, num_experts=ranks.num_ranks)
+    ranks.dispatch(x, expected, ids=ids, num_experts=ranks.num_ranks, places=[0] * ranks.num_ranks)
 
 
 def check_survivors(mode: LowLatency, dead: int) -> None:

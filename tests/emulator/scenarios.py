@@ -1,12 +1,12 @@
 """What is run from seeds: named scenarios, each a way to draw programs and the conditions they run under.
 
-A seed stands for a program (seed // SCHEDULES) and a schedule of it, so that programs are built once for several
-schedules.
+A seed stands for a program (seed // SCHEDULES) and a schedule of it, so that programs are built once for
+several schedules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -16,11 +16,11 @@ import numpy as np
 from ep_rt.cuda import kernels
 from ep_rt.cuda.hang import Report, verdict
 from ep_rt.cuda.layout import HANG_RECORD
-from ep_rt.errors import PeerTimeoutError
+from ep_rt.errors import CollectiveMismatchError, ConfigError, EpError, PeerTimeoutError
 
 from . import cases, low_latency
-from .kernels import Kernels
-from .machine import TIMEOUT_NS, Conditions, Failure
+from .kernels import Kernels, host_reads
+from .machine import TIMEOUT_NS, Conditions, EmulatedKernel, FoundError
 from .ranks import Ranks
 
 SCHEDULES: Final = 8
@@ -29,16 +29,51 @@ PLACE_BYTES: Final = 32 << 10
 Draw = Callable[[np.random.Generator, Ranks], None]
 
 
+BF16: Final = ("bfloat16",)
+
+
+def _normal_kernels(load: Kernels, num_ranks: int) -> list[EmulatedKernel]:
+    return load.normal(num_ranks, BF16)
+
+
+def _all_elements(load: Kernels, num_ranks: int) -> list[EmulatedKernel]:
+    return load.normal(num_ranks, kernels.ELEMENTS)
+
+
+def _quantizing(load: Kernels, num_ranks: int) -> list[EmulatedKernel]:
+    return [load(host_reads()), load.dispatch(quantizes=True)]
+
+
+def _expert_major(load: Kernels, num_ranks: int) -> list[EmulatedKernel]:
+    return [*load.normal(num_ranks, BF16), load.expand(), load.collapse(*BF16)]
+
+
+def _local(load: Kernels, num_ranks: int) -> list[EmulatedKernel]:
+    specs = kernels.dispatch_layout(), kernels.contiguous(), kernels.wire_limit()
+    return [load.barrier(num_ranks), *map(load.small, specs)]
+
+
+def _low_latency_kernels(load: Kernels, num_ranks: int) -> list[EmulatedKernel]:
+    beside = [load.barrier(num_ranks), load(host_reads()), load.dispatch()]
+    return [*beside, *map(load.small, kernels.low_latency_specs())]
+
+
+def _barrier(load: Kernels, num_ranks: int) -> list[EmulatedKernel]:
+    return [load.barrier(num_ranks)]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
     """Programs of one kind.
 
     Attributes:
         draw: enqueues a program.
-        needs: the kernels that it may launch.
+        kernels: that it may launch.
         max_blocks: programs have between one and so many blocks.
+        is_small: kernels of few threads; else those of the product.
         epochs: where the slabs' counters start.
         dies: a rank stops, at the start or at a random step; the others must say so.
+        mistake: what every rank must say, of programs that are wrong.
         expires: deadlines are so short that they pass here and there.
         max_dead_step: the latest step at which a rank dies.
         max_grid: blocks of the largest kernel, beside those of the normal mode.
@@ -47,24 +82,26 @@ class Scenario:
     num_ranks: int
     architecture: int = 900
     draw: Draw
-    needs: str = "normal"
+    kernels: Callable[[Kernels, int], list[EmulatedKernel]] = _normal_kernels
     max_blocks: int = 2
     num_data_warps: int = 1
+    is_small: bool = True
     epochs: tuple[int, ...] = (0,)
     place_bytes: int = PLACE_BYTES
     checks_uninitialised: bool = False
     dies: bool = False
+    mistake: type[EpError] | None = None
     expires: bool = False
     max_dead_step: int = 60_000
     max_grid: int = 0
 
     @property
     def is_failing(self) -> bool:
-        return self.dies or self.expires
+        return self.dies or self.expires or self.mistake is not None
 
 
-def _normal(num_calls: int, max_tokens: int) -> Draw:
-    return partial(cases.draw_normal, num_calls=num_calls, max_tokens=max_tokens)
+def _normal(num_calls: int, max_tokens: int, elements: Sequence[str] = BF16) -> Draw:
+    return partial(cases.draw_normal, num_calls=num_calls, max_tokens=max_tokens, elements=elements)
 
 
 def _barriers(rng: np.random.Generator, ranks: Ranks) -> None:
@@ -98,38 +135,54 @@ def _low_latency(
         has_dead=has_dead,
     )
     return Scenario(
-        num_ranks=num_ranks, draw=draw, needs="low_latency", max_grid=2 * num_ranks + 4, **fields
+        num_ranks=num_ranks, draw=draw, kernels=_low_latency_kernels, max_grid=2 * num_ranks + 4, **fields
     )
 
 
 # Beyond 2^32 the epochs that words carry begin again.
 _NEAR_WRAP: Final = ((1 << 32) - 3, (1 << 32) - 2, (1 << 32) - 1)
 
+_BARRIERS: Final[dict[str, Any]] = {
+    "draw": _barriers,
+    "kernels": _barrier,
+    "max_blocks": 1,
+    "checks_uninitialised": True,
+}
+
 SCENARIOS: Final[dict[str, Scenario]] = {
-    "barrier-r2": Scenario(num_ranks=2, draw=_barriers, max_blocks=1, checks_uninitialised=True),
-    "barrier-r8": Scenario(num_ranks=8, draw=_barriers, max_blocks=1),
+    "barrier-r2": Scenario(num_ranks=2, **_BARRIERS),
+    "barrier-r8": Scenario(num_ranks=8, **_BARRIERS),
+    "barrier-r12": Scenario(num_ranks=12, **_BARRIERS),  # the instance for many ranks
     **_each_path("dispatch-r2", num_ranks=2, draw=_normal(1, 4), max_blocks=1),
-    **_each_path("normal-r2", num_ranks=2, draw=_normal(4, 6)),
+    **_each_path("normal-r1", num_ranks=1, draw=_normal(4, 6)),
+    **_each_path("normal-r2", num_ranks=2, draw=_normal(4, 6, kernels.ELEMENTS), kernels=_all_elements),
     **_each_path("normal-r3", num_ranks=3, draw=_normal(4, 6)),
     **_each_path("normal-r3-wide", num_ranks=3, draw=_normal(3, 8), num_data_warps=2),
     **_each_path("normal-r8", num_ranks=8, draw=_normal(2, 3), max_blocks=1),
+    **_each_path("product-r2", num_ranks=2, draw=_normal(2, 20), max_blocks=1, is_small=False),
     **_each_path("normal-r3-wrap", num_ranks=3, draw=_normal(4, 4), epochs=_NEAR_WRAP),
     **_each_path("long-r2", num_ranks=2, draw=_normal(14, 3), max_blocks=1),
     **_each_path("staged-r2", num_ranks=2, draw=cases.draw_staged),
-    **_each_path("quantized-r2", num_ranks=2, draw=partial(cases.draw_quantized, max_tokens=4)),
+    **_each_path(
+        "quantized-r2",
+        num_ranks=2,
+        draw=partial(cases.draw_quantized, max_tokens=4),
+        kernels=_quantizing,
+    ),
     **_each_path("without-ids-r3", num_ranks=3, draw=partial(cases.draw_without_ids, max_tokens=6)),
     **_each_path(
         "expert-major-r2",
         num_ranks=2,
-        draw=partial(cases.draw_expert_major, max_tokens=5),
-        needs="expert_major",
+        draw=partial(cases.draw_expert_major, max_tokens=5, elements=BF16),
+        kernels=_expert_major,
         epochs=(0, *_NEAR_WRAP),
     ),
-    **_each_path("local-r2", num_ranks=2, draw=partial(cases.draw_local, max_tokens=40), needs="local"),
+    **_each_path("local-r2", num_ranks=2, draw=partial(cases.draw_local, max_tokens=40), kernels=_local),
     "low-latency-r1": _low_latency(1, 2, 3),
     "low-latency-r2": _low_latency(2, 3, 3),
     "low-latency-r2-sm80": _low_latency(2, 2, 3, architecture=800),
     "low-latency-r3": _low_latency(3, 2, 3, epochs=(0, *_NEAR_WRAP)),
+    "low-latency-r8": _low_latency(8, 1, 2),
     "low-latency-masks-r3": _low_latency(3, 2, 3, with_masks=True),
     "low-latency-masked-r3": _low_latency(3, 2, 2, with_masks=True, has_dead=True),
     "low-latency-dead-r3": _low_latency(3, 2, 3, dies=True),
@@ -137,12 +190,19 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "low-latency-engine-r2": Scenario(
         num_ranks=2,
         draw=partial(low_latency.draw_engine, num_rounds=3, max_tokens=3),
-        needs="low_latency",
+        kernels=_low_latency_kernels,
         max_grid=16,
     ),
-    "low-latency-r8": _low_latency(8, 1, 2),
     **_each_path("dead-r2", num_ranks=2, draw=_normal(3, 4), dies=True),
     **_each_path("dead-r4", num_ranks=4, draw=_normal(2, 4), dies=True, max_dead_step=150_000),
+    "other-call-r3": Scenario(
+        num_ranks=3,
+        draw=partial(cases.draw_mistaken, is_other_call=True),
+        mistake=CollectiveMismatchError,
+    ),
+    "other-arguments-r3": Scenario(
+        num_ranks=3, draw=partial(cases.draw_mistaken, is_other_call=False), mistake=ConfigError
+    ),
     **_each_path("expiring-r2", num_ranks=2, draw=_normal(3, 4), expires=True),
     **_each_path("expiring-r3", num_ranks=3, draw=_normal(3, 4), expires=True),
 }
@@ -165,14 +225,19 @@ class Runner:
     @classmethod
     def of(cls, name: str, **kernels: Any) -> Runner:
         scenario = SCENARIOS[name]
-        load = Kernels(scenario.architecture, num_data_warps=scenario.num_data_warps, **kernels)
+        load = Kernels(
+            scenario.architecture,
+            num_data_warps=scenario.num_data_warps,
+            is_small=scenario.is_small,
+            **kernels,
+        )
         return cls(name, load)
 
     def run(self, seed: int, **changes: Any) -> None:
         """One seed.
 
         Raises:
-            Failure: it found something.
+            FoundError: it found something.
         """
         ranks = self._program(seed // SCHEDULES)
         scenario = self.scenario
@@ -186,6 +251,8 @@ class Runner:
             result = ranks.machine.run(seed, dead_rank=ranks.dead, **changes)
         else:
             result = ranks.machine.run(seed, **changes)
+            if scenario.mistake is not None:
+                _check_mistake(ranks, scenario.mistake, result.steps)
         self.steps += result.steps
 
     def _program(self, number: int) -> Ranks:
@@ -197,7 +264,7 @@ class Runner:
         self.ranks = Ranks(
             scenario.num_ranks,
             self.load,
-            self._kernels(),
+            scenario.kernels(self.load, scenario.num_ranks),
             num_blocks=int(rng.integers(1, scenario.max_blocks + 1)),
             epoch=int(rng.choice(scenario.epochs)),
             place_bytes=scenario.place_bytes,
@@ -209,17 +276,6 @@ class Runner:
         scenario.draw(rng, self.ranks)
         return self.ranks
 
-    def _kernels(self) -> list[Any]:
-        num_ranks = self.scenario.num_ranks
-        if self.scenario.needs == "expert_major":
-            return self.load.expert_major(num_ranks)
-        if self.scenario.needs == "low_latency":
-            return self.load.low_latency(num_ranks)
-        if self.scenario.needs == "local":
-            specs = kernels.dispatch_layout(), kernels.contiguous(), kernels.wire_limit()
-            return [self.load.barrier(num_ranks), *map(self.load.small, specs)]
-        return self.load.normal(num_ranks)
-
 
 def _check_blame(ranks: Ranks, dead: int, steps: int) -> None:
     """Whoever gave up names the rank that died, and nobody else."""
@@ -228,24 +284,24 @@ def _check_blame(ranks: Ranks, dead: int, steps: int) -> None:
         record = ranks.header(rank)["hang"]
         reports.append(None if rank == dead else Report.of(rank, record))
     for rank, report in enumerate(reports):
+        mine = Report.of(rank, ranks.hangs[rank].array(HANG_RECORD, (1,)))
+        if rank != dead and mine != report:
+            text = f"rank {rank} tells its host and its peers different things"
+            raise FoundError("record", text, steps=steps)
         if report is None:
             continue
-        mine = Report.of(rank, ranks.hangs[rank].array(HANG_RECORD, (1,)))
-        if mine != report:
-            raise Failure("record", f"rank {rank} tells its host and its peers different things", steps=steps)
         error = verdict(reports, rank=rank, timeout_s=1.0)
         if not isinstance(error, PeerTimeoutError) or list(error.peers) != [dead]:
-            raise Failure("record", f"rank {rank} says, with rank {dead} dead: {error}", steps=steps)
+            raise FoundError("record", f"rank {rank} says, with rank {dead} dead: {error}", steps=steps)
 
 
-def found(name: str, seeds: range, **kernels: Any) -> Iterator[tuple[int, Failure]]:
-    """The seeds of a scenario that find something."""
-    runner = Runner.of(name, **kernels)
-    for seed in seeds:
-        try:
-            runner.run(seed)
-        except Failure as failure:
-            yield seed, failure
+def _check_mistake(ranks: Ranks, mistake: type[EpError], steps: int) -> None:
+    """Every rank has given up, and all say the same."""
+    reports = [Report.of(rank, ranks.header(rank)["hang"]) for rank in range(ranks.num_ranks)]
+    for rank, report in enumerate(reports):
+        error = None if report is None else verdict(reports, rank=rank, timeout_s=1.0)
+        if not isinstance(error, mistake):
+            raise FoundError("record", f"rank {rank} says {error}, not {mistake.__name__}", steps=steps)
 
 
 def replay(name: str, seed: int) -> str:

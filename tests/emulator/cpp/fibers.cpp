@@ -38,7 +38,7 @@ constexpr size_t kStackBytes = 128 << 10, kGuardBytes = 4 << 10;
 constexpr int kMaxFibers = 16384;
 constexpr int kSavedRegisters = 6;
 
-uint8_t* stacks;
+uint8_t *stacks, *spare_stack;
 int num_stacks;
 void* main_stack_pointer;
 
@@ -55,18 +55,21 @@ void* prepared(uint8_t* stack, void (*function)()) {
 
 std::vector<Fiber> fibers;
 Fiber* current;
+bool is_running;
 
 void open_fibers(int num_fibers) {
     constexpr size_t kStride = kStackBytes + kGuardBytes;
     if (num_fibers > kMaxFibers) fail("limit", "more threads than there are stacks");
     if (stacks == nullptr) {
         stacks = reserve(kMaxFibers * kStride);
+        spare_stack = reserve(kStackBytes);
         allow_reads(&threadIdx, sizeof(threadIdx));
         allow_reads(&blockIdx, sizeof(blockIdx));
         allow_reads(&blockDim, sizeof(blockDim));
         allow_reads(&gridDim, sizeof(gridDim));
     }
-    for (; num_stacks < num_fibers; ++num_stacks) mprotect(stacks + num_stacks * kStride, kGuardBytes, PROT_NONE);
+    for (; num_stacks < num_fibers; ++num_stacks)
+        mprotect(stacks + num_stacks * kStride, kGuardBytes, PROT_NONE);
     fibers.clear();
     fibers.resize(num_fibers);
     for (int i = 0; i < num_fibers; ++i) {
@@ -93,10 +96,7 @@ void leave_for(void* stack_pointer) {
     abort();
 }
 
-void continue_beside(void (*function)()) {
-    static uint8_t* const spare = reserve(kStackBytes);
-    leave_for(prepared(spare, function));
-}
+void continue_beside(void (*function)()) { leave_for(prepared(spare_stack, function)); }
 
 void switch_from(void** save, void* to) { emu_switch(save, to); }
 
@@ -111,9 +111,9 @@ void enter(Fiber* fiber) {
 }
 
 void start_run() {
-    Fiber* first = pick();
-    enter(first);
-    emu_switch(&main_stack_pointer, first->stack_pointer);
+    is_running = true;
+    emu_switch(&main_stack_pointer, prepared(spare_stack, start_threads));
+    is_running = false;
     current = nullptr;
 }
 

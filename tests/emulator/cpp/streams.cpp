@@ -1,5 +1,5 @@
-// What the hosts enqueue: kernels, copies and events, each stream in order. The end of a kernel is seen by what
-// follows it on its stream as if everybody had fenced, proxies included.
+// What the hosts enqueue: kernels, copies and events, each stream in order. The end of a kernel is seen by
+// what follows it on its stream as if everybody had fenced, proxies included.
 #include <algorithm>
 
 #include "memory.h"
@@ -122,8 +122,12 @@ void reset_streams() {
     }
 }
 
-void start_streams() {
+void start_threads() {
     for (size_t s = 0; s < streams.size(); ++s) advance(static_cast<int>(s));
+    if (num_live == 0) leave_run();
+    Fiber* first = pick();
+    enter(first);
+    leave_for(first->stack_pointer);
 }
 
 void advance(int number) {
@@ -171,7 +175,8 @@ void end_thread() {
     if (!slot.barriers[0].arrived.empty()) {
         const Fiber* waiting = slot.barriers[0].arrived[0];
         fail("collective", "a thread ends while others of its block are at a barrier",
-             access_of(waiting->agent, waiting->pc, "barrier"), access_of(fiber->agent, fiber->pc, "the end"));
+             access_of(waiting->agent, waiting->pc, "barrier"),
+             access_of(fiber->agent, fiber->pc, "the end"));
     }
     if (--stream.num_alive == 0) {
         stream.known = end_of_kernel(stream, stream.launches[stream.next]);
