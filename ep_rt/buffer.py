@@ -426,7 +426,8 @@ class Buffer:
             row of each (source rank, token), unspecified where no expert of the token is here;
             ``handle.expert_rows`` lists those of each expert in the same order. On GPUs this is landing
             memory, valid until the next low-latency dispatch of this shape receives (without a hook: is
-            called), or until the combine with its handle.
+            called), or until the combine with its handle. A replay of a captured call lands where the
+            capture did.
 
         Raises:
             ArrayError, ConfigError: on every rank; nothing moved.

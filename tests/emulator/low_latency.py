@@ -33,6 +33,7 @@ class Dispatched:
     ids: list[Array]
     weights: list[Array] | None
     zone: int
+    is_in_zone: bool
     records: list[Memory]
     sent_ids: list[Memory]
     routes: list[Memory]
@@ -161,7 +162,7 @@ class LowLatency:
         is_packed = layout == "expert"
         arguments, outputs, given = [], [], []
         made = Dispatched(
-            ids=ids, weights=weights, zone=zone, records=[], sent_ids=[], routes=[], expected=expected,
+            ids=ids, weights=weights, zone=zone, is_in_zone=not is_packed, records=[], sent_ids=[], routes=[], expected=expected,
             receive=lambda rank: None, compare=lambda rank: None,
         )  # fmt: skip
         for rank in every:
@@ -511,11 +512,14 @@ def draw_low_latency(
         counts[rng.integers(num_ranks)] *= rng.integers(2)
         return [random_rows(int(n)) for n in counts], [draw_ids(rng, shape, int(n), dtype) for n in counts]
 
+    left: list[Dispatched] = []  # results that are still in their zone
     for _ in range(num_rounds):
         is_split = bool(rng.integers(2))
         num_batches = 1 + int(is_split and rng.integers(2))
         handles: list[Dispatched] = []
-        is_fixed = num_batches == 1 and bool(rng.integers(2))
+        if not is_split or num_batches > 1:
+            compare_left(left, num_ranks)
+        is_fixed = num_batches == 1 and not left and bool(rng.integers(2))
         for _ in range(num_batches):
             x, ids = draw()
             again = []
@@ -540,14 +544,22 @@ def draw_low_latency(
                     absent=absent,
                 )
             )
+        # Without a combine behind it a peer may be in the dispatch after this one while the result is read.
+        hurries = bool(left)
+        compare_left(left, num_ranks)
+        keeps = handles[0].is_in_zone and not is_fixed and num_batches == 1 and not rng.integers(2)
         for rank in range(num_ranks):
             for number in rng.permutation(num_batches):
                 if is_split:
                     handles[number].receive(rank)
-                handles[number].compare(rank)
+                if not keeps:
+                    handles[number].compare(rank)
+        if keeps:  # until the next dispatch receives, if nobody combines
+            left = handles
+            continue
         receives = []
         for handle in handles:
-            if not rng.integers(5):
+            if rng.integers(5) < (4 if hurries else 1):
                 continue
             y = [
                 random_rows(int(np.prod(each.src_info.shape))).reshape(*each.src_info.shape, shape.hidden)
@@ -580,6 +592,7 @@ def draw_low_latency(
             ranks.barrier()
         if not rng.integers(4) and dead is None:
             draw_dispatch(rng, ranks)
+    compare_left(left, num_ranks)
     if dead is None:
         ranks.check_epoch()
     else:
@@ -594,6 +607,14 @@ def draw_dispatch(rng: np.random.Generator, ranks: Ranks) -> None:
     x = [rng.integers(0, 256, (len(each), 16), np.uint8) for each in ids]
     expected = reference.dispatch(x, ids, num_experts=ranks.num_ranks)
     ranks.dispatch(x, expected, ids=ids, num_experts=ranks.num_ranks, places=[0] * ranks.num_ranks)
+
+
+def compare_left(left: list[Dispatched], num_ranks: int) -> None:
+    """The last moment for these."""
+    for handle in left:
+        for rank in range(num_ranks):
+            handle.compare(rank)
+    left.clear()
 
 
 def check_survivors(mode: LowLatency, dead: int) -> None:
