@@ -117,7 +117,8 @@ class LowLatencyHandle:
         num_max_tokens_per_rank, hidden, num_experts, layout: as given to the dispatch.
         has_weights: whether the dispatch took ``topk_weights``.
 
-    The arrays are in the framework of ``x`` and, on a GPU, lie there. With a receive hook the hook fills them.
+    The arrays are in the framework of ``x`` and, on a GPU, lie there. With a receive hook the hook fills
+    them.
     """
 
     owner: Any = field(repr=False)

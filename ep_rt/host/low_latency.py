@@ -222,10 +222,11 @@ class HostLowLatency:
     def _return_sums(
         self, plan: _CombinePlan, payloads: Sequence[Any], combined: Array
     ) -> Callable[[], None]:
-        """Send one row for each token of a rank that has experts here; the function that receives and sums."""
+        """Send a row for each token of a rank that has experts here; the function that receives and sums."""
         num_local_experts = plan.handle.num_experts // self._num_ranks
         sums: list[Array] = []
-        send_rows, first = [], 0
+        send_rows: list[NDArray[np.intp]] = []
+        first = 0
         for src in range(self._num_ranks):
             rows = np.empty((0, plan.handle.hidden), BFLOAT16)
             if not self._masked[src]:

@@ -31,13 +31,14 @@ class LowLatencyDispatched:
 
     recv_x: [El, R*M, H], dtype of x, or float8_e4m3fn with use_fp8.
     sf: float32 [El, R*M, H/128], or int32 [El, R*M, ceil(H/512)] with use_ue8m0; None without use_fp8.
-        With layout "rank" recv_x and sf are [R, M, ...]: a row for each (source rank, token), unspecified where
-        that token has no expert here.
+        With layout "rank" recv_x and sf are [R, M, ...]: a row for each (source rank, token), unspecified
+        where that token has no expert here.
     recv_count: int32 [El], rows of each expert.
     src_info: int32 [El, R*M], the token's index at its source rank.
     layout_range: int64 [El, R], (begin << 32) | count of the rows that came from each source rank; begin is
         the running count also where count is 0.
-    expert_rows: int32 [El, R*M], with layout "rank": source rank * M + token of each row, -1 for none; else None.
+    expert_rows: int32 [El, R*M], with layout "rank": source rank * M + token of each row, -1 for none; else
+        None.
     """
 
     recv_x: Array
@@ -175,7 +176,8 @@ def low_latency_combine(
 
     With reduce "source" out[t] = round(float32 sum over k ascending of topk_weights[t, k] * y(row of (t,
     k))), each product and each addition rounded to float32, starting from the first product; a k with id -1
-    is skipped, whatever its weight; +0.0 for a token without experts. A weight of 0 is a term like any other (0 * inf is NaN).
+    is skipped, whatever its weight; +0.0 for a token without experts. A weight of 0 is a term like any other
+    (0 * inf is NaN).
 
     With "rank" each rank makes that sum over its own experts and rounds it to the dtype of y, and out[t] is the
     float32 sum of those over the ranks in ascending order, starting from the first one, rounded once. A rank

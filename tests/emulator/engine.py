@@ -18,7 +18,7 @@ from ep_rt.cuda import kernels, low_latency_combine, low_latency_dispatch
 from ep_rt.cuda.domain import Call
 from ep_rt.cuda.layout import LOW_LATENCY_STATE, MAX_LOCAL_RANKS
 from ep_rt.cuda.low_latency_areas import Area, Areas
-from ep_rt.cuda.low_latency_plan import POISON, AreaLayout, AreaShape
+from ep_rt.cuda.low_latency_plan import POISON, AreaLayout, AreaShape, max_send_blocks
 from ep_rt.events import EventOverlap
 from ep_rt.requests import LowLatencyCombineRequest, LowLatencyDispatchRequest, Place, Schedule
 
@@ -51,7 +51,9 @@ class _Results:
 
         return make
 
-    def over(self, pointer: int, num_bytes: int, owner: object, places: Sequence[tuple[int, int]]) -> list[Any]:
+    def over(
+        self, pointer: int, num_bytes: int, owner: object, places: Sequence[tuple[int, int]]
+    ) -> list[Any]:
         return self.placed(places)(pointer, num_bytes, owner)
 
 
@@ -148,9 +150,7 @@ class _Areas(Areas):
         area._domain, area._lease = self._domain, None  # type: ignore[assignment]
         area.shape, area.layout, area.pointers = shape, layout, tuple(self._made[shape])
         area.state = state.address
-        area.max_send_blocks = low_latency_dispatch.plan.max_send_blocks(
-            shape, max_blocks=self._domain.max_blocks
-        )
+        area.max_send_blocks = max_send_blocks(shape, max_blocks=self._domain.max_blocks)
         area.reset_pending()
         return area
 
@@ -183,17 +183,21 @@ class Engines:
                 low_latency_combine.LowLatencyCombine(domain, areas, load, inputs, owner=self)
             )
 
-    def dispatch(self, rank: int, given: tuple[Any, ...], options: tuple[Any, ...], *, with_hook: bool) -> Any:
+    def dispatch(
+        self, rank: int, given: tuple[Any, ...], options: tuple[Any, ...], *, with_hook: bool
+    ) -> Any:
         def build(x: Any, ids: Any, stats: Any, waits: Any, weights: Any, *options: Any) -> Any:
-            *sizes, layout = options
+            num_max_tokens, num_experts, use_fp8, round_scale, use_ue8m0, layout = options
             return LowLatencyDispatchRequest.of(
                 x,
                 ids,
-                sizes[0],
-                sizes[1],
+                num_max_tokens,
+                num_experts,
                 stats,
                 waits,
-                *sizes[2:],
+                use_fp8,
+                round_scale,
+                use_ue8m0,
                 weights,
                 layout,
                 num_ranks=self.ranks.num_ranks,
@@ -228,5 +232,5 @@ class Engines:
 
 def results_in_numpy() -> None:
     """Let the engine make NumPy arrays. For a process that emulates."""
-    low_latency_dispatch.ResultArrays = _Results  # type: ignore[misc,assignment]
-    low_latency_combine.ResultArrays = _Results  # type: ignore[misc,assignment]
+    for module in (low_latency_dispatch, low_latency_combine):
+        setattr(module, "ResultArrays", _Results)  # noqa: B010

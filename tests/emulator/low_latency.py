@@ -681,8 +681,8 @@ def draw_engine(rng: np.random.Generator, ranks: Ranks, *, num_rounds: int, max_
             rows, mine_ids, mine_weights = here[rank]
             stats = put(rank, np.zeros(shape.num_experts // num_ranks, np.int32))
             waits = put(rank, np.zeros(num_ranks, np.int64))
-            given = (rows, mine_ids, stats, waits, mine_weights if sends else None)
-            outs.append(engines.dispatch(rank, given, options, with_hook=bool(splits[0])))
+            inputs: tuple[Any, ...] = (rows, mine_ids, stats, waits, mine_weights if sends else None)
+            outs.append(engines.dispatch(rank, inputs, options, with_hook=bool(splits[0])))
         ranks.epoch += 1
         for rank, out in enumerate(outs):
             if out.hook is not None:
@@ -707,10 +707,10 @@ def draw_engine(rng: np.random.Generator, ranks: Ranks, *, num_rounds: int, max_
                 rows = put(rank, np.zeros_like(y[rank]))
             if rng.integers(2):
                 target = put(rank, np.zeros((counts[rank], shape.hidden), BF16))
-            given = (rows, mine_ids, mine_weights, target, put(rank, np.zeros(num_ranks, np.int64)))
+            inputs = (rows, mine_ids, mine_weights, target, put(rank, np.zeros(num_ranks, np.int64)))
             back = engines.combine(
                 rank,
-                given,
+                inputs,
                 out.handle,
                 (wire == 1, zero_copy, wire == 2, reduce),
                 with_hook=bool(splits[1]),
