@@ -177,10 +177,10 @@ def dense_layer(tokens: Sequence[Tokens], options: argparse.Namespace) -> tuple[
         term = topk_weights[rank, token, k, None] * expert(x[rank, token].astype(np.float32))
         y[rank, token] += term
         magnitude[rank, token] += np.abs(term)
-    # What an expert makes and, in low-latency mode, the sum of a rank's experts are rounded to bfloat16, by at
-    # most 2^-8 of themselves, and so is the sum of all. The float32 sums inside round too, by less than their
-    # length times 2^-24 of the token's largest term: next to nothing, but all there is where an output
-    # happens to be close to zero.
+    # What an expert makes and, in low-latency mode, the sum of a rank's experts are rounded to bfloat16, by
+    # at most 2^-8 of themselves, and so is the sum of all. The float32 sums inside round too, by less than
+    # their length times 2^-24 of the token's largest term: next to nothing, but all there is where an
+    # output happens to be close to zero.
     in_float32 = (options.hidden + options.ffn) * 2**-24 * magnitude.max(axis=-1, keepdims=True)
     return y, 2**-8 * (1 + 2**-8) ** 2 * (2 * magnitude + np.abs(y)) + in_float32
 

@@ -267,9 +267,9 @@ class HostLowLatency:
         first_expert = self._rank * num_local_experts
         row_of = np.zeros(ids.shape, np.intp)
         for local in range(num_local_experts):
-            token, k = np.nonzero(ids == first_expert + local)
+            token, column = np.nonzero(ids == first_expert + local)
             begin = int(handle.layout_range[local, src]) >> 32
-            row_of[token, k] = local * num_rows + begin + np.arange(len(token))
+            row_of[token, column] = local * num_rows + begin + np.arange(len(token))
         here = (used >= first_expert) & (used < first_expert + num_local_experts)
         tokens = np.flatnonzero(here.any(axis=1))
         place = np.searchsorted(tokens, np.arange(len(ids)))

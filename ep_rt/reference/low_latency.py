@@ -179,9 +179,9 @@ def low_latency_combine(
     is skipped, whatever its weight; +0.0 for a token without experts. A weight of 0 is a term like any other
     (0 * inf is NaN).
 
-    With "rank" each rank makes that sum over its own experts and rounds it to the dtype of y, and out[t] is the
-    float32 sum of those over the ranks in ascending order, starting from the first one, rounded once. A rank
-    with no k of the token gives no term. What travels is a row for each rank that has an expert of the token.
+    With "rank" each rank makes that sum over its own experts and rounds it to the dtype of y, and out[t] is
+    the float32 sum of those over the ranks in ascending order, starting from the first one, rounded once. A
+    rank with no k of the token gives no term. What travels is a row for each rank that has an expert of it.
 
     Args:
         y: [El, R*M, H] per rank, float32, float16 or bfloat16; rows as in recv_x, unused rows are ignored.

@@ -1,7 +1,7 @@
-"""The host side of the low-latency mode over emulated memory: its own plans, zones and arguments are launched.
+"""The host side of the low-latency mode over emulated memory: its plans, zones and arguments are launched.
 
 What it needs of CUDA is replaced: memory comes from the machine, launches are enqueued there, and the result
-arrays are NumPy's over emulated memory. All ranks are made by one thread, so areas are made without asking anybody.
+arrays are NumPy's over emulated memory. One thread stands for all ranks, so areas are made without asking.
 """
 
 from __future__ import annotations

@@ -162,8 +162,8 @@ class LowLatency:
         is_packed = layout == "expert"
         arguments, outputs, given = [], [], []
         made = Dispatched(
-            ids=ids, weights=weights, zone=zone, is_in_zone=not is_packed, records=[], sent_ids=[], routes=[], expected=expected,
-            receive=lambda rank: None, compare=lambda rank: None,
+            ids=ids, weights=weights, zone=zone, is_in_zone=not is_packed, records=[], sent_ids=[], routes=[],
+            expected=expected, receive=lambda rank: None, compare=lambda rank: None,
         )  # fmt: skip
         for rank in every:
             made.records.append(self._buffer(rank, LOW_LATENCY_RECORD.itemsize, "record"))
@@ -288,18 +288,20 @@ class LowLatency:
         used = handle.ids if in_routes else ids
         if missing is not None:
             used = [np.where(gone, -1, each) for gone, each in zip(missing, used, strict=True)]
-        expected = reference.low_latency_combine(
-            list(y),
-            handle.expected,
-            handle.ids,
-            handle.weights if in_routes and handle.weights else weights,
-            use_logfmt=wire == "logfmt",
-            use_fp8=wire == "fp8",
-            reduce=reduce,
-        ) if not self.not_compared and all(np.array_equal(a, b) for a, b in zip(used, handle.ids, strict=True)) else combine_without(
-            list(y), handle, used, handle.weights if in_routes and handle.weights else weights,
-            wire=wire, reduce=reduce,
-        )  # fmt: skip
+        given = handle.weights if in_routes and handle.weights else weights
+        is_whole = all(np.array_equal(a, b) for a, b in zip(used, handle.ids, strict=True))
+        if is_whole and not self.not_compared:
+            expected = reference.low_latency_combine(
+                list(y),
+                handle.expected,
+                handle.ids,
+                given,
+                use_logfmt=wire == "logfmt",
+                use_fp8=wire == "fp8",
+                reduce=reduce,
+            )
+        else:
+            expected = combine_without(list(y), handle, used, given, wire=wire, reduce=reduce)
         zone = self._zone(1, is_fixed=is_fixed)
         at = self.layout.combine[zone - 2]
         polls = self.others is not self

@@ -111,8 +111,8 @@ LOW_LATENCY: Final = (
     Mutation(
         "low latency: rows are copied before their flags are there",
         "low_latency_dispatch_receive.cuh",
-        "    for (int32_t piece = first_piece + lane; piece < end_piece && reason == kNothing; piece += kWarpSize) {",
-        "    for (int32_t piece = first_piece + lane; piece + 1 < end_piece && reason == kNothing; piece += kWarpSize) {",
+        "for (int32_t piece = first_piece + lane; piece < end_piece &&",
+        "for (int32_t piece = first_piece + lane; piece + 1 < end_piece &&",
         "low-latency-r2",
         48,
     ),
