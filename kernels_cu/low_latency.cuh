@@ -60,6 +60,29 @@ struct Found {
     uint32_t ranks;    // bits of those that take part
 };
 
+// As those of sync.cuh, but the rare part is not repeated wherever something is polled: these kernels run for
+// microseconds, and their instructions are fetched anew each time.
+__device__ __noinline__ static Reason trouble_with(const SlabHeader* own, int32_t peer, uint64_t word,
+                                                   uint64_t deadline_ns) {
+    if (ptx::ld_relaxed_gpu(&own->failed) != 0) return kLeft;
+    const uint64_t seen = ptx::ld_acquire_sys(&own->signals[peer]);
+    if (sync::arrival_of(seen, word) == sync::Arrival::kContradicted) return kContradicted;
+    return ptx::globaltimer_ns() > deadline_ns ? kExpired : kNothing;
+}
+__device__ inline Reason trouble_in(const sync::Call& call, int32_t peer) {
+    return trouble_with(call.header(call.rank), peer, call.word, call.deadline_ns);
+}
+template <class IsThere>
+__device__ inline Reason await_word(const sync::Call& call, const uint64_t* word, int32_t peer,
+                                    uint64_t& seen, IsThere is_there) {
+#pragma unroll 1
+    for (uint32_t polls = 1; !is_there(seen = ptx::ld_relaxed_sys(word)); ++polls) {
+        const Reason reason = polls % 64 == 0 ? trouble_in(call, peer) : kNothing;
+        if (reason != kNothing) return reason;
+    }
+    return kNothing;
+}
+
 // What is left of a reason to give up over a peer: a late one is masked, if that is allowed.
 __device__ inline Reason settle(const Session& session, Found& found, Reason reason, int32_t peer) {
     if (reason == kNothing) return kNothing;
@@ -142,8 +165,8 @@ __device__ inline Reason await_zone(const Session& session, Found& found) {
     if (peer < session.call.num_ranks && !session.is_masked(peer)) {
         const uint64_t* word = &session.own()->freed[session.zone][peer];
         uint64_t seen;
-        reason = sync::poll(session.call, word, peer, seen,
-                            [&](uint64_t freed) { return freed + 1 >= session.use; });
+        reason =
+            poll(session.call, word, peer, seen, [&](uint64_t freed) { return freed + 1 >= session.use; });
         if (reason == kNothing) ptx::ld_acquire_sys(word);
         is_free = reason == kNothing;
         reason = settle(session, found, reason, peer);
@@ -173,9 +196,10 @@ __device__ inline bool decide(const Session& session, int32_t src, bool is_there
 __device__ inline Reason await_flags(const Session& session, Found& found, int32_t src, int32_t num_flags) {
     const uint64_t* flags = session.own()->flags[session.zone][src];
     Reason reason = kNothing;
+#pragma unroll 1
     for (int32_t i = threadIdx.x; i < num_flags && reason == kNothing; i += blockDim.x) {
         uint64_t seen;
-        reason = sync::poll(session.call, &flags[i], src, seen,
+        reason = await_word(session.call, &flags[i], src, seen,
                             [&](uint64_t word) { return is_stamped(word, session.call.epoch); });
         if (reason == kNothing) ptx::ld_acquire_sys(&flags[i]);
     }
@@ -201,7 +225,7 @@ __device__ inline Reason await_flags_as_warp(const Session& session, Found& foun
     if (block >= 0) {
         const uint64_t* flag = &session.own()->flags[session.zone][lane][block];
         uint64_t seen;
-        reason = sync::poll(session.call, flag, lane, seen,
+        reason = await_word(session.call, flag, lane, seen,
                             [&](uint64_t word) { return is_stamped(word, session.call.epoch); });
         if (reason == kNothing) ptx::ld_acquire_sys(flag);
         if (reason != kNothing) atomicOr(&found.missing, 1u << lane);
@@ -219,6 +243,7 @@ __device__ inline void end(const Session& session, const Found& found, Reason re
     SlabHeader* own = call.header(call.rank);
     if (session.phases & kSends) {
         // Each block its share: no other one reads these words, and all threads of this one have.
+#pragma unroll 1
         for (int32_t i = blockIdx.x + gridDim.x * threadIdx.x; i < kMaxGridBlocks;
              i += gridDim.x * blockDim.x) {
             own->block_epochs[i] = call.epoch;
@@ -235,6 +260,7 @@ __device__ inline void end(const Session& session, const Found& found, Reason re
 template <class At, class Store>
 __device__ inline int32_t scan(int32_t num, int32_t lane, At at, Store store) {
     int32_t total = 0;
+#pragma unroll 1
     for (int32_t first = 0; first < num; first += kWarpSize) {
         const int32_t i = first + lane, value = i < num ? at(i) : 0;
         int32_t sum = value;

@@ -28,8 +28,9 @@ __device__ Reason LowLatencyCombineBlock<kCfg>::await_ranks(bool is_first) const
         const uint64_t began_ns = ptx::globaltimer_ns();
         const uint64_t* word = &session.own()->digests[args.zone][peer];
         uint64_t seen = 0;
-        reason = sync::poll(session.call, word, peer, seen,
-                            [&](uint64_t value) { return is_stamped(value, session.call.epoch); });
+        reason = low_latency::await_word(session.call, word, peer, seen, [&](uint64_t value) {
+            return is_stamped(value, session.call.epoch);
+        });
         if (reason == kNothing && static_cast<uint32_t>(seen) != args.digest) reason = kDisagreed;
         if (reason != kNothing) atomicOr(&shared.found.missing, 1u << peer);
         if (args.wait_stats != nullptr)
@@ -68,7 +69,7 @@ __device__ Reason LowLatencyCombineBlock<kCfg>::poll_slots(int32_t token, int32_
         }
         if (missing == 0 || polls % 64 != 0) continue;
         const int32_t src = numbers[(__ffs(static_cast<int32_t>(missing)) - 1) / 2];
-        const Reason reason = sync::trouble(session.call, src);
+        const Reason reason = low_latency::trouble_in(session.call, src);
         if (reason == kNothing) continue;
         atomicOr(&shared.found.missing, 1u << src);
         return reason;

@@ -10,6 +10,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_counts(int32_t first_src, 
     const int32_t num_words = num_local_experts + 2;
     const LowLatencyArea* own = session.own();
     Reason reason = kNothing;
+#pragma unroll 1
     for (int32_t i = threadIdx.x; i < (last_src - first_src) * num_words && reason == kNothing;
          i += blockDim.x) {
         const int32_t src = first_src + i / num_words, which = i % num_words - 2;
@@ -17,8 +18,9 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_counts(int32_t first_src, 
                                : which == -1 ? &own->num_tokens[args.zone][src]
                                              : &own->digests[args.zone][src];
         uint64_t seen = 0;
-        reason = sync::poll(session.call, word, src, seen,
-                            [&](uint64_t value) { return is_stamped(value, session.call.epoch); });
+        reason = low_latency::await_word(session.call, word, src, seen, [&](uint64_t value) {
+            return is_stamped(value, session.call.epoch);
+        });
         const auto value = static_cast<uint32_t>(seen);
         if (reason == kNothing && which == -2 && value != args.digest) reason = kDisagreed;
         if (reason != kNothing) {
@@ -40,6 +42,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_sources() const {
         const Reason reason = read_counts(0, args.num_ranks);
         if (reason != kNothing) return reason;
     } else {
+#pragma unroll 1
         for (int32_t src = 0; src < args.num_ranks; ++src) {
             Reason reason = kExpired;
             if (!__syncthreads_or(session.is_masked(src))) {
@@ -67,6 +70,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_sources() const {
     }
     __syncthreads();
     auto& receive = shared.receive;
+#pragma unroll 1
     for (int32_t src = warp; src < args.num_ranks; src += kNumWarps) {
         const int32_t first = src * num_local_experts;
         low_latency::scan(
@@ -78,6 +82,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_sources() const {
             num_local_experts, lane,
             [&](int32_t e) {
                 int32_t count = 0;
+#pragma unroll 1
                 for (int32_t src = 0; src < args.num_ranks; ++src)
                     count += receive.counts[src * num_local_experts + e];
                 return count;
@@ -93,8 +98,10 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_sources() const {
 template <LowLatencyDispatchCfg kCfg>
 __device__ void LowLatencyDispatchBlock<kCfg>::clear(int32_t part) const {
     const auto& counts = shared.receive.counts;
+#pragma unroll 1
     for (int32_t e = part; e < num_local_experts; e += args.num_ranks) {
         int32_t total = 0;
+#pragma unroll 1
         for (int32_t src = 0; src < args.num_ranks; ++src) {
             const int32_t count = counts[src * num_local_experts + e];
             if (threadIdx.x == 0)
@@ -113,6 +120,7 @@ __device__ void LowLatencyDispatchBlock<kCfg>::clear(int32_t part) const {
     }
     if (part == 0 && threadIdx.x == 0) {
         int32_t most = 0;
+#pragma unroll 1
         for (int32_t src = 0; src < args.num_ranks; ++src) most = max(most, shared.tokens[src]);
         args.record->max_tokens = most;
     }
@@ -135,14 +143,16 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::list(int32_t src) const {
     const uint64_t* entries = words(args.entries_offset, args.rank, src);
     const uint64_t* weights = words(args.weights_offset, args.rank, src);
     const auto is_there = [&](uint64_t word) { return is_stamped(word, session.call.epoch); };
+#pragma unroll 1
     for (int32_t j = threadIdx.x; j < num_entries && reason == kNothing; j += blockDim.x) {
         uint64_t entry, weight = 0;
-        reason = sync::poll(session.call, &entries[j], src, entry, is_there);
+        reason = low_latency::await_word(session.call, &entries[j], src, entry, is_there);
         if (reason == kNothing && args.has_weights)
-            reason = sync::poll(session.call, &weights[j], src, weight, is_there);
+            reason = low_latency::await_word(session.call, &weights[j], src, weight, is_there);
         if (reason != kNothing) break;
         const int32_t e = low_latency::find(first_entry, num_local_experts, j);
         int32_t row = j - first_entry[e];
+#pragma unroll 1
         for (int32_t before = 0; before < src; ++before)
             row += receive.counts[before * num_local_experts + e];
         const auto pair = static_cast<int32_t>(static_cast<uint32_t>(entry));
@@ -170,6 +180,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::copy_rows(int32_t block, int32_
     constexpr int32_t kPartVectors = 8 * kWarpSize;
     const int32_t num_parts = (num_row_vectors + kPartVectors - 1) / kPartVectors;
     const int32_t num_turns = shared.num_rows * num_parts;
+#pragma unroll 1
     for (int32_t turn = block + num_blocks * warp; turn < num_turns && reason == kNothing;
          turn += num_blocks * kNumWarps)
         reason = copy_row(turn / num_parts, turn % num_parts, turn % num_parts == 0);
@@ -195,8 +206,9 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::copy_row(int32_t number, int32_
     if (lane == 0) {
         const uint64_t* word = words(args.entries_offset, args.rank, src) +
                                receive.entries[src * num_local_experts + e] + within;
-        reason = sync::poll(session.call, word, src, entry,
-                            [&](uint64_t value) { return is_stamped(value, session.call.epoch); });
+        reason = low_latency::await_word(session.call, word, src, entry, [&](uint64_t value) {
+            return is_stamped(value, session.call.epoch);
+        });
         if (reason != kNothing) atomicOr(&shared.found.missing, 1u << src);
     }
     reason = static_cast<Reason>(__shfl_sync(kFullWarp, static_cast<uint32_t>(reason), 0));
@@ -211,12 +223,13 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::copy_row(int32_t number, int32_
     const int32_t end_piece =
         with_scales && kQuantizes ? num_pieces : (end_vector + kPieceVectors - 1) / kPieceVectors;
     const int32_t num_blocks = num_send_blocks(shared.tokens[src]);
+#pragma unroll 1
     for (int32_t piece = first_piece + lane; piece < end_piece && reason == kNothing; piece += kWarpSize) {
         const uint64_t* flag =
             &session.own()->flags[args.zone][src][(token * num_pieces + piece) % num_blocks];
         uint64_t seen;
-        reason = sync::poll(session.call, flag, src, seen,
-                            [&](uint64_t word) { return is_stamped(word, session.call.epoch); });
+        reason = low_latency::await_word(session.call, flag, src, seen,
+                                         [&](uint64_t word) { return is_stamped(word, session.call.epoch); });
         if (reason == kNothing) ptx::ld_acquire_sys(flag);
     }
     if (reason != kNothing) atomicOr(&shared.found.missing, 1u << src);
@@ -241,6 +254,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::copy_row(int32_t number, int32_
     if (kQuantizes && with_scales) {
         const uint32_t* from_scales = scales(args.rank, src, token);
         const int32_t num_words = scale_words();
+#pragma unroll 1
         for (int32_t i = lane; i < num_words; i += kWarpSize)
             args.recv_sf[(int64_t{e} * num_words + i) * rows_per_expert() + at] = from_scales[i];
     }

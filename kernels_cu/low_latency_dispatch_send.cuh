@@ -27,6 +27,7 @@ __device__ int32_t LowLatencyDispatchBlock<kCfg>::of_segment(int32_t num_loaded,
     const int32_t length = (num_loaded + num_segments - 1) / num_segments;
     const int32_t end = min(num_loaded, (segment + 1) * length);
     int32_t count = 0;
+#pragma unroll 4
     for (int32_t i = segment * length; i < end; ++i) {
         if (shared.send.experts[i] != e) continue;
         each(i, count);
@@ -46,11 +47,13 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::send_metadata(int32_t dst) cons
     const bool is_counting = segment < num_segments;
     const uint64_t epoch = session.call.epoch;
     if (threadIdx.x == 0) shared.is_overfull = false;
+#pragma unroll 1
     for (int32_t e = threadIdx.x; e < num_local_experts; e += num_threads) send.totals[e] = 0;
 
     int32_t num_loaded = 0;
     for (int32_t first = 0; first < num_ids; first += num_loaded) {
         num_loaded = load_experts(first, num_ids, dst);
+#pragma unroll 1
         for (int32_t e = first_expert; is_counting && e < num_local_experts; e += width) {
             const int32_t count = of_segment(num_loaded, e, segment, num_segments, [](int32_t, int32_t) {});
             send.parts[segment * num_local_experts + e] = count;
@@ -60,6 +63,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::send_metadata(int32_t dst) cons
     const bool is_loaded = num_loaded == num_ids;
     __syncthreads();
     LowLatencyArea* area = session.area(dst);
+#pragma unroll 1
     for (int32_t e = threadIdx.x; e < num_local_experts; e += num_threads) {
         if (send.totals[e] > args.num_max_tokens) shared.is_overfull = true;
         ptx::st_relaxed_sys(&area->counts[args.zone][args.rank][e], stamped(epoch, send.totals[e]));
@@ -80,13 +84,16 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::send_metadata(int32_t dst) cons
     for (int32_t first = 0; first < num_ids; first += num_loaded) {
         if (!is_loaded) {
             num_loaded = load_experts(first, num_ids, dst);
+#pragma unroll 1
             for (int32_t e = first_expert; is_counting && e < num_local_experts; e += width)
                 send.parts[segment * num_local_experts + e] =
                     of_segment(num_loaded, e, segment, num_segments, [](int32_t, int32_t) {});
             __syncthreads();
         }
+#pragma unroll 1
         for (int32_t e = first_expert; is_counting && e < num_local_experts; e += width) {
             int32_t at = send.base[e];
+#pragma unroll 1
             for (int32_t before = 0; before < segment; ++before)
                 at += send.parts[before * num_local_experts + e];
             of_segment(num_loaded, e, segment, num_segments, [&](int32_t i, int32_t number) {
@@ -98,7 +105,9 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::send_metadata(int32_t dst) cons
         }
         if (is_loaded) break;
         __syncthreads();
+#pragma unroll 1
         for (int32_t e = threadIdx.x; e < num_local_experts; e += num_threads)
+#pragma unroll 1
             for (int32_t each = 0; each < num_segments; ++each)
                 send.base[e] += send.parts[each * num_local_experts + e];
     }
@@ -142,6 +151,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::send_rows(int32_t block, int32_
     const Reason reason = low_latency::await_zone(session, shared.found);
     if (reason != kNothing) return reason;
     const uint32_t reachable = shared.found.ranks;
+#pragma unroll 1
     for (; turn < num_turns; turn += step) {
         const Piece current = next;
         next = load(turn + step);

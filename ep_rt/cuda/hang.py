@@ -201,7 +201,10 @@ def _operations_at(epoch: int, reports: Sequence[Report]) -> dict[int, int]:
     operations = {report.rank: report.operation for report in reports if report.epoch == epoch}
     for report in reports:
         for peer, (_, seen) in report.waits.items():
-            if signal_epoch(seen) == epoch and not _gave_up(seen):
+            # A rank that is said to have completed this call may have left it without an answer: nothing is
+            # known of which one it was.
+            is_named = signal_operation(seen) != Operation.NO_OPERATION and not _gave_up(seen)
+            if signal_epoch(seen) == epoch and is_named:
                 operations.setdefault(peer, signal_operation(seen))
     return operations
 

@@ -190,7 +190,7 @@ LOW_LATENCY: Final = (
     Mutation(
         "low latency: deadlines are not looked at while data are polled",
         "low_latency_combine_receive.cuh",
-        "        const Reason reason = sync::trouble(session.call, src);\n",
+        "        const Reason reason = low_latency::trouble_in(session.call, src);\n",
         "        const Reason reason = kNothing;\n",
         "low-latency-dead-r3",
         96,
