@@ -236,7 +236,8 @@ __device__ inline Reason await_flags_as_warp(const Session& session, Found& foun
 
 // Ends what a block does in this kernel: by all its threads, with the same answer for all.
 __device__ inline void end(const Session& session, const Found& found, Reason reason, uint64_t phase) {
-    reason = sync::agree(reason);
+    const bool is_overfull = __syncthreads_or(reason == kOverfull) != 0;
+    reason = is_overfull ? kOverfull : sync::agree(reason);
     const sync::Call& call = session.call;
     if (reason != kNothing)
         return sync::leave(call, reason, phase, [&](int32_t peer) { return !(found.missing >> peer & 1); });

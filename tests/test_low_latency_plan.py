@@ -51,7 +51,8 @@ def test_parts_of_an_area_do_not_overlap_and_are_large_enough(shape: AreaShape) 
 
 def test_landing_zones_of_a_model_stay_below_64_megabytes() -> None:
     assert AreaLayout.of(DSV3).num_bytes < 64_000_000
-    assert AreaLayout.of(DSV3).num_bytes == plan.area_bytes_hint(128, 7168, 8, 256)
+    assert AreaLayout.of(DSV3).num_bytes == plan.area_bytes_hint(128, 7168, 8, 256, num_topk=8)
+    assert AreaLayout.of(DSV3).num_bytes < plan.area_bytes_hint(128, 7168, 8, 256) < 64_000_000
 
 
 @pytest.mark.parametrize("max_blocks", [9, 16, 33, 66, 78, 132, 256])

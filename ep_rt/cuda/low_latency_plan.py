@@ -167,9 +167,9 @@ def num_sum_blocks(shape: AreaShape, num_tokens: int, num_senders: int, *, max_b
 
 
 def area_bytes_hint(
-    num_max_tokens: int, hidden: int, num_ranks: int, num_experts: int, num_topk: int = 8
+    num_max_tokens: int, hidden: int, num_ranks: int, num_experts: int, num_topk: int = 32
 ) -> int:
-    """Slab bytes for calls of one shape."""
+    """Slab bytes for calls of one shape. The columns hardly matter, so more than usual are assumed."""
     shape = AreaShape(
         num_ranks=min(num_ranks, MAX_LOCAL_RANKS),
         num_max_tokens=num_max_tokens,

@@ -69,6 +69,8 @@ class LowLatency:
         self.masks = masks or [allocate(r, 64, "masks") for r in every]
         self.num_calls = [0, 0]
         self.not_compared: frozenset[int] = frozenset()
+        self.digests = [DIGEST] * ranks.num_ranks
+        self.elsewhere: frozenset[int] = frozenset()  # ranks that do not make the next calls
         for area, state in zip(self.areas, self.states, strict=True):
             self._leave_words(area, state)
             for zone in self.layout.combine:
@@ -98,7 +100,7 @@ class LowLatency:
             "state": self.states[rank].address,
             "masks": self.masks[rank].address if self.with_masks else 0,
             "areas": [area.address for area in self.areas],
-            "digest": DIGEST,
+            "digest": self.digests[rank],
             "num_max_tokens": shape.num_max_tokens,
             "num_topk": shape.num_topk,
             "num_experts": shape.num_experts,
@@ -128,6 +130,7 @@ class LowLatency:
         num_copy_blocks: int = 1,
         repeats: Sequence[tuple[Sequence[Array], list[Array]]] = (),
         absent: Sequence[int] = (),
+        overfull: int | None = None,
     ) -> Dispatched:
         """Enqueue a dispatch, or its send phase alone.
 
@@ -136,6 +139,7 @@ class LowLatency:
             is_fixed: in the zone of the last one, as a graph that is replayed does.
             repeats: rows and ids with which the same kernel runs again.
             absent: ranks that are masked: their tokens do not come.
+            overfull: a rank whose ids are all 0 in truth.
         """
         ranks, shape = self.ranks, self.shape
         options: dict[str, Any] = {
@@ -183,7 +187,8 @@ class LowLatency:
             }
             outputs.append(out)
             machine = ranks.machine
-            given.append((machine.put(rank, x[rank], "x"), machine.put(rank, ids[rank], "ids")))
+            sent = np.zeros_like(ids[rank]) if rank == overfull else ids[rank]
+            given.append((machine.put(rank, x[rank], "x"), machine.put(rank, sent, "ids")))
             arguments.append(
                 {
                     **{name: 0 if each is None else each.address for name, each in out.items()},
@@ -214,7 +219,8 @@ class LowLatency:
             num_receivers = shape.num_ranks + (num_copy_blocks if is_packed else 0)
             args = bound(kernel, {**arguments[rank], "phases": phases}, self._common(rank))
             num_blocks = num_senders * (phases & SENDS) + num_receivers * (phases >> 1)
-            ranks.machine.launch(rank, kernel, args, num_blocks)
+            if rank not in self.elsewhere:
+                ranks.machine.launch(rank, kernel, args, num_blocks)
 
         def compare(rank: int, wanted: list[reference.LowLatencyDispatched]) -> None:
             mine, out = wanted[rank], outputs[rank]
@@ -609,6 +615,38 @@ def draw_dispatch(rng: np.random.Generator, ranks: Ranks) -> None:
     x = [rng.integers(0, 256, (len(each), 16), np.uint8) for each in ids]
     expected = reference.dispatch(x, ids, num_experts=ranks.num_ranks)
     ranks.dispatch(x, expected, ids=ids, num_experts=ranks.num_ranks, places=[0] * ranks.num_ranks)
+
+
+def draw_mistaken(rng: np.random.Generator, ranks: Ranks, *, mistake: str) -> None:
+    """A round, and then a dispatch in which a rank is in another call, has other arguments, or sends too much."""
+    num_ranks = ranks.num_ranks
+    shape = AreaShape(num_ranks=num_ranks, num_max_tokens=2, hidden=8, num_experts=num_ranks, num_topk=2)
+    mode = LowLatency(ranks, shape, with_masks=False, num_blocks=1)
+
+    def dispatch(**options: Any) -> Dispatched:
+        counts = [int(n) for n in rng.integers(1, 3, num_ranks)]
+        ids = [draw_ids(rng, shape, n, np.int64) for n in counts]
+        return mode.dispatch([np.zeros((n, 8), BF16) for n in counts], ids, **options)
+
+    dispatch(layout=("expert", "rank")[rng.integers(2)])
+    mistaken = int(rng.integers(num_ranks))
+    is_split = bool(rng.integers(2))
+    if mistake == "call":
+        mode.elsewhere = frozenset([mistaken])
+    if mistake == "arguments":
+        mode.digests[mistaken] += 1
+    if mistake == "rows":
+        ids = [np.full((2, 2), -1) for _ in range(num_ranks)]
+        rows = [np.zeros((2, 8), BF16) for _ in range(num_ranks)]
+        made = mode.dispatch(rows, ids, is_split=is_split, overfull=mistaken)
+    else:
+        made = dispatch(is_split=is_split)
+    if mistake == "call":
+        ranks.barrier(only=[mistaken])
+    for rank in range(num_ranks):
+        if is_split:
+            made.receive(rank)
+    ranks.barrier()
 
 
 def compare_left(left: list[Dispatched], num_ranks: int) -> None:

@@ -187,6 +187,16 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "low-latency-masked-r3": _low_latency(3, 2, 2, with_masks=True, has_dead=True),
     "low-latency-dead-r3": _low_latency(3, 2, 3, dies=True),
     "low-latency-expiring-r2": _low_latency(2, 3, 3, expires=True),
+    **{
+        f"low-latency-other-{mistake}-r3": Scenario(
+            num_ranks=3,
+            draw=partial(low_latency.draw_mistaken, mistake=mistake),
+            kernels=_low_latency_kernels,
+            max_grid=10,
+            mistake=CollectiveMismatchError if mistake == "call" else ConfigError,
+        )
+        for mistake in ("call", "arguments", "rows")
+    },
     "low-latency-engine-r2": Scenario(
         num_ranks=2,
         draw=partial(low_latency.draw_engine, num_rounds=3, max_tokens=3),
