@@ -618,7 +618,7 @@ def draw_dispatch(rng: np.random.Generator, ranks: Ranks) -> None:
 
 
 def draw_mistaken(rng: np.random.Generator, ranks: Ranks, *, mistake: str) -> None:
-    """A round, and then a dispatch in which a rank is in another call, has other arguments, or sends too much."""
+    """A round, then a dispatch in which a rank makes another call, has other arguments or sends too much."""
     num_ranks = ranks.num_ranks
     shape = AreaShape(num_ranks=num_ranks, num_max_tokens=2, hidden=8, num_experts=num_ranks, num_topk=2)
     mode = LowLatency(ranks, shape, with_masks=False, num_blocks=1)

@@ -1,4 +1,4 @@
-"""Low-latency mode on GPUs: dispatch and combine against the oracle, split, captured, masked, and under faults."""
+"""Low-latency mode on GPUs: against the oracle, split, captured, masked, and under faults."""
 
 from __future__ import annotations
 
@@ -38,6 +38,13 @@ def run(place: str, body: Callable[[Group], T], *, num_virtual_ranks: int = 4) -
 
 def low_latency_buffer(group: Group, **options: Any) -> Any:
     return cuda_buffer(group, **{"low_latency_mode": True, "num_nvl_bytes": SLAB_BYTES, **options})
+
+
+def again_and_again(call: Callable[[], Any]) -> None:
+    """Until it raises what an earlier one has met."""
+    for _ in range(1000):
+        call()
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("hook", [False, True])
@@ -262,10 +269,7 @@ def test_too_many_rows_for_an_expert_fail_on_every_rank(place: str) -> None:
         with low_latency_buffer(group) as buffer:
             x, ids = put(np.ones((2, 8), BF16)), put(np.zeros((2, 2), np.int64))
             with pytest.raises(ep_rt.ConfigError, match="more than num_max"):
-                buffer.low_latency_dispatch(x, ids, 2, group.size, use_fp8=False)
-                for _ in range(1000):
-                    time.sleep(0.01)
-                    buffer.low_latency_dispatch(x, ids, 2, group.size, use_fp8=False)
+                again_and_again(lambda: buffer.low_latency_dispatch(x, ids, 2, group.size, use_fp8=False))
             buffer.reset()
             check_low_latency(buffer, 1)
             check_normal(buffer, 1)
@@ -283,9 +287,7 @@ def test_late_rank_is_named(place: str) -> None:
             buffer.low_latency_dispatch(x, ids, 1, group.size, use_fp8=False)
             if group.rank != late:
                 with pytest.raises(ep_rt.PeerTimeoutError) as caught:
-                    for _ in range(1000):
-                        buffer.low_latency_dispatch(x, ids, 1, group.size, use_fp8=False)
-                        time.sleep(0.01)
+                    again_and_again(lambda: buffer.low_latency_dispatch(x, ids, 1, group.size, use_fp8=False))
                 assert list(caught.value.peers) == [late]
             group.barrier()
             buffer.reset()
@@ -362,9 +364,12 @@ def test_masks_of_the_caller(place: str) -> None:
 
 def test_wrong_arguments(place: str) -> None:
     def body(group: Group) -> None:
-        with cuda_buffer(group) as plain:
-            with pytest.raises(ep_rt.BackendError, match="low_latency_mode=True"):
-                plain.low_latency_dispatch(put(np.ones((1, 8), BF16)), put(np.zeros((1, 1), np.int64)), 1, 8)
+        x, ids = put(np.ones((1, 8), BF16)), put(np.zeros((1, 1), np.int64))
+        with (
+            cuda_buffer(group) as plain,
+            pytest.raises(ep_rt.BackendError, match="low_latency_mode=True"),
+        ):
+            plain.low_latency_dispatch(x, ids, 1, 8)
         with low_latency_buffer(group, num_nvl_bytes=8 << 20) as buffer:
             with pytest.raises(ep_rt.ConfigError, match="num_rdma_bytes"):
                 buffer.low_latency_dispatch(
