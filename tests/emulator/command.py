@@ -12,7 +12,8 @@ from pathlib import Path
 
 from .build import KERNELS_CU
 from .machine import FoundError
-from .mutations import MUTATIONS, catch, sources_with
+from .mutations import MUTATIONS
+from .planting import catch, sources_with
 from .scenarios import SCENARIOS, Runner, replay
 
 

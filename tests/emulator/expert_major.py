@@ -12,9 +12,11 @@ from ep_rt.cuda.expert_major import PlacesLayout, expert_row_bytes
 from ep_rt.cuda.handle import NUM_RECV_TOKENS_OFFSET
 from ep_rt.cuda.layout import LOCAL_WORKSPACE
 
+from . import normal
 from .kernels import bound
 from .machine import Array
-from .ranks import Handle, Landed, Ranks
+from .normal import Handle, Landed
+from .ranks import Ranks
 
 _BLOCKS = 2
 
@@ -146,7 +148,7 @@ class ExpertMajor:
                 "row_bytes": y[rank].itemsize * y[rank].shape[1],
             }
             ranks.machine.launch(rank, kernel, bound(kernel, fields, self._common(rank)), _BLOCKS)
-        ranks.combine(collapsed, handle, places=places, is_there=True)
+        normal.combine(ranks, collapsed, handle, places=places, is_there=True)
 
 
 def dispatch_layout(ranks: Ranks, rank: int, ids: Array, *, num_experts: int) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from .mutations import MUTATIONS, Mutation, caught, sources_with
+from .mutations import MUTATIONS
+from .planting import Mutation, caught, sources_with
 from .support import needs_emulator
 
 CAUGHT = [mutation for mutation in MUTATIONS if not mutation.uncaught]
