@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,7 @@ def expected(values: Array) -> list[list[int]]:
     def shuffled(sources: Iterable[int]) -> list[int]:
         return [int(value) for value in warps[:, list(sources)].reshape(-1)]
 
-    def each(numbers: Iterable[int]) -> list[int]:
+    def each(numbers: Any) -> list[int]:
         return [int(number) for number in numbers for _ in range(WARP)]
 
     remainders = np.fmod(warps, 3)
