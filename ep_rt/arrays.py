@@ -566,5 +566,5 @@ def _order(stream: int, *, before: int, device: int) -> None:
     cuda = _load("cupy").cuda
     with cuda.Device(device):
         event = cuda.Event(disable_timing=True)
-        event.record(cuda.ExternalStream(stream, device))
-        cuda.ExternalStream(before, device).wait_event(event)
+        cuda.runtime.eventRecord(event.ptr, stream)
+        cuda.runtime.streamWaitEvent(before, event.ptr)
