@@ -70,7 +70,10 @@ __device__ Reason CombineBlock<kCfg>::read_offers() const {
                    : which == 2 ? &from->digest
                                 : &from->staged;
         },
-        [](int32_t i) { return i / kWords; }, [&](uint64_t word) { return is_stamped(word, call.epoch); });
+        [](int32_t i) { return i / kWords; }, [&](uint64_t word) { return is_stamped(word, call.epoch); },
+        [&](int32_t i, uint64_t seen) {
+            if (i % kWords == 3) shared.staged[i / kWords] = static_cast<uint32_t>(seen);
+        });
     if (reason != kNothing) return reason;
 
     const int32_t term = threadIdx.x;
@@ -170,7 +173,7 @@ struct Pieces {
     int32_t next_piece, next_row, ticket;
     Place next_place;
 
-    uint32_t staged;  // chunks of the rows of this lane's term that are known to be there
+    uint32_t staged;  // chunks of the rows of this lane's term that are acquired
     Reason reason;    // why there are no more; kNothing: all are done
 
     __device__ Pieces(const CombineBlock<kCfg>& block, int32_t ticket) : block(block), ticket(ticket) {
@@ -178,7 +181,7 @@ struct Pieces {
         limit = block.lane < kMaxTerms ? block.shared.limits[block.lane] : 0;
         num_pieces = block.num_pieces();
         pending = 0;
-        staged = block.lane < block.call.num_ranks ? staged_of(ptx::ld_relaxed_sys(word())) : kAllStaged;
+        staged = block.lane < block.call.num_ranks ? block.shared.staged[block.lane] : kAllStaged;
         reason = kNothing;
         look_ahead();
     }
@@ -214,6 +217,7 @@ struct Pieces {
             ptx::fence_proxy_async();
 #endif
         }
+        __syncwarp();  // without bulk loads, all lanes read what one has acquired
         return __all_sync(kFullWarp, reason == kNothing);
     }
 

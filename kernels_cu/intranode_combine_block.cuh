@@ -40,6 +40,7 @@ struct CombineShared {
     const uint8_t* terms[kMaxTerms];  // row 0 of this rank's part of each term
     int32_t limits[kMaxTerms];        // rows from here on were dropped
     const float* weights[kMaxLocalRanks];
+    uint32_t staged[kMaxLocalRanks];  // chunks of each peer's rows that its offer was acquired with
 };
 
 template <IntranodeCombineCfg kCfg>

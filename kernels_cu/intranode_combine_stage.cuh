@@ -66,7 +66,9 @@ __device__ void CombineBlock<kCfg>::stage_rows(uint8_t* ring, uint64_t* loaded) 
         uint64_t* counter = &call.workspace->staged[call.set][c];
         bool completes = false;
         if (lane == 0) completes = ptx::atom_add_acq_rel_gpu(counter, 1) + 1 == num_warps;
-        if (__shfl_sync(kFullWarp, completes, 0)) tell(is_last ? kAllStaged : c + 1);
+        completes = __shfl_sync(kFullWarp, completes, 0);
+        __syncwarp();  // what lane 0 has acquired goes before the releases of the others
+        if (completes) tell(is_last ? kAllStaged : c + 1);
     }
 }
 

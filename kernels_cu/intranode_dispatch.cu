@@ -123,7 +123,7 @@ __device__ bool DispatchBlock<kCfg>::has_offer(int32_t peer) const {
     };
     bool is_complete = is_there(from.offset) && is_there(from.capacity) && is_there(from.digest);
     for (int32_t d = 0; d < kMaxLocalRanks && !args.is_cached; ++d) is_complete &= is_there(from.counts[d]);
-    return is_complete && static_cast<uint32_t>(from.digest) == args.digest;
+    return is_complete && static_cast<uint32_t>(ptx::ld_relaxed_sys(&from.digest)) == args.digest;
 }
 
 template <IntranodeDispatchCfg kCfg>

@@ -61,7 +61,7 @@ __device__ inline void give_up(SlabHeader* own, HangRecord* host_hang, uint64_t*
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-        own->failed = 1;
+        ptx::st_relaxed_sys(&own->failed, 1);
         ptx::st_release_sys(&own->hang.reason, reason);
         ptx::st_release_sys(&host_hang->reason, reason);
     }
@@ -87,16 +87,17 @@ struct Call {
     __device__ bool has_failed() const { return ptx::ld_relaxed_gpu(&header(rank)->failed) != 0; }
 };
 
-// Begins a call: every thread of every block. False when an earlier one was given up.
+// Begins a call: every thread of every block. False when an earlier one was given up, or another block gives
+// this one up already: the same answer for all threads of a block, which meet again later.
 // Block 0 tells the peers which call this is, and clears the counters of the next one.
 __device__ inline bool enter(Call& call, uint64_t operation, uint64_t timeout_ns) {
-    const SlabHeader* own = call.header(call.rank);
-    if (own->failed) return false;
+    const bool has_failed = call.has_failed();
     call.deadline_ns = ptx::globaltimer_ns() + timeout_ns;
-    call.epoch = own->epoch + 1;
+    call.epoch = call.header(call.rank)->epoch + 1;
     call.word = signal_word(call.epoch, operation);
     call.parity = call.epoch & 1;
     call.set = call.workspace->calls & 1;
+    if (__syncthreads_or(has_failed)) return false;
     if (blockIdx.x == 0) {
         const int32_t peer = threadIdx.x;
         // Orders nothing: it only says where this rank is.
@@ -150,18 +151,25 @@ constexpr bool kAcquiring = true, kStamped = false;  // kStamped: the words say 
 
 // Waits, as one block, until each of `num_words` words satisfies `is_there(word)`. Acquires what was released
 // with them, if `kAcquires`. `word_at(i)` is word i; `peer_of(i)` the rank that stores it, -1 for a block of
-// this rank.
-template <bool kAcquires, class WordAt, class PeerOf, class IsThere>
+// this rank. `note(i, seen)` gets the value that was waited for: what it says is acquired, while the word may
+// say more by now.
+template <bool kAcquires, class WordAt, class PeerOf, class IsThere, class Note>
 __device__ inline Reason wait_for_words(const Call& call, int32_t num_words, WordAt word_at, PeerOf peer_of,
-                                        IsThere is_there) {
+                                        IsThere is_there, Note note) {
     Reason reason = kNothing;
     for (int32_t i = threadIdx.x; i < num_words && reason == kNothing; i += blockDim.x) {
         uint64_t seen;
         reason = poll(call, word_at(i), peer_of(i), seen, is_there);
         // An acquire load is dear: only of the word that is known to be there.
         if (kAcquires) ptx::ld_acquire_sys(word_at(i));
+        note(i, seen);
     }
     return agree(reason);
+}
+template <bool kAcquires, class WordAt, class PeerOf, class IsThere>
+__device__ inline Reason wait_for_words(const Call& call, int32_t num_words, WordAt word_at, PeerOf peer_of,
+                                        IsThere is_there) {
+    return wait_for_words<kAcquires>(call, num_words, word_at, peer_of, is_there, [](int32_t, uint64_t) {});
 }
 
 // Gives the call up, as one block; of several blocks that come here, one writes the record.

@@ -1,0 +1,12 @@
+// The runtime as one translation unit, so that the hooks inline what they need.
+#include "api.cpp"
+#include "bulk.cpp"
+#include "clocks.cpp"
+#include "fibers.cpp"
+#include "hooks.cpp"
+#include "memory.cpp"
+#include "network.cpp"
+#include "schedule.cpp"
+#include "shadow.cpp"
+#include "streams.cpp"
+#include "warp.cpp"

@@ -1,0 +1,138 @@
+"""The product's kernels with few threads, loaded, and their arguments as the product binds them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from ep_rt.cuda import kernels, launch
+from ep_rt.cuda.kernels import KernelSpec
+
+from . import build
+from .machine import Array, EmulatedKernel
+
+
+def small(spec: KernelSpec, *, num_data_warps: int = 1, stage_bytes: int = 64) -> KernelSpec:
+    """The same kernel with few threads and short stages, so that schedules are cheap and pieces many."""
+    cfg: Any = spec.cfg
+    if isinstance(cfg, kernels.IntranodeDispatchCfg):
+        # What is cast comes in steps of 2 KiB, with a scale for every 256 bytes.
+        stage_bytes = 2048 if cfg.quantizes else stage_bytes
+        cfg = replace(
+            cfg,
+            num_threads=32 * (num_data_warps + 2),
+            num_data_warps=num_data_warps,
+            stage_bytes=stage_bytes,
+            scale_bytes=32,
+        )
+    elif isinstance(cfg, kernels.ExpandCfg):
+        cfg = replace(
+            cfg,
+            num_threads=32 * (num_data_warps + 1),
+            num_data_warps=num_data_warps,
+            stage_bytes=stage_bytes,
+            scale_bytes=32,
+        )
+    elif isinstance(cfg, kernels.IntranodeCombineCfg | kernels.CollapseCfg):
+        cfg = replace(cfg, num_threads=32 * (num_data_warps + 1), num_stages=2, stage_bytes=512)
+    elif isinstance(cfg, kernels.WireLimitCfg):
+        cfg = replace(cfg, num_threads=64, num_stages=3, stage_bytes=512)
+    elif isinstance(cfg, kernels.DispatchLayoutCfg | kernels.ContiguousCfg):
+        cfg = replace(cfg, num_threads=64)
+    return replace(spec, cfg=cfg, shared_bytes=_shared_bytes(spec, cfg))
+
+
+def _shared_bytes(spec: KernelSpec, cfg: Any) -> int:
+    """As `kernels` says it for the shapes of the product."""
+    if not spec.shared_bytes:
+        return 0
+    warps = getattr(cfg, "num_data_warps", cfg.num_threads // 32)
+    stages = warps * cfg.num_stages * (cfg.stage_bytes + getattr(cfg, "scale_bytes", 0))
+    return max(int(stages), spec.shared_bytes_sm80)
+
+
+@dataclass(slots=True)
+class Kernels:
+    """Kernels of one code path, loaded when they are first asked for.
+
+    Args:
+        architecture: 900 for bulk copies, 800 for loads and stores.
+        num_data_warps: of the small kernels.
+    """
+
+    architecture: int = 900
+    num_data_warps: int = 1
+    sources: Path = build.KERNELS_CU
+    loaded: dict[str, EmulatedKernel] = field(default_factory=dict)
+
+    def __call__(self, spec: KernelSpec) -> EmulatedKernel:
+        if spec.name not in self.loaded:
+            self.loaded[spec.name] = EmulatedKernel.load(spec, self.architecture, sources=self.sources)
+        return self.loaded[spec.name]
+
+    def small(self, spec: KernelSpec) -> EmulatedKernel:
+        return self(small(spec, num_data_warps=self.num_data_warps))
+
+    def barrier(self, num_ranks: int) -> EmulatedKernel:
+        return self(kernels.barrier(num_ranks))
+
+    def dispatch(self, *, quantizes: bool = False) -> EmulatedKernel:
+        return self.small(kernels.intranode_dispatch(quantizes=quantizes))
+
+    def combine(self, element: str) -> EmulatedKernel:
+        return self.small(kernels.intranode_combine(element))
+
+    def expand(self) -> EmulatedKernel:
+        return self.small(kernels.expand())
+
+    def collapse(self, element: str) -> EmulatedKernel:
+        return self.small(kernels.collapse(element))
+
+    def normal(self, num_ranks: int) -> list[EmulatedKernel]:
+        """All that programs of the normal mode launch."""
+        dispatches = [self.dispatch(), self.dispatch(quantizes=True)]
+        combines = map(self.combine, kernels.ELEMENTS)
+        return [self.barrier(num_ranks), self(host_reads()), *dispatches, *combines]
+
+    def expert_major(self, num_ranks: int) -> list[EmulatedKernel]:
+        """The same with the expert-major layout."""
+        return [*self.normal(num_ranks), self.expand(), *map(self.collapse, kernels.ELEMENTS)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TestCfg:
+    """Of the kernels that the tests bring."""
+
+    num_threads: int
+
+
+def host_reads() -> KernelSpec:
+    """A host that waits for the result of a dispatch."""
+    return KernelSpec(
+        source="host_reads.cu",
+        function="host_reads",
+        cfg=TestCfg(num_threads=32),
+        args=np.dtype(
+            [("result", "<u8"), ("copy", "<u8"), ("call", "<u8"), ("timeout_ns", "<u8")], align=True
+        ),
+    )
+
+
+def bound(kernel: EmulatedKernel, *fields: dict[str, Any]) -> Array:
+    """The arguments of a launch, as the product binds them."""
+    return cast(Array, launch.bind(cast(launch.Kernel, _Packing(kernel)), 0, *fields))
+
+
+@dataclass(frozen=True, slots=True)
+class _Packing:
+    kernel: EmulatedKernel
+
+    @property
+    def spec(self) -> KernelSpec:
+        return self.kernel.spec
+
+    def bind(self, args: Array, *, num_blocks: int) -> Array:
+        return args
