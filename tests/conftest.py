@@ -1,7 +1,7 @@
 """What several test files share: what must be installed, and starting programs under MPI.
 
-``EP_RT_TEST_REQUIRE=mpi,torch,jax`` turns the absence of an optional package, for which tests would be
-skipped, into a failure.
+``EP_RT_TEST_REQUIRE=mpi,torch,jax,emulator`` turns the absence of what is optional, and for which tests would
+be skipped, into a failure.
 """
 
 from __future__ import annotations
@@ -125,13 +125,21 @@ def _required() -> set[str]:
 
 def _absence(name: str) -> str | None:
     """Why `name` cannot be tested here; None when it can."""
-    checks: dict[str, Callable[[], object]] = {"mpi": _mpiexec}
+    checks: dict[str, Callable[[], object]] = {"mpi": _mpiexec, "emulator": _compiler}
     try:
         importlib.import_module("mpi4py" if name == "mpi" else name)
         checks.get(name, lambda: None)()
     except (ImportError, FileNotFoundError) as error:
         return str(error)
     return None
+
+
+def _compiler() -> None:
+    from emulator import build
+
+    absence = build.absence()
+    if absence is not None:
+        raise FileNotFoundError(absence)
 
 
 def _mpiexec() -> str:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from ep_rt import reference
+from ep_rt.arrays import np_dtype
+from ep_rt.cuda.kernels import ELEMENTS
 
 from .expert_major import ExpertMajor, contiguous, dispatch_layout, wire_limit
 from .machine import Array
 from .ranks import Ranks
 
 DTYPES = (ml_dtypes.bfloat16, np.float16, np.float32, ml_dtypes.float8_e4m3fn, np.uint8)
-SUMMED = (ml_dtypes.bfloat16, np.float16, np.float32)
 
 
 def random_bits(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -72,7 +75,22 @@ class Routing:
         return cls(num_experts, ids, [rng.random(some.shape, np.float32) for some in ids])
 
 
-def draw_normal(rng: np.random.Generator, ranks: Ranks, *, num_calls: int, max_tokens: int) -> None:
+def _rows(
+    rng: np.random.Generator, routing: Routing, hidden: int, dtype: Any, sf_width: int
+) -> tuple[list[Array], list[Array] | None]:
+    x = [random_bits(rng, (count, hidden), dtype) for count in routing.num_tokens]
+    sf = [random_bits(rng, (count, sf_width), np.float32) for count in routing.num_tokens]
+    return x, sf if sf_width else None
+
+
+def draw_normal(
+    rng: np.random.Generator,
+    ranks: Ranks,
+    *,
+    num_calls: int,
+    max_tokens: int,
+    elements: Sequence[str] = ELEMENTS,
+) -> None:
     """Dispatches, repeated dispatches, combines and barriers, all enqueued at once."""
     num_ranks = ranks.num_ranks
     done = 0
@@ -84,14 +102,10 @@ def draw_normal(rng: np.random.Generator, ranks: Ranks, *, num_calls: int, max_t
         with_weights = bool(rng.integers(3))
         worst = int(rng.integers(1, 2 * sum(routing.num_tokens) + 2)) if rng.integers(2) else 0
 
-        def rows() -> tuple[list[Array], list[Array] | None]:
-            x = [random_bits(rng, (count, hidden), dtype) for count in routing.num_tokens]
-            sf = [random_bits(rng, (count, sf_width), np.float32) for count in routing.num_tokens]
-            return x, sf if sf_width else None
-
         def places() -> list[int]:
             return [int(number) for number in rng.integers(0, ranks.num_places, num_ranks)]
 
+        rows = partial(_rows, rng, routing, hidden, dtype, sf_width)
         x, sf = rows()
         expected = reference.dispatch(
             x,
@@ -119,7 +133,7 @@ def draw_normal(rng: np.random.Generator, ranks: Ranks, *, num_calls: int, max_t
             ranks.dispatch(again, repeated, ids=None, sf=again_sf, handle=handle, places=places())
             done += 1
         if done < num_calls and rng.integers(4):
-            summed = SUMMED[rng.integers(3)]
+            summed = np_dtype(elements[int(rng.integers(len(elements)))])
             width = 16 // np.dtype(summed).itemsize * int(rng.integers(1, 50))
             y = [random_values(rng, (len(each.recv_x), width), summed) for each in expected]
             num_biases = int(rng.integers(3))
@@ -161,7 +175,7 @@ def draw_staged(rng: np.random.Generator, ranks: Ranks) -> None:
     )
     x = [np.zeros((count, 16), np.uint8) for count in counts]
     handle, _ = ranks.dispatch(x, expected, ids=ids, num_experts=num_ranks, places=[0] * num_ranks)
-    y = [random_values(rng, (len(each.recv_x), 16), SUMMED[0]) for each in expected]
+    y = [random_values(rng, (len(each.recv_x), 16), ml_dtypes.bfloat16) for each in expected]
     num_stagers = int(rng.integers(3))
     ranks.combine(y, handle, places=[1] * num_ranks, is_in_slab=False, num_stagers=num_stagers)
     ranks.check_epoch()
@@ -173,7 +187,7 @@ def draw_quantized(rng: np.random.Generator, ranks: Ranks, *, max_tokens: int) -
     hidden = 128 * int(rng.choice([1, 4, 8, 9]))
 
     def rows() -> tuple[list[Array], list[Array], list[Array]]:
-        x = [random_values(rng, (count, hidden), SUMMED[0]) for count in routing.num_tokens]
+        x = [random_values(rng, (count, hidden), ml_dtypes.bfloat16) for count in routing.num_tokens]
         for each in x:
             each.reshape(-1).view(np.uint16)[:3] = (0x7F81, 0xFF80, 0x8000)[: each.size]  # NaN, -inf, -0.0
         q, sf = zip(*map(reference.quantize_fp8, x), strict=True)
@@ -215,7 +229,9 @@ def draw_without_ids(rng: np.random.Generator, ranks: Ranks, *, max_tokens: int)
     ranks.check_epoch()
 
 
-def draw_expert_major(rng: np.random.Generator, ranks: Ranks, *, max_tokens: int) -> None:
+def draw_expert_major(
+    rng: np.random.Generator, ranks: Ranks, *, max_tokens: int, elements: Sequence[str] = ELEMENTS
+) -> None:
     """A dispatch with layout "expert", the same again along its handle, and the combine."""
     local = ExpertMajor(ranks)
     routing = Routing.draw(rng, ranks.num_ranks, max_tokens=max_tokens)
@@ -225,11 +241,7 @@ def draw_expert_major(rng: np.random.Generator, ranks: Ranks, *, max_tokens: int
     with_weights = bool(rng.integers(3))
     worst = int(rng.integers(1, 2 * sum(routing.num_tokens) + 2)) if rng.integers(2) else 0
 
-    def rows() -> tuple[list[Array], list[Array] | None]:
-        x = [random_bits(rng, (count, 16 * width), np.uint8) for count in routing.num_tokens]
-        sf = [random_bits(rng, (count, sf_width), np.float32) for count in routing.num_tokens]
-        return x, sf if sf_width else None
-
+    rows = partial(_rows, rng, routing, 16 * width, np.uint8, sf_width)
     x, sf = rows()
     expected = reference.dispatch(
         x,
@@ -273,7 +285,7 @@ def draw_expert_major(rng: np.random.Generator, ranks: Ranks, *, max_tokens: int
         received = repeat(expected, again, again_sf)
         _, landed = ranks.dispatch(again, received, ids=None, sf=again_sf, handle=handle, places=places)
         local.expand(handle, landed, expand(received), places=blocks, **common)
-    summed = SUMMED[rng.integers(3)]
+    summed = np_dtype(elements[int(rng.integers(len(elements)))])
     hidden = 16 // np.dtype(summed).itemsize * int(rng.integers(1, 50))
     local.combine(
         [random_values(rng, (len(each.row), hidden), summed) for each in expanded],
@@ -302,3 +314,26 @@ def draw_local(rng: np.random.Generator, ranks: Ranks, *, max_tokens: int) -> No
         sources = [random_bits(rng, shape, np.uint8) for _ in range(ranks.num_ranks)]
         wire_limit(ranks, sources, pulls=bool(rng.integers(2)))
     ranks.check_epoch()
+
+
+def draw_mistaken(rng: np.random.Generator, ranks: Ranks, *, is_other_call: bool) -> None:
+    """Some calls, then one in which a rank is in another call, or has other arguments."""
+    num_ranks = ranks.num_ranks
+    draw_normal(rng, ranks, num_calls=int(rng.integers(1, 3)), max_tokens=3, elements=ELEMENTS[2:])
+    routing = Routing.draw(rng, num_ranks, max_tokens=3)
+    x = [np.zeros((count, 16), np.uint8) for count in routing.num_tokens]
+    expected = reference.dispatch(x, routing.ids, num_experts=routing.num_experts)
+    mistaken = int(rng.integers(num_ranks))
+    others = [rank for rank in range(num_ranks) if rank != mistaken]
+    ranks.dispatch(
+        x,
+        expected,
+        ids=routing.ids,
+        num_experts=routing.num_experts,
+        places=[0] * num_ranks,
+        only=others if is_other_call else None,
+        digests=[77 + (rank == mistaken) for rank in range(num_ranks)],
+    )
+    if is_other_call:
+        ranks.barrier(only=[mistaken])
+    ranks.barrier()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .build import KERNELS_CU
-from .machine import Failure
+from .machine import FoundError
 from .scenarios import SCENARIOS, Runner, replay
 
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _night(chosen.minutes, chosen.jobs, chosen.first)
 
 
-def report(name: str, seed: int, failure: Failure) -> str:
+def report(name: str, seed: int, failure: FoundError) -> str:
     """What is printed of a seed that found something."""
     return f"{name}, seed {seed}: {failure}\n    replay: {replay(name, seed)}"
 
@@ -54,7 +54,7 @@ def _run(name: str, first: int, num_seeds: int, sources: Path, keeps_going: bool
     for seed in range(first, first + num_seeds):
         try:
             runner.run(seed)
-        except Failure as failure:
+        except FoundError as failure:
             num_found += 1
             print(report(name, seed, failure), flush=True)
             if not keeps_going:
@@ -107,7 +107,7 @@ def _night_job(job: int, num_jobs: int, first: int, until: float) -> None:
             while time.time() < end:
                 try:
                     runner.run(seed)
-                except Failure as failure:
+                except FoundError as failure:
                     num_found += 1
                     print(report(name, seed, failure), flush=True)
                 num_run += 1

@@ -212,4 +212,3 @@ def wire_limit(ranks: Ranks, sources: Sequence[Array], *, pulls: bool) -> None:
             if peer != rank:
                 wanted = sources[peer][rank]
                 ranks.compare("what came", rank, base + peer * wanted.nbytes, wanted)
-

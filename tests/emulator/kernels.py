@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -91,19 +92,14 @@ class Kernels:
     def collapse(self, element: str) -> EmulatedKernel:
         return self.small(kernels.collapse(element))
 
-    def normal(self, num_ranks: int) -> list[EmulatedKernel]:
-        """All that programs of the normal mode launch."""
-        dispatches = [self.dispatch(), self.dispatch(quantizes=True)]
-        combines = map(self.combine, kernels.ELEMENTS)
-        return [self.barrier(num_ranks), self(host_reads()), *dispatches, *combines]
-
-    def expert_major(self, num_ranks: int) -> list[EmulatedKernel]:
-        """The same with the expert-major layout."""
-        return [*self.normal(num_ranks), self.expand(), *map(self.collapse, kernels.ELEMENTS)]
+    def normal(self, num_ranks: int, elements: Sequence[str]) -> list[EmulatedKernel]:
+        """Dispatch, combine for rows of `elements`, and what stands beside them."""
+        beside = [self.barrier(num_ranks), self(host_reads())]
+        return [*beside, self.dispatch(), *map(self.combine, elements)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TestCfg:
+class ThreadsCfg:
     """Of the kernels that the tests bring."""
 
     num_threads: int
@@ -114,7 +110,7 @@ def host_reads() -> KernelSpec:
     return KernelSpec(
         source="host_reads.cu",
         function="host_reads",
-        cfg=TestCfg(num_threads=32),
+        cfg=ThreadsCfg(num_threads=32),
         args=np.dtype(
             [("result", "<u8"), ("copy", "<u8"), ("call", "<u8"), ("timeout_ns", "<u8")], align=True
         ),

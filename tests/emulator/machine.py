@@ -21,20 +21,18 @@ Array = NDArray[Any]
 TIMEOUT_NS: Final = 100_000_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class Failure(Exception):
+class FoundError(Exception):
     """What a run found.
 
     Attributes:
-        kind: race, proxy, bounds, uninit, hang, collective, align, exit, mbarrier, limit; or oracle, for a wrong
-            result, and record, for what a rank that gave up has written.
+        kind: race, proxy, bounds, uninit, hang, collective, align, exit, mbarrier, limit; or oracle, for a
+            wrong result, and record, for what a rank that gave up has written.
         places: the accesses, as ``what by whom at file:line < file:line``.
     """
 
-    kind: str
-    text: str
-    places: tuple[str, ...] = ()
-    steps: int = 0
+    def __init__(self, kind: str, text: str, places: tuple[str, ...] = (), *, steps: int = 0) -> None:
+        super().__init__(kind, text, places)
+        self.kind, self.text, self.places, self.steps = kind, text, places, steps
 
     def __str__(self) -> str:
         return "\n    ".join((f"{self.kind}: {self.text}", *self.places))
@@ -127,7 +125,9 @@ class Machine:
     is_saved: bool = False
 
     def __post_init__(self) -> None:
-        shapes = (runtime.StreamShape * len(self.streams))(*self.streams)
+        shapes = (runtime.StreamShape * len(self.streams))(
+            *(runtime.StreamShape(rank, max_blocks) for rank, max_blocks in self.streams)
+        )
         geometry = runtime.Geometry(
             num_ranks=self.num_ranks,
             ranks_per_node=self.ranks_per_node or self.num_ranks,
@@ -183,7 +183,7 @@ class Machine:
             changes: to `conditions`.
 
         Raises:
-            Failure: the run found something, or a check of its results did.
+            FoundError: the run found something, or a check of its results did.
         """
         emulator = runtime.library()
         if not self.is_saved:
@@ -192,16 +192,16 @@ class Machine:
         found = runtime.Result()
         emulator.emu_run(_options(seed, replace(self.conditions, **changes)), found)
         if found.kind:
-            raise Failure(
+            raise FoundError(
                 found.kind.decode(),
                 found.text.decode() + self._place(found.address),
                 tuple(_described(each) for each in (found.first, found.second) if each.what),
-                found.steps,
+                steps=found.steps,
             )
         for check in self.checks:
             text = check()
             if text is not None:
-                raise Failure("oracle", text, steps=found.steps)
+                raise FoundError("oracle", text, steps=found.steps)
         return found
 
     def _place(self, address: int) -> str:

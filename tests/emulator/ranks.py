@@ -5,7 +5,7 @@ Every call arranges that its results are compared with the oracle's once everyth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -203,16 +203,19 @@ class Ranks:
 
     # Calls.
 
-    def barrier(self) -> None:
-        for rank in range(self.num_ranks):
+    def barrier(self, *, only: Collection[int] | None = None) -> None:
+        """On all ranks, or on some, which is then a mistake of the program."""
+        for rank in range(self.num_ranks) if only is None else only:
             kernel = self.load.barrier(self.num_ranks)
             args = bound(kernel, {"operation": Operation.BARRIER}, self.common(rank))
             self.machine.launch(rank, kernel, args, 1)
         self.epoch += 1
 
-    def place(self, rank: int, number: int) -> tuple[int, int]:
-        """Address of a place of the slab, and as words tell it to the peers."""
+    def place(self, rank: int, number: int, *, before_end: int | None = None) -> tuple[int, int]:
+        """Address of a place of the slab, or so much before its end, and as words tell it to the peers."""
         offset = PAYLOAD_OFFSET + number % self.num_places * self.place_bytes
+        if before_end is not None:
+            offset += self.place_bytes - before_end
         return self.slabs[rank].address + offset, offset // OFFSET_UNIT
 
     def dispatch(
@@ -230,14 +233,16 @@ class Ranks:
         in_rank: Sequence[Array] | None = None,
         places: Sequence[int],
         max_redundant_tokens: int = 512,
-        capacity: int | None = None,
+        only: Collection[int] | None = None,
+        digests: Sequence[int] | None = None,
     ) -> tuple[Handle, list[Landed]]:
         """One dispatch; `expected` is what the oracle says of it.
 
         Args:
             places: of the slab, by rank.
             in_rank: for a dispatch without ids.
-            capacity: rows that an exact dispatch offers room for; default all of the place.
+            only: ranks that take part, if not all: a mistake of the program.
+            digests: of the ranks' arguments, where they differ.
         """
         kernel = self.load.dispatch(quantizes=quantizes)
         self.num_calls += 1
@@ -256,13 +261,14 @@ class Ranks:
             )
             is_exact = handle is None and num_worst_tokens == 0
             room = row.capacity(self.place_bytes) if is_exact else len(wanted.recv_x)
-            room = room if capacity is None or not is_exact else capacity
-            assert row.layout(room).end <= self.place_bytes, "the case does not fit into a place of the slab"
+            num_bytes = row.layout(room).end
+            assert num_bytes <= self.place_bytes, "the case does not fit into a place of the slab"
             if handle is None:
                 routing.append(self.machine.allocate(rank, routing_bytes(num_tokens), "routing"))
             scratch = self.machine.allocate(rank, scratch_bytes(num_tokens), "scratch")
             told = self.machine.allocate(rank, DISPATCH_RESULT.itemsize, "result") if is_exact else None
-            base, offset = self.place(rank, places[rank])
+            # At the end of the place, so that a row too many lies beyond it.
+            base, offset = self.place(rank, places[rank], before_end=num_bytes)
             if num_worst_tokens and handle is None:
                 rows.append(num_worst_tokens)
             else:
@@ -285,7 +291,7 @@ class Ranks:
                     "masks": scratch.address + 4 * MAX_LOCAL_RANKS * num_tokens,
                     "send_token": scratch.address,
                     "call": self.num_calls,
-                    "digest": along(77, 0 if handle is None else handle.call),
+                    "digest": along(digests[rank] if digests else 77, 0 if handle is None else handle.call),
                     "recv_offset": offset,
                     "recv_capacity": room,
                     "num_tokens": num_tokens,
@@ -300,7 +306,8 @@ class Ranks:
                 },
                 self.common(rank),
             )
-            self.machine.launch(rank, kernel, args, self.num_blocks)
+            if only is None or rank in only:
+                self.machine.launch(rank, kernel, args, self.num_blocks)
             landed.append(Landed(base, room, row))
             self._compare_received(rank, landed[-1], wanted, ids=ids, weights=weights)
             if told is not None:

@@ -1,12 +1,12 @@
 """What is run from seeds: named scenarios, each a way to draw programs and the conditions they run under.
 
-A seed stands for a program (seed // SCHEDULES) and a schedule of it, so that programs are built once for several
-schedules.
+A seed stands for a program (seed // SCHEDULES) and a schedule of it, so that programs are built once for
+several schedules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -16,11 +16,11 @@ import numpy as np
 from ep_rt.cuda import kernels
 from ep_rt.cuda.hang import Report, verdict
 from ep_rt.cuda.layout import HANG_RECORD
-from ep_rt.errors import PeerTimeoutError
+from ep_rt.errors import CollectiveMismatchError, ConfigError, EpError, PeerTimeoutError
 
 from . import cases
-from .kernels import Kernels
-from .machine import TIMEOUT_NS, Conditions, Failure
+from .kernels import Kernels, host_reads
+from .machine import TIMEOUT_NS, Conditions, EmulatedKernel, FoundError
 from .ranks import Ranks
 
 SCHEDULES: Final = 8
@@ -29,16 +29,45 @@ PLACE_BYTES: Final = 32 << 10
 Draw = Callable[[np.random.Generator, Ranks], None]
 
 
+BF16: Final = ("bfloat16",)
+
+
+def _normal_kernels(load: Kernels, num_ranks: int) -> list[EmulatedKernel]:
+    return load.normal(num_ranks, BF16)
+
+
+def _all_elements(load: Kernels, num_ranks: int) -> list[EmulatedKernel]:
+    return load.normal(num_ranks, kernels.ELEMENTS)
+
+
+def _quantizing(load: Kernels, num_ranks: int) -> list[EmulatedKernel]:
+    return [load(host_reads()), load.dispatch(quantizes=True)]
+
+
+def _expert_major(load: Kernels, num_ranks: int) -> list[EmulatedKernel]:
+    return [*load.normal(num_ranks, BF16), load.expand(), load.collapse(*BF16)]
+
+
+def _local(load: Kernels, num_ranks: int) -> list[EmulatedKernel]:
+    specs = kernels.dispatch_layout(), kernels.contiguous(), kernels.wire_limit()
+    return [load.barrier(num_ranks), *map(load.small, specs)]
+
+
+def _barrier(load: Kernels, num_ranks: int) -> list[EmulatedKernel]:
+    return [load.barrier(num_ranks)]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
     """Programs of one kind.
 
     Attributes:
         draw: enqueues a program.
-        needs: the kernels that it may launch.
+        kernels: that it may launch.
         max_blocks: programs have between one and so many blocks.
         epochs: where the slabs' counters start.
         dies: a rank stops, at the start or at a random step; the others must say so.
+        mistake: what every rank must say, of programs that are wrong.
         expires: deadlines are so short that they pass here and there.
         max_dead_step: the latest step at which a rank dies.
     """
@@ -46,23 +75,24 @@ class Scenario:
     num_ranks: int
     architecture: int = 900
     draw: Draw
-    needs: str = "normal"
+    kernels: Callable[[Kernels, int], list[EmulatedKernel]] = _normal_kernels
     max_blocks: int = 2
     num_data_warps: int = 1
     epochs: tuple[int, ...] = (0,)
     place_bytes: int = PLACE_BYTES
     checks_uninitialised: bool = False
     dies: bool = False
+    mistake: type[EpError] | None = None
     expires: bool = False
     max_dead_step: int = 60_000
 
     @property
     def is_failing(self) -> bool:
-        return self.dies or self.expires
+        return self.dies or self.expires or self.mistake is not None
 
 
-def _normal(num_calls: int, max_tokens: int) -> Draw:
-    return partial(cases.draw_normal, num_calls=num_calls, max_tokens=max_tokens)
+def _normal(num_calls: int, max_tokens: int, elements: Sequence[str] = BF16) -> Draw:
+    return partial(cases.draw_normal, num_calls=num_calls, max_tokens=max_tokens, elements=elements)
 
 
 def _barriers(rng: np.random.Generator, ranks: Ranks) -> None:
@@ -82,29 +112,49 @@ def _each_path(name: str, **fields: Any) -> dict[str, Scenario]:
 # Beyond 2^32 the epochs that words carry begin again.
 _NEAR_WRAP: Final = ((1 << 32) - 3, (1 << 32) - 2, (1 << 32) - 1)
 
+_BARRIERS: Final[dict[str, Any]] = {
+    "draw": _barriers,
+    "kernels": _barrier,
+    "max_blocks": 1,
+    "checks_uninitialised": True,
+}
+
 SCENARIOS: Final[dict[str, Scenario]] = {
-    "barrier-r2": Scenario(num_ranks=2, draw=_barriers, max_blocks=1, checks_uninitialised=True),
-    "barrier-r8": Scenario(num_ranks=8, draw=_barriers, max_blocks=1),
+    "barrier-r2": Scenario(num_ranks=2, **_BARRIERS),
+    "barrier-r8": Scenario(num_ranks=8, **_BARRIERS),
     **_each_path("dispatch-r2", num_ranks=2, draw=_normal(1, 4), max_blocks=1),
-    **_each_path("normal-r2", num_ranks=2, draw=_normal(4, 6)),
+    **_each_path("normal-r2", num_ranks=2, draw=_normal(4, 6, kernels.ELEMENTS), kernels=_all_elements),
     **_each_path("normal-r3", num_ranks=3, draw=_normal(4, 6)),
     **_each_path("normal-r3-wide", num_ranks=3, draw=_normal(3, 8), num_data_warps=2),
     **_each_path("normal-r8", num_ranks=8, draw=_normal(2, 3), max_blocks=1),
     **_each_path("normal-r3-wrap", num_ranks=3, draw=_normal(4, 4), epochs=_NEAR_WRAP),
     **_each_path("long-r2", num_ranks=2, draw=_normal(14, 3), max_blocks=1),
     **_each_path("staged-r2", num_ranks=2, draw=cases.draw_staged),
-    **_each_path("quantized-r2", num_ranks=2, draw=partial(cases.draw_quantized, max_tokens=4)),
+    **_each_path(
+        "quantized-r2",
+        num_ranks=2,
+        draw=partial(cases.draw_quantized, max_tokens=4),
+        kernels=_quantizing,
+    ),
     **_each_path("without-ids-r3", num_ranks=3, draw=partial(cases.draw_without_ids, max_tokens=6)),
     **_each_path(
         "expert-major-r2",
         num_ranks=2,
-        draw=partial(cases.draw_expert_major, max_tokens=5),
-        needs="expert_major",
+        draw=partial(cases.draw_expert_major, max_tokens=5, elements=BF16),
+        kernels=_expert_major,
         epochs=(0, *_NEAR_WRAP),
     ),
-    **_each_path("local-r2", num_ranks=2, draw=partial(cases.draw_local, max_tokens=40), needs="local"),
+    **_each_path("local-r2", num_ranks=2, draw=partial(cases.draw_local, max_tokens=40), kernels=_local),
     **_each_path("dead-r2", num_ranks=2, draw=_normal(3, 4), dies=True),
     **_each_path("dead-r4", num_ranks=4, draw=_normal(2, 4), dies=True, max_dead_step=150_000),
+    "other-call-r3": Scenario(
+        num_ranks=3,
+        draw=partial(cases.draw_mistaken, is_other_call=True),
+        mistake=CollectiveMismatchError,
+    ),
+    "other-arguments-r3": Scenario(
+        num_ranks=3, draw=partial(cases.draw_mistaken, is_other_call=False), mistake=ConfigError
+    ),
     **_each_path("expiring-r2", num_ranks=2, draw=_normal(3, 4), expires=True),
     **_each_path("expiring-r3", num_ranks=3, draw=_normal(3, 4), expires=True),
 }
@@ -134,7 +184,7 @@ class Runner:
         """One seed.
 
         Raises:
-            Failure: it found something.
+            FoundError: it found something.
         """
         ranks = self._program(seed // SCHEDULES)
         scenario = self.scenario
@@ -146,6 +196,8 @@ class Runner:
             _check_blame(ranks, dead, result.steps)
         else:
             result = ranks.machine.run(seed, **changes)
+            if scenario.mistake is not None:
+                _check_mistake(ranks, scenario.mistake, result.steps)
         self.steps += result.steps
 
     def _program(self, number: int) -> Ranks:
@@ -157,7 +209,7 @@ class Runner:
         self.ranks = Ranks(
             scenario.num_ranks,
             self.load,
-            self._kernels(),
+            scenario.kernels(self.load, scenario.num_ranks),
             num_blocks=int(rng.integers(1, scenario.max_blocks + 1)),
             epoch=int(rng.choice(scenario.epochs)),
             place_bytes=scenario.place_bytes,
@@ -168,15 +220,6 @@ class Runner:
         scenario.draw(rng, self.ranks)
         return self.ranks
 
-    def _kernels(self) -> list[Any]:
-        num_ranks = self.scenario.num_ranks
-        if self.scenario.needs == "expert_major":
-            return self.load.expert_major(num_ranks)
-        if self.scenario.needs == "local":
-            specs = kernels.dispatch_layout(), kernels.contiguous(), kernels.wire_limit()
-            return [self.load.barrier(num_ranks), *map(self.load.small, specs)]
-        return self.load.normal(num_ranks)
-
 
 def _check_blame(ranks: Ranks, dead: int, steps: int) -> None:
     """Whoever gave up names the rank that died, and nobody else."""
@@ -185,24 +228,24 @@ def _check_blame(ranks: Ranks, dead: int, steps: int) -> None:
         record = ranks.header(rank)["hang"]
         reports.append(None if rank == dead else Report.of(rank, record))
     for rank, report in enumerate(reports):
+        mine = Report.of(rank, ranks.hangs[rank].array(HANG_RECORD, (1,)))
+        if rank != dead and mine != report:
+            text = f"rank {rank} tells its host and its peers different things"
+            raise FoundError("record", text, steps=steps)
         if report is None:
             continue
-        mine = Report.of(rank, ranks.hangs[rank].array(HANG_RECORD, (1,)))
-        if mine != report:
-            raise Failure("record", f"rank {rank} tells its host and its peers different things", steps=steps)
         error = verdict(reports, rank=rank, timeout_s=1.0)
         if not isinstance(error, PeerTimeoutError) or list(error.peers) != [dead]:
-            raise Failure("record", f"rank {rank} says, with rank {dead} dead: {error}", steps=steps)
+            raise FoundError("record", f"rank {rank} says, with rank {dead} dead: {error}", steps=steps)
 
 
-def found(name: str, seeds: range, **kernels: Any) -> Iterator[tuple[int, Failure]]:
-    """The seeds of a scenario that find something."""
-    runner = Runner.of(name, **kernels)
-    for seed in seeds:
-        try:
-            runner.run(seed)
-        except Failure as failure:
-            yield seed, failure
+def _check_mistake(ranks: Ranks, mistake: type[EpError], steps: int) -> None:
+    """Every rank has given up, and all say the same."""
+    reports = [Report.of(rank, ranks.header(rank)["hang"]) for rank in range(ranks.num_ranks)]
+    for rank, report in enumerate(reports):
+        error = None if report is None else verdict(reports, rank=rank, timeout_s=1.0)
+        if not isinstance(error, mistake):
+            raise FoundError("record", f"rank {rank} says {error}, not {mistake.__name__}", steps=steps)
 
 
 def replay(name: str, seed: int) -> str:

@@ -69,7 +69,8 @@ uint32_t caller_pc(const void* return_address) {
 EmuAccess access_of(uint32_t agent, uint32_t pc, const char* what) {
     const Slot& slot = slots[slot_of(agent)];
     const int thread = static_cast<int>(agent) % chunk_size;
-    EmuAccess access{pc, slot.library, slot.rank, slot.block, thread < geometry.max_threads ? thread : -1, {}};
+    EmuAccess access{pc, slot.library, slot.rank, slot.block, thread < geometry.max_threads ? thread : -1,
+                     {}};
     copy_text(access.what, sizeof(access.what), what);
     return access;
 }
@@ -93,8 +94,8 @@ void fail(const char* kind, const std::string& text, const EmuAccess& first, con
 using namespace emu;
 
 uint64_t emu_struct_bytes(int32_t which) {
-    constexpr uint64_t kBytes[] = {sizeof(EmuGeometry), sizeof(EmuStream), sizeof(EmuOptions), sizeof(EmuAccess),
-                                   sizeof(EmuResult)};
+    constexpr uint64_t kBytes[] = {sizeof(EmuGeometry), sizeof(EmuStream), sizeof(EmuOptions),
+                                   sizeof(EmuAccess), sizeof(EmuResult)};
     return kBytes[which];
 }
 

@@ -18,13 +18,13 @@ struct EmuStream {
 
 struct EmuOptions {
     uint64_t seed, max_steps;
-    int64_t timeout_ns;   // virtual time jumps by a part of it when nobody can go on otherwise
-    int32_t strategy;     // -1: from the seed; 0 uniform, 1 priority change points, 2 starve one, 3 let one rest
-    int32_t finds_races;  // the checks that need no wrong value to be seen
-    int32_t is_strict;    // a receiver needs its own proxy fence after an acquire from another rank
-    int32_t checks_uninitialised;  // reads of shared memory that nobody wrote
-    int32_t orders_queue_pairs;    // the network delivers the puts of one queue pair in order
-    int32_t dead_rank, lost_node;  // -1: none
+    int64_t timeout_ns;  // virtual time jumps by a part of it when nobody can go on otherwise
+    int32_t strategy;  // -1: from the seed; 0 uniform, 1 priority change points, 2 starve one, 3 let one rest
+    int32_t finds_races;            // the checks that need no wrong value to be seen
+    int32_t is_strict;              // a receiver needs its own proxy fence after an acquire from another rank
+    int32_t checks_uninitialised;   // reads of shared memory that nobody wrote
+    int32_t orders_queue_pairs;     // the network delivers the puts of one queue pair in order
+    int32_t dead_rank, lost_node;   // -1: none
     uint64_t dead_step, lost_step;  // when; 0 for before the start
 };
 
@@ -59,6 +59,6 @@ void emu_enqueue_copy(int32_t stream, uint64_t destination, uint64_t source, uin
 void emu_enqueue_record(int32_t stream, int32_t event);
 void emu_enqueue_wait(int32_t stream, int32_t event);
 
-void emu_save();                                          // memory as every run finds it
+void emu_save();                                             // memory as every run finds it
 void emu_run(const EmuOptions* options, EmuResult* result);  // what was enqueued, from the saved memory
 }

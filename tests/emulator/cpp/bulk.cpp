@@ -74,8 +74,8 @@ void step_one(size_t i) {
     ++num_progress;
     switch (copy.stage) {
         case BulkCopy::kIssued:
-            check({copy.reader, copy.reader_clock, &copy.known, true, false, Scope::kWeak, copy.pc}, copy.source,
-                  copy.num_bytes, false);
+            check({copy.reader, copy.reader_clock, &copy.known, true, false, Scope::kWeak, copy.pc},
+                  copy.source, copy.num_bytes, false);
             force(copy.source, copy.num_bytes, copy.known, nullptr);
             copy.data.assign(copy.source, copy.source + copy.num_bytes);
             copy.stage = BulkCopy::kRead;

@@ -84,9 +84,7 @@ __forceinline__ T __ldcg(const T* address) {
 }
 
 __forceinline__ void __syncthreads() { emu::block_barrier(0, 0, 0, emu::Vote::kNone); }
-__forceinline__ int __syncthreads_and(int value) {
-    return emu::block_barrier(0, 0, value, emu::Vote::kAnd);
-}
+__forceinline__ int __syncthreads_and(int value) { return emu::block_barrier(0, 0, value, emu::Vote::kAnd); }
 __forceinline__ int __syncthreads_or(int value) { return emu::block_barrier(0, 0, value, emu::Vote::kOr); }
 __forceinline__ int __syncthreads_count(int value) {
     return emu::block_barrier(0, 0, value, emu::Vote::kCount);
@@ -119,8 +117,7 @@ __forceinline__ void __syncwarp(unsigned mask = ~0u) {
     emu::warp_collective(emu::Collective::kSync, mask, 0, 0, false);
 }
 __forceinline__ unsigned __ballot_sync(unsigned mask, int value) {
-    return static_cast<unsigned>(
-        emu::warp_collective(emu::Collective::kBallot, mask, value != 0, 0, false));
+    return static_cast<unsigned>(emu::warp_collective(emu::Collective::kBallot, mask, value != 0, 0, false));
 }
 __forceinline__ int __any_sync(unsigned mask, int value) { return __ballot_sync(mask, value) != 0; }
 __forceinline__ int __all_sync(unsigned mask, int value) { return __ballot_sync(mask, !value) == 0; }

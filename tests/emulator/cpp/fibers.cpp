@@ -66,7 +66,8 @@ void open_fibers(int num_fibers) {
         allow_reads(&blockDim, sizeof(blockDim));
         allow_reads(&gridDim, sizeof(gridDim));
     }
-    for (; num_stacks < num_fibers; ++num_stacks) mprotect(stacks + num_stacks * kStride, kGuardBytes, PROT_NONE);
+    for (; num_stacks < num_fibers; ++num_stacks)
+        mprotect(stacks + num_stacks * kStride, kGuardBytes, PROT_NONE);
     fibers.clear();
     fibers.resize(num_fibers);
     for (int i = 0; i < num_fibers; ++i) {

@@ -69,16 +69,16 @@ void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 
-#define EMU_HOOK(name, num_bytes, is_write, scope) \
-    void __tsan_##name##num_bytes(void* address) { \
+#define EMU_HOOK(name, num_bytes, is_write, scope)                                     \
+    void __tsan_##name##num_bytes(void* address) {                                     \
         emu::access(address, num_bytes, is_write, scope, __builtin_return_address(0)); \
     }
-#define EMU_HOOKS(num_bytes) \
-    EMU_HOOK(read, num_bytes, false, Scope::kWeak) \
-    EMU_HOOK(write, num_bytes, true, Scope::kWeak) \
+#define EMU_HOOKS(num_bytes)                                 \
+    EMU_HOOK(read, num_bytes, false, Scope::kWeak)           \
+    EMU_HOOK(write, num_bytes, true, Scope::kWeak)           \
     EMU_HOOK(unaligned_read, num_bytes, false, Scope::kWeak) \
     EMU_HOOK(unaligned_write, num_bytes, true, Scope::kWeak) \
-    EMU_HOOK(volatile_read, num_bytes, false, Scope::kSys) \
+    EMU_HOOK(volatile_read, num_bytes, false, Scope::kSys)   \
     EMU_HOOK(volatile_write, num_bytes, true, Scope::kSys)
 EMU_HOOKS(1)
 EMU_HOOKS(2)

@@ -1,12 +1,12 @@
 // Stores on their way, and words that strong operations read and write.
 //
-// Stores      ordinary, relaxed and release stores wait in one list and arrive in any order, except that those
-//             of one address keep theirs, and that what happened before a release arrives before it.
+// Stores      ordinary, relaxed and release stores wait in one list and arrive in any order, except that
+//             those of one address keep theirs, and that what happened before a release arrives before it.
 // Loads       what happened before a load has arrived. A strong load may see an older value of its word, but
 //             none that what the thread knows hides, and never one older than it has seen.
-// Ordinary    stores are known by their address before they are made (see hooks.cpp). The bytes that were there
-//             are remembered; at the thread's next call the new ones are taken out and put on their way. No
-//             other thread runs in between.
+// Ordinary    stores are known by their address before they are made (see hooks.cpp). The bytes that stand
+//             there are remembered; at the thread's next call the new ones are taken out and put on their
+//             way. No other thread runs in between.
 #include "memory.h"
 
 #include <algorithm>
@@ -114,7 +114,8 @@ bool reaches(Scope scope, uint32_t from, const Fiber* to) {
 // What reading `version` tells a thread.
 void receive(Fiber* fiber, const Version& version, Order order, Scope scope) {
     if (!version.known) return;
-    const bool are_in_scope = reaches(version.scope, version.agent, fiber) && reaches(scope, version.agent, fiber);
+    const bool are_in_scope =
+        reaches(version.scope, version.agent, fiber) && reaches(scope, version.agent, fiber);
     const int from = rank_of(version.agent);
     if (order == Order::kAcquire || order == Order::kAcqRel) {
         if (are_in_scope) acquire(fiber, version.known, from);
@@ -129,9 +130,8 @@ void receive(Fiber* fiber, const Version& version, Order order, Scope scope) {
         const auto [first, last] = slots_of_rank(fiber->rank);
         learn(awaiting, version.known, first, last);
     }
-    fiber->awaiting_scope = std::max(fiber->awaiting_scope, rank_of(version.agent) == fiber->rank
-                                                                ? Scope::kGpu
-                                                                : Scope::kSys);
+    fiber->awaiting_scope =
+        std::max(fiber->awaiting_scope, rank_of(version.agent) == fiber->rank ? Scope::kGpu : Scope::kSys);
 }
 
 // The index of the version that a load sees.
@@ -186,8 +186,8 @@ uint64_t current_value(const void* address, int size) {
     return value;
 }
 
-void publish(uint8_t* address, uint64_t value, int size, uint32_t agent, uint32_t clock, const Knowledge& known,
-             Scope scope) {
+void publish(uint8_t* address, uint64_t value, int size, uint32_t agent, uint32_t clock,
+             const Knowledge& known, Scope scope) {
     Word& word = word_at(address, size);
     memcpy(address, &value, size);
     word.history.push_back({value, agent, clock, known, scope});
@@ -298,7 +298,8 @@ void store_word(void* address, uint64_t value, int size, Order order, Scope scop
     auto* bytes = static_cast<uint8_t*>(address);
     check(accessor(fiber, scope, pc), bytes, size, true);
     force(bytes, size, fiber->known, fiber);
-    PendingStore store{fiber, fiber->clock, bytes, static_cast<uint8_t>(size), {}, true, fiber->fence_scope, {}};
+    PendingStore store{fiber, fiber->clock,       bytes, static_cast<uint8_t>(size), {},
+                       true,  fiber->fence_scope, {}};
     memcpy(store.data, &value, size);
     if (order == Order::kRelease) {
         store.known = released(fiber);

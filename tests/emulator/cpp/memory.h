@@ -1,4 +1,5 @@
-// Memory as the runtime sees it: pieces, accesses that are checked, stores on their way, words with histories.
+// Memory as the runtime sees it: pieces, accesses that are checked, stores on their way, words with
+// histories.
 #pragma once
 #include "state.h"
 
@@ -53,8 +54,8 @@ inline void begin(uint32_t pc) {
 void ordinary_access(void* address, uint64_t num_bytes, bool is_write, Scope scope, uint32_t pc);
 
 // A word that is read or written by strong operations, as it arrives in memory.
-void publish(uint8_t* address, uint64_t value, int size, uint32_t agent, uint32_t clock, const Knowledge& known,
-             Scope scope);
+void publish(uint8_t* address, uint64_t value, int size, uint32_t agent, uint32_t clock,
+             const Knowledge& known, Scope scope);
 // The same by who has read it: what earlier changes released passes on.
 void publish_change(uint8_t* address, uint64_t value, int size, uint32_t agent, uint32_t clock,
                     const Knowledge& known);

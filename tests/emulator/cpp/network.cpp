@@ -1,8 +1,8 @@
 // A network between processing elements, behind the functions of nvshmem.h.
 //
-// Put         reads its source at any time, and writes its destination at any later time, in two halves. Its own
-//             signal follows its data. Puts are delivered in any order, also those of one queue pair, because
-//             adaptive routing reorders them; `orders_queue_pairs` is a network without it.
+// Put         reads its source at any time, and writes its destination at any later time, in two halves. Its
+//             own signal follows its data. Puts are delivered in any order, also those of one queue pair,
+//             because adaptive routing reorders them; `orders_queue_pairs` is a network without it.
 // Fence       what its thread puts to a processing element later arrives later.
 // Quiet       waits until all puts of its thread have arrived. No deadline: NVSHMEM has none either.
 // Proxies     what arrives was written by the generic proxy: bulk copies of it need the proxy fence.
@@ -32,18 +32,34 @@ struct Put {
 std::vector<Put> puts;                      // in the order in which they were issued
 std::vector<uint64_t> fences, outstanding;  // by thread
 
+// A put that has arrived.
+struct Arrived {
+    int from, to, queue_pair;
+    uint64_t fences;
+    Fiber* fiber;
+    uint32_t agent, clock;
+    bool is_quiet;  // its thread knows
+};
+std::vector<Arrived> arrived;
+
 bool crosses_to_lost(int from, int to) {
-    if (options.lost_node < 0 || result.steps < options.lost_step || node_of(from) == node_of(to)) return false;
+    if (options.lost_node < 0 || result.steps < options.lost_step || node_of(from) == node_of(to))
+        return false;
     return node_of(from) == options.lost_node || node_of(to) == options.lost_node;
+}
+
+// Whether the network delivers `earlier`, which was issued before `put`, before it.
+template <class Earlier>
+bool is_ordered(const Earlier& earlier, const Put& put) {
+    if (earlier.to != put.to) return false;
+    if (earlier.fiber == put.fiber && earlier.fences < put.fences) return true;
+    return options.orders_queue_pairs && earlier.from == put.from && earlier.queue_pair == put.queue_pair;
 }
 
 bool may_write(const Put& put) {
     for (const Put& earlier : puts) {
-        if (&earlier == &put) return true;
-        if (earlier.to != put.to) continue;
-        if (earlier.fiber == put.fiber && earlier.fences < put.fences) return false;
-        const bool is_behind = earlier.from == put.from && earlier.queue_pair == put.queue_pair;
-        if (options.orders_queue_pairs && is_behind) return false;
+        if (&earlier == &put) break;
+        if (is_ordered(earlier, put)) return false;
     }
     return true;
 }
@@ -64,7 +80,8 @@ void send_signal(const Put& put) {
     who.scope = Scope::kSys;
     check(who, word, sizeof(uint64_t), true);
     force(word, sizeof(uint64_t), put.known, nullptr);
-    const uint64_t before = put.operation == SignalOperation::kAdd ? current_value(word, sizeof(uint64_t)) : 0;
+    const uint64_t before =
+        put.operation == SignalOperation::kAdd ? current_value(word, sizeof(uint64_t)) : 0;
     publish_change(word, before + put.signal_value, sizeof(uint64_t), put.agent, put.clock, put.known);
 }
 
@@ -94,6 +111,7 @@ void step_put(size_t i) {
     if (put.signal != nullptr) send_signal(put);
     Fiber* fiber = put.fiber;
     free_async_agent(put.agent);
+    arrived.push_back({put.from, put.to, put.queue_pair, put.fences, fiber, put.agent, put.clock, false});
     puts.erase(puts.begin() + static_cast<std::ptrdiff_t>(i));
     if (--outstanding[fiber->id] == 0 && fiber->state == State::kAwaitingPuts) make_runnable(fiber);
 }
@@ -104,6 +122,7 @@ void reset_network() {
     puts.clear();
     fences.assign(fibers.size(), 0);
     outstanding.assign(fibers.size(), 0);
+    arrived.clear();
 }
 
 size_t num_puts() { return puts.size(); }
@@ -135,8 +154,8 @@ void network_put(void* destination, const void* source, uint64_t num_bytes, uint
     put.to = pe;
     if (pe < 0 || pe >= geometry.num_ranks) fail("bounds", "no such processing element", here);
     put.destination = num_bytes == 0 ? nullptr : symmetric_address(destination, fiber->rank, pe);
-    put.signal = reinterpret_cast<uint64_t*>(signal == nullptr ? nullptr
-                                                               : symmetric_address(signal, fiber->rank, pe));
+    put.signal =
+        reinterpret_cast<uint64_t*>(signal == nullptr ? nullptr : symmetric_address(signal, fiber->rank, pe));
     if ((num_bytes != 0 && put.destination == nullptr) || (signal != nullptr && put.signal == nullptr))
         fail("bounds", "a put outside of the symmetric heap", here, {}, destination);
     put.source = static_cast<uint8_t*>(const_cast<void*>(source));
@@ -150,8 +169,14 @@ void network_put(void* destination, const void* source, uint64_t num_bytes, uint
     put.pc = pc;
     put.agent = take_async_agent(fiber, &put.clock);
     put.known = released(fiber);
-    // The signal follows the data.
+    // Its signal follows its data, and what is ordered before it.
     put.known.happened = with(put.known.happened, put.agent, put.clock);
+    const auto follow = [&put](const auto& earlier) {
+        if (is_ordered(earlier, put))
+            put.known.happened = with(put.known.happened, earlier.agent, earlier.clock);
+    };
+    for (const Put& earlier : puts) follow(earlier);
+    for (const Arrived& earlier : arrived) follow(earlier);
     puts.push_back(put);
     ++outstanding[fiber->id];
 }
@@ -165,13 +190,15 @@ uint64_t network_fetch_add(uint64_t* word, uint64_t value, int pe) {
     if (crosses_to_lost(fiber->rank, pe)) block(State::kAwaitingPuts);  // for ever
     uint8_t* remote = symmetric_address(word, fiber->rank, pe);
     if (remote == nullptr)
-        fail("bounds", "an atomic outside of the symmetric heap", access_of(fiber->agent, pc, "atomic"), {}, word);
+        fail("bounds", "an atomic outside of the symmetric heap", access_of(fiber->agent, pc, "atomic"), {},
+             word);
     Accessor who = accessor(fiber, Scope::kSys, pc);
     who.is_network = true;
     check(who, remote, sizeof(uint64_t), true);
     force(remote, sizeof(uint64_t), fiber->known, fiber);
     const uint64_t old = current_value(remote, sizeof(uint64_t));
-    publish_change(remote, old + value, sizeof(uint64_t), fiber->agent, fiber->clock, fiber->released_by_fence);
+    publish_change(remote, old + value, sizeof(uint64_t), fiber->agent, fiber->clock,
+                   fiber->released_by_fence);
     tick(1);
     return old;
 }
@@ -188,6 +215,11 @@ void network_quiet() {
     tick(2);
     acts();
     if (outstanding[current->id] != 0) block(State::kAwaitingPuts);
+    for (Arrived& put : arrived) {
+        if (put.fiber != current || put.is_quiet) continue;
+        put.is_quiet = true;
+        current->known.happened = with(current->known.happened, put.agent, put.clock);
+    }
 }
 
 void* network_pointer(const void* symmetric, int pe) {

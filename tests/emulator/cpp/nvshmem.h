@@ -1,5 +1,5 @@
-// NVSHMEM's device functions that kernels use, over the simulated network. A variant for a warp or a block meets
-// without ordering memory, as the specification promises no more; one thread of it puts.
+// NVSHMEM's device functions that kernels use, over the simulated network. A variant for a warp or a block
+// meets without ordering memory, as the specification promises no more; one thread of it puts.
 #pragma once
 #include "cuda.h"
 
@@ -33,7 +33,9 @@ __forceinline__ bool compares(uint64_t seen, int comparison, uint64_t value) {
 
 __forceinline__ int nvshmem_my_pe() { return emu::network_pe(); }
 __forceinline__ int nvshmem_n_pes() { return emu::network_num_pes(); }
-__forceinline__ void* nvshmem_ptr(const void* symmetric, int pe) { return emu::network_pointer(symmetric, pe); }
+__forceinline__ void* nvshmem_ptr(const void* symmetric, int pe) {
+    return emu::network_pointer(symmetric, pe);
+}
 __forceinline__ void nvshmem_fence() { emu::network_fence(); }
 __forceinline__ void nvshmem_quiet() { emu::network_quiet(); }
 
@@ -64,13 +66,15 @@ __forceinline__ void nvshmemx_qp_signal_op(uint64_t* signal, uint64_t value, int
     emu::network_put(nullptr, nullptr, 0, signal, value, emu::signal_operation(operation), pe, qp);
 }
 
-__forceinline__ void nvshmemx_putmem_nbi_warp(void* destination, const void* source, size_t num_bytes, int pe) {
+__forceinline__ void nvshmemx_putmem_nbi_warp(void* destination, const void* source, size_t num_bytes,
+                                              int pe) {
     __ballot_sync(~0u, 1);
     if (emu::lane() == 0) nvshmem_putmem_nbi(destination, source, num_bytes, pe);
     __ballot_sync(~0u, 1);
 }
 __forceinline__ void nvshmemx_putmem_signal_nbi_warp(void* destination, const void* source, size_t num_bytes,
-                                                     uint64_t* signal, uint64_t value, int operation, int pe) {
+                                                     uint64_t* signal, uint64_t value, int operation,
+                                                     int pe) {
     __ballot_sync(~0u, 1);
     if (emu::lane() == 0)
         nvshmem_putmem_signal_nbi(destination, source, num_bytes, signal, value, operation, pe);

@@ -1,11 +1,11 @@
 // Who runs next, who sleeps, and how time passes when nobody can run.
 //
-// Polling     a thread that reads the same value of the same word again, having done nothing in between, sleeps
-//             until one of the words it polls has changed. Now and then one is woken without a reason: what it
-//             waits for may be another thread of its block.
+// Polling     a thread that reads the same value of the same word again, having done nothing in between, goes
+//             to sleep until one of the words it polls has changed. Now and then one is woken without a
+//             reason: it may wait for another thread of its block, or be about to look at its deadline.
 // Idle        with nobody runnable first everything on its way arrives; then all sleepers look again; then
-//             virtual time jumps, so that deadlines expire. So there is no false timeout, and a wait without a
-//             deadline is found at once.
+//             virtual time jumps, so that deadlines expire. So there is no false timeout, and a wait without
+//             a deadline is found at once.
 #include <algorithm>
 
 #include "memory.h"
@@ -31,7 +31,7 @@ uint32_t copy_rate, store_rate, network_rate;
 uint64_t next_change, lowest_priority;
 enum { kThread, kBlock, kRank };
 int victim_kind, victim;
-uint64_t rest_until;      // by kRest: the victim stays behind until then, and another one is chosen later
+uint64_t rest_until;  // by kRest: the victim stays behind until then, and another one is chosen later
 int idle_rounds;
 uint64_t progress_at_idle;
 
@@ -82,7 +82,8 @@ bool is_dying() {
 // The rank stops where it is. What its threads and copies have on the way still arrives.
 void die() {
     for (Fiber& fiber : fibers) {
-        if (fiber.rank != options.dead_rank || fiber.state == State::kIdle || fiber.state == State::kDone) continue;
+        if (fiber.rank != options.dead_rank || fiber.state == State::kIdle || fiber.state == State::kDone)
+            continue;
         if (fiber.state == State::kPolling) leave_sleepers(&fiber);
         if (fiber.state == State::kRunnable)
             remove_runnable(&fiber, State::kDead);
@@ -93,13 +94,21 @@ void die() {
 }
 
 [[noreturn]] void report_hang() {
-    static const char* const names[] = {"idle",       "runnable",         "polling", "at a barrier of its block",
-                                        "at a collective", "waiting for bulk copies", "waiting for puts", "done",    "dead"};
+    static const char* const names[] = {"idle",
+                                        "runnable",
+                                        "polling",
+                                        "at a barrier of its block",
+                                        "at a collective",
+                                        "waiting for bulk copies",
+                                        "waiting for puts",
+                                        "done",
+                                        "dead"};
     std::string text = "nobody can go on:";
     EmuAccess where{};
     int num_shown = 0;
     for (const Fiber& fiber : fibers) {
-        if (fiber.state == State::kIdle || fiber.state == State::kDone || fiber.state == State::kDead) continue;
+        if (fiber.state == State::kIdle || fiber.state == State::kDone || fiber.state == State::kDead)
+            continue;
         const bool polls = fiber.state == State::kPolling || fiber.state == State::kRunnable;
         if (num_shown == 0 || polls) where = access_of(fiber.agent, fiber.pc, "waits");
         if (num_shown++ >= 3) continue;
@@ -119,7 +128,8 @@ void reset_schedule() {
     lowest_priority = uint64_t{1} << 61;
     // Most seeds keep someone behind: that finds most of what depends on the schedule alone.
     constexpr Strategy kDrawn[] = {kUniform, kChangePoints, kStarveOne, kStarveOne, kRest, kRest};
-    strategy = options.strategy >= 0 ? static_cast<Strategy>(options.strategy) : kDrawn[random_numbers.below(6)];
+    strategy =
+        options.strategy >= 0 ? static_cast<Strategy>(options.strategy) : kDrawn[random_numbers.below(6)];
     rest_until = 0;
     result.strategy = strategy;
     constexpr uint32_t kRates[] = {1, 8, 64, 100000};
@@ -130,8 +140,9 @@ void reset_schedule() {
     delays_own_stores = random_numbers.one_in(4);
     next_change = 1 + random_numbers.below(2000);
     victim_kind = static_cast<int>(random_numbers.below(3));
-    const size_t num_victims =
-        victim_kind == kThread ? fibers.size() : victim_kind == kBlock ? slots.size() : geometry.num_ranks;
+    const size_t num_victims = victim_kind == kThread  ? fibers.size()
+                               : victim_kind == kBlock ? slots.size()
+                                                       : geometry.num_ranks;
     victim = static_cast<int>(random_numbers.below(num_victims));
 }
 

@@ -1,6 +1,6 @@
-// What is known of every 4 bytes: who wrote them last, who has read them since, and to which piece they belong.
-// An access that conflicts with one that did not happen before it is a race; one that did, but in another proxy
-// and without a proxy fence between them, misses the fence.
+// What is known of every 4 bytes: who wrote them last, who has read them since, and to which piece they
+// belong. An access that conflicts with one that did not happen before it is a race; one that did, but in
+// another proxy and without a proxy fence between them, misses the fence.
 #include <algorithm>
 
 #include "memory.h"
@@ -71,7 +71,8 @@ void compare(const Accessor& who, bool is_write, const Access& other, bool other
         return;
     }
     const bool are_strong = other.scope != Scope::kWeak && who.scope != Scope::kWeak;
-    if (are_strong && covers(other.scope, other.agent, who.agent) && covers(who.scope, other.agent, who.agent))
+    if (are_strong && covers(other.scope, other.agent, who.agent) &&
+        covers(who.scope, other.agent, who.agent))
         return;
     fail("race", "race", described(other, other_is_write), described(who, is_write), address);
 }

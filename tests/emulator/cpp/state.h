@@ -35,7 +35,17 @@ struct Random {
 };
 extern Random random_numbers;
 
-enum class State : uint8_t { kIdle, kRunnable, kPolling, kAtBarrier, kAtCollective, kAwaitingCopies, kAwaitingPuts, kDone, kDead };
+enum class State : uint8_t {
+    kIdle,
+    kRunnable,
+    kPolling,
+    kAtBarrier,
+    kAtCollective,
+    kAwaitingCopies,
+    kAwaitingPuts,
+    kDone,
+    kDead
+};
 
 using Entry = void (*)(const void*);
 struct BulkCopy;
@@ -57,7 +67,8 @@ struct Fiber {
     int run_position, sleep_position;
     uint64_t priority;
 
-    // Memory model. `clock` is of what the thread does now; `fenced_until` of its own accesses before a fence.
+    // Memory model. `clock` is of what the thread does now; `fenced_until` of its own accesses before a
+    // fence.
     Knowledge known, released_by_fence, awaiting_fence;
     Scope fence_scope, awaiting_scope;
     Clock sc_order;
@@ -122,8 +133,8 @@ struct Stream {
     int rank, first_slot, max_blocks;
     std::vector<Launch> launches;
     size_t next;
-    int num_alive;     // threads of the kernel that runs
-    Knowledge known;   // behind what has ended
+    int num_alive;    // threads of the kernel that runs
+    Knowledge known;  // behind what has ended
 };
 extern std::vector<Stream> streams;
 
@@ -131,7 +142,7 @@ extern EmuGeometry geometry;
 extern EmuOptions options;
 extern EmuResult result;
 extern uint64_t run_number, now_ns;
-extern int num_live;  // threads that have not ended
+extern int num_live;           // threads that have not ended
 extern uint64_t num_progress;  // counts what may let a waiting thread go on
 
 inline int node_of(int rank) { return rank / geometry.ranks_per_node; }
@@ -154,7 +165,7 @@ void end_thread();
 void switch_from(void** save, void* to);
 [[noreturn]] void leave_for(void* stack_pointer);
 [[noreturn]] void continue_beside(void (*function)());  // on a stack that is nobody's
-void enter(Fiber* fiber);  // sets what the kernel reads of its place
+void enter(Fiber* fiber);                               // sets what the kernel reads of its place
 [[noreturn]] void leave_run();
 void start_run();  // returns when it ends
 
@@ -171,7 +182,7 @@ void wake(std::vector<Fiber*>& waiting);
 // Whether the value was seen before, with nothing done in between; then the thread sleeps until something it
 // polls has changed. True if it slept.
 bool sleeps_on(const void* address, uint64_t value);
-extern uint32_t switch_rate;  // at ordinary accesses, one in so many
+extern uint32_t switch_rate;    // at ordinary accesses, one in so many
 extern bool delays_own_stores;  // those to memory of one rank, too
 inline void acts() { current->num_polled = 0; }
 

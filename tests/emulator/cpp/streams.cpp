@@ -1,5 +1,5 @@
-// What the hosts enqueue: kernels, copies and events, each stream in order. The end of a kernel is seen by what
-// follows it on its stream as if everybody had fenced, proxies included.
+// What the hosts enqueue: kernels, copies and events, each stream in order. The end of a kernel is seen by
+// what follows it on its stream as if everybody had fenced, proxies included.
 #include <algorithm>
 
 #include "memory.h"
@@ -171,7 +171,8 @@ void end_thread() {
     if (!slot.barriers[0].arrived.empty()) {
         const Fiber* waiting = slot.barriers[0].arrived[0];
         fail("collective", "a thread ends while others of its block are at a barrier",
-             access_of(waiting->agent, waiting->pc, "barrier"), access_of(fiber->agent, fiber->pc, "the end"));
+             access_of(waiting->agent, waiting->pc, "barrier"),
+             access_of(fiber->agent, fiber->pc, "the end"));
     }
     if (--stream.num_alive == 0) {
         stream.known = end_of_kernel(stream, stream.launches[stream.next]);

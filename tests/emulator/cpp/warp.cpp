@@ -40,7 +40,8 @@ uint64_t reduced(const Meeting& meeting, Reduce operation, bool is_signed) {
     for (int lane = 0; lane < kWarpLanes; ++lane) {
         if (!(meeting.mask >> lane & 1)) continue;
         const uint64_t value = meeting.values[lane];
-        const bool is_less = is_signed ? static_cast<int64_t>(value) < static_cast<int64_t>(sum) : value < sum;
+        const bool is_less =
+            is_signed ? static_cast<int64_t>(value) < static_cast<int64_t>(sum) : value < sum;
         if (is_first) {
             sum = value;
         } else {
@@ -94,8 +95,8 @@ uint64_t answer(const Meeting& meeting, Collective kind, int lane, uint64_t valu
 void complete(BlockBarrier& barrier) {
     merge(barrier.arrived.data(), static_cast<int>(barrier.arrived.size()));
     for (Fiber* thread : barrier.arrived) {
-        thread->vote_result = thread->vote == Vote::kAnd    ? barrier.all
-                              : thread->vote == Vote::kOr   ? barrier.any
+        thread->vote_result = thread->vote == Vote::kAnd     ? barrier.all
+                              : thread->vote == Vote::kOr    ? barrier.any
                               : thread->vote == Vote::kCount ? barrier.count
                                                              : 0;
         if (thread->state == State::kAtBarrier) make_runnable(thread);
@@ -165,7 +166,8 @@ uint64_t warp_collective(Collective kind, uint32_t mask, uint64_t value, uint32_
     const int num_lanes = std::min(kWarpLanes, slot.num_threads - warp * kWarpLanes);
     if (num_lanes < kWarpLanes) mask &= (1u << num_lanes) - 1;
     if (!(mask >> lane & 1))
-        fail("collective", "a lane outside of its own mask", access_of(fiber->agent, fiber->pc, "collective"));
+        fail("collective", "a lane outside of its own mask",
+             access_of(fiber->agent, fiber->pc, "collective"));
     auto& meetings = slot.meetings[warp];
     const int number = meeting_for(meetings, mask, lane, kind);
     meetings[number].values[lane] = value;

@@ -1,0 +1,43 @@
+"""Every kernel of the product under random schedules: seeds that are always run, and new ones each time.
+
+``EP_RT_EMULATOR_SEED`` fixes the new ones, which are printed with every failure.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+
+import pytest
+
+from .command import report
+from .machine import FoundError
+from .scenarios import SCENARIOS, SCHEDULES, Runner
+from .support import needs_emulator
+
+pytestmark = needs_emulator
+
+FIXED_PROGRAMS = 3
+NEW_SECONDS = 2.0  # for each scenario
+FIRST_NEW = int(os.environ.get("EP_RT_EMULATOR_SEED") or secrets.randbelow(1 << 40))
+
+
+def run(runner: Runner, seed: int) -> None:
+    try:
+        runner.run(seed)
+    except FoundError as found:
+        pytest.fail(report(runner.name, seed, found))
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_scenario(name: str) -> None:
+    runner = Runner.of(name)
+    for program in range(FIXED_PROGRAMS):
+        for schedule in range(2):
+            run(runner, SCHEDULES * program + schedule)
+    until, seed = time.monotonic() + NEW_SECONDS, FIRST_NEW
+    while time.monotonic() < until:
+        run(runner, seed)
+        seed += 1
+    print(f"{name}: {seed - FIRST_NEW} new seeds from {FIRST_NEW}")

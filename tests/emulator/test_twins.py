@@ -1,0 +1,113 @@
+"""The shim says what CUDA says: every function of ptx.cuh has a twin, and conversions are bit-exact."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from . import build
+from .support import needs_emulator
+
+SIGNATURE = re.compile(r"^(?:template <[^>]*>\n)?__device__ __forceinline__ [^{]*\{", re.MULTILINE)
+
+
+def signatures(path: Path) -> list[str]:
+    """Of all functions of a header, without the spaces that formatting may change."""
+    return [" ".join(found.split()) for found in SIGNATURE.findall(path.read_text())]
+
+
+def test_every_function_of_ptx_has_a_twin_of_the_same_signature() -> None:
+    real, emulated = (signatures(folder / "ptx.cuh") for folder in (build.KERNELS_CU, build.SHIM))
+    assert real == emulated
+    assert len(real) >= 30
+
+
+def test_twins_are_guarded_alike() -> None:
+    guard = re.compile(r"^#(?:if|ifdef|endif|define EP_).*$", re.MULTILINE)
+    real, emulated = (
+        guard.findall((folder / "ptx.cuh").read_text()) for folder in (build.KERNELS_CU, build.SHIM)
+    )
+    assert real == emulated
+
+
+def test_the_emulator_is_not_in_the_kernels() -> None:
+    for path in build.KERNELS_CU.glob("*.cu*"):
+        assert not re.search(r"emu(?:lat|::|_)", path.read_text(), re.IGNORECASE), path.name
+
+
+@pytest.fixture(scope="module")
+def conversions(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """numbers.h as functions that ctypes can call."""
+    folder = tmp_path_factory.mktemp("numbers")
+    text = """
+        #include "numbers.h"
+        extern "C" unsigned f16_of(float v) { return emu::f16_of(v); }
+        extern "C" unsigned bf16_of(float v) { return emu::bf16_of(v); }
+        extern "C" unsigned e4m3_of(float v) { return emu::e4m3_of(v); }
+        extern "C" float f32_of_f16(unsigned short v) { return emu::f32_of_f16(v); }
+    """
+    (folder / "numbers.cpp").write_text(text)
+    library = folder / "numbers.so"
+    command: list[str | Path] = [
+        "g++",
+        "-std=c++20",
+        "-O2",
+        "-shared",
+        "-fPIC",
+        f"-I{build.SHIM}",
+        "-o",
+        library,
+    ]
+    subprocess.run([*command, folder / "numbers.cpp"], check=True)
+    loaded = ctypes.CDLL(str(library))
+    for name in ("f16_of", "bf16_of", "e4m3_of"):
+        getattr(loaded, name).argtypes, getattr(loaded, name).restype = [ctypes.c_float], ctypes.c_uint
+    loaded.f32_of_f16.argtypes, loaded.f32_of_f16.restype = [ctypes.c_ushort], ctypes.c_float
+    return loaded
+
+
+def _values() -> np.ndarray[Any, Any]:
+    """Every exponent with mantissas around the middles, of both signs."""
+    exponents = np.arange(0, 255, dtype=np.uint32)[:, None] << 23
+    tops = np.arange(0, 1 << 12, 37, dtype=np.uint32) << 11
+    mantissas = np.concatenate([tops, tops + 1, tops | 0x7FF, tops | 0x400]) & 0x7FFFFF
+    bits = (exponents | mantissas[None]).reshape(-1)[::7]
+    return np.concatenate([bits, bits | 0x80000000]).view(np.float32)
+
+
+@needs_emulator
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("f16_of", np.float16), ("bf16_of", ml_dtypes.bfloat16)], ids=["f16", "bf16"]
+)
+def test_rounding_to_16_bits(conversions: Any, name: str, dtype: Any) -> None:
+    values = _values()
+    convert: Callable[[float], int] = getattr(conversions, name)
+    with np.errstate(over="ignore"):
+        expected = values.astype(dtype).view(np.uint16)
+    got = np.array([convert(float(value)) for value in values], np.uint16)
+    assert np.array_equal(got, expected)
+
+
+@needs_emulator
+def test_rounding_to_8_bits_saturates(conversions: Any) -> None:
+    values = _values()
+    expected = np.clip(values, -448, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    got = np.array([conversions.e4m3_of(float(value)) for value in values], np.uint8)
+    assert np.array_equal(got, expected)
+    assert conversions.e4m3_of(float("nan")) == 0x7F
+
+
+@needs_emulator
+def test_widening_of_16_bits_is_exact(conversions: Any) -> None:
+    halves = np.arange(1 << 16, dtype=np.uint16)
+    expected = halves.view(np.float16).astype(np.float32)
+    got = np.array([conversions.f32_of_f16(int(half)) for half in halves], np.float32)
+    assert np.array_equal(got, expected, equal_nan=True)
