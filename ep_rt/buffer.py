@@ -78,7 +78,8 @@ class Buffer:
             explicitly_destroy: as in DeepEP; every value means the same.
         enable_shrink: in low-latency mode, mask a late rank and go on without it instead of raising.
         backend: "host"; "cuda", which so far has the normal mode within one node; or "auto": what
-            ``EP_RT_BACKEND`` says, else "host".
+            ``EP_RT_BACKEND`` says, else "cuda" if the ranks are on one node, the current GPU of each is its
+            own, and `low_latency_mode` is not asked for, else "host". The attribute `backend` tells.
         ranks_per_node: split the ranks into nodes of this size instead of asking the machine.
         timeout_s: how long to wait for a peer.
         moe: sizes to check calls against, see `for_moe`.
@@ -115,31 +116,37 @@ class Buffer:
         self._closed = False
         self._moe = moe
         peers = Peers(self.group, timeout_s)
-        chosen = attempt(lambda: self._check_construction(backend, num_nvl_bytes, num_rdma_bytes))
-        tokens = peers.agree(
+        requested = attempt(lambda: self._check_construction(backend, num_nvl_bytes, num_rdma_bytes))
+        # Low-latency calls are the host backend's alone so far.
+        may_choose = requested == "auto" and not low_latency_mode
+        announced = peers.agree(
             "Buffer",
-            chosen
-            if isinstance(chosen, EpError)
+            requested
+            if isinstance(requested, EpError)
             else Announcement(
                 facts={
                     "ep_rt version": _version.__version__,
-                    "backend": chosen,
+                    "backend": requested,
                     "low_latency_mode": low_latency_mode,
                     "enable_shrink": enable_shrink,
                     "model": None if moe is None else astuple(moe),
                 },
-                payload=secrets.token_hex(2),
+                payload=(secrets.token_hex(2), backends.gpu_place() if may_choose else None),
             ),
         )
-        assert isinstance(chosen, str)  # agree raised the error
-        self.backend = chosen
+        assert isinstance(requested, str)  # agree raised the error
         # Several buffers may use one group: their operations must not be taken for each other's.
-        peers.label = f" of buffer {tokens[0]}"
+        peers.label = f" of buffer {announced[0][0]}"
         self.topology = discover(self.group, ranks_per_node=ranks_per_node)
+        self.backend = requested
+        if requested == "auto":
+            self.backend = backends.choose(
+                [place for _, place in announced], num_nodes=self.topology.num_nodes
+            )
         self._identity = object()
         self._engine: HostEngine | CudaEngine
         self._low_latency: HostLowLatency | NoLowLatency
-        if chosen == "host":
+        if self.backend == "host":
             self._engine = HostEngine(peers, self.topology, owner=self._identity)
             self._low_latency = HostLowLatency(peers, owner=self._identity, enable_shrink=enable_shrink)
         else:
@@ -310,7 +317,7 @@ class Buffer:
             quantize,
         )
         return self._engine.dispatch(
-            (*given, *options), self._dispatch_request, self._schedule(config, previous_event, async_finish)
+            given, options, self._dispatch_request, self._schedule(config, previous_event, async_finish)
         )
 
     def combine(
@@ -666,7 +673,7 @@ class Buffer:
             if min(self._moe.num_max_tokens_per_rank, self._moe.hidden, self._moe.num_topk) < 1:
                 raise ConfigError(f"{self._moe} has sizes below 1")
             local_experts(self._moe.num_experts, self.num_ranks)
-        return backends.choose(backend)
+        return backends.requested(backend)
 
     def _num_experts(self, given: int | None) -> int:
         of_model = None if self._moe is None else self._moe.num_experts

@@ -64,8 +64,12 @@ class Config:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
 
     def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
-        """Bytes to pass as ``num_nvl_bytes`` for rows of `hidden_bytes` among `num_ranks` ranks."""
-        return _align_up(num_ranks * self.num_max_nvl_chunked_recv_tokens * _slot_bytes(hidden_bytes))
+        """Bytes to pass as ``num_nvl_bytes`` for rows of `hidden_bytes` among `num_ranks` ranks.
+
+        Results lie in that memory: enough for two of them with 4096 tokens from every rank. Where tokens are
+        more, `Buffer.for_moe` knows what they need.
+        """
+        return _align_up(2 * num_ranks * _HINT_TOKENS * _slot_bytes(hidden_bytes))
 
     def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
         """Bytes to pass as ``num_rdma_bytes``; 0 for ranks of a single node of 8."""
@@ -73,6 +77,9 @@ class Config:
             return 0
         num_nodes = (num_ranks + 7) // 8
         return _align_up(2 * num_nodes * self.num_max_rdma_chunked_recv_tokens * _slot_bytes(hidden_bytes))
+
+
+_HINT_TOKENS = 4096
 
 
 def _slot_bytes(hidden_bytes: int) -> int:

@@ -1,62 +1,71 @@
 """Device arrays of a call in microseconds: what `arrays` finds out and makes, for what comes again and again.
 
-A call sees the same shapes thousands of times. `fingerprint` says cheaply whether an array is like one that
-`arrays.view` has already looked at; then its address is all that is new. `Parts` makes the arrays of a result
-over one allocation.
+A call sees the same shapes thousands of times. `glance` says cheaply whether arrays are like those that
+`arrays.view` has already looked at; then their addresses are all that is new. `ResultArrays` makes the arrays
+of a result over one allocation.
 """
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Hashable, Sequence
-from math import prod
 from typing import Any, NamedTuple
 
 from . import arrays
-from .arrays import CUDA_STREAM_LEGACY
+from .arrays import CUDA_STREAM_LEGACY, TensorPlace, torch_tensors
+
+_Look = Callable[[Any], tuple[Hashable, int]]
 
 
-def fingerprint(obj: Any) -> tuple[Hashable, ...] | None:
-    """All that `arrays.view` finds out about an array but its address and its stream.
+def glance(objects: Sequence[Any]) -> tuple[tuple[Hashable, ...], list[int]] | None:
+    """All that `arrays.view` finds out about arrays but their streams: facts to compare, and the addresses.
 
-    None where that takes a `view`: for JAX, NumPy, other producers, and subclasses that may be anything.
+    None among the arrays stands for itself, with address 0. The answer is None where one of them takes a
+    `view`: JAX, NumPy, other producers, and subclasses that may be anything.
     """
-    kind: Any = type(obj)
-    return _fingerprint_of(kind)(obj)
+    facts: list[Hashable] = []
+    pointers: list[int] = []
+    for each in objects:
+        if each is None:
+            facts.append(None)
+            pointers.append(0)
+            continue
+        kind = type(each)
+        look = _LOOKS.get(kind) or _look_at(kind)
+        if look is None:
+            return None
+        fact, pointer = look(each)
+        if fact is None:
+            return None
+        facts.append(fact)
+        pointers.append(pointer)
+    return tuple(facts), pointers
 
 
-@functools.cache
-def _fingerprint_of(kind: Any) -> Callable[[Any], tuple[Hashable, ...] | None]:
-    """The `fingerprint` of this very type. An array's type exists only after its framework was imported."""
+_LOOKS: dict[Any, _Look] = {}
+
+
+def _look_at(kind: Any) -> _Look | None:
+    """How to look at arrays of this very type, which exists only once its framework was imported."""
     cupy, torch = sys.modules.get("cupy"), sys.modules.get("torch")
     if cupy is not None and kind is cupy.ndarray:
-        # Hashing a NumPy dtype takes longer than all else here; its number says the same.
-        return lambda obj: (kind, obj.shape, obj.strides, obj.dtype.num, obj.data.device_id)
-    if torch is not None and (kind is torch.Tensor or kind is torch.nn.Parameter):
+
+        def at_cupy(obj: Any) -> tuple[Hashable, int]:
+            memory = obj.data
+            # Hashing a NumPy dtype takes longer than all else here; its number says the same.
+            return (kind, obj.shape, obj.strides, obj.dtype.num, memory.device_id), memory.ptr
+
+        _LOOKS[kind] = at_cupy
+    elif torch is not None and (kind is torch.Tensor or kind is torch.nn.Parameter):
         strided = torch.strided
 
-        def of_tensor(obj: Any) -> tuple[Hashable, ...] | None:
+        def at_torch(obj: Any) -> tuple[Hashable, int]:
             if obj.layout is not strided or obj.is_neg():
-                return None
-            return kind, obj.shape, obj.stride(), obj.dtype, obj.device
+                return None, 0
+            return (kind, obj.shape, obj.stride(), obj.dtype, obj.device), obj.data_ptr()
 
-        return of_tensor
-    return lambda obj: None
-
-
-def address(obj: Any) -> int:
-    """Where the elements of an array lie that has a `fingerprint`."""
-    kind: Any = type(obj)
-    return _address_of(kind)(obj)
-
-
-@functools.cache
-def _address_of(kind: Any) -> Callable[[Any], int]:
-    if hasattr(kind, "data_ptr"):
-        address: Callable[[Any], int] = kind.data_ptr
-        return address
-    return lambda obj: obj.data.ptr
+        _LOOKS[kind] = at_torch
+    return _LOOKS.get(kind)
 
 
 def current_stream(framework: str, device: int) -> int:
@@ -93,7 +102,6 @@ class ResultArrays:
         self._device = device
         self._framework = framework
         self._stream = stream
-        self._kinds: list[Any] = [None if column is None else self._kind(column) for column in columns]
 
     def over(
         self, pointer: int, num_bytes: int, owner: object, places: Sequence[tuple[int, int]]
@@ -103,62 +111,62 @@ class ResultArrays:
         Args:
             places: of each column the offset in bytes, a multiple of its itemsize, and the number of rows.
         """
+        return self.placed(places)(pointer, num_bytes, owner)
+
+    def placed(self, places: Sequence[tuple[int, int]]) -> Callable[[int, int, object], list[Any]]:
+        """`over` for the same places again and again: a function of pointer, num_bytes and owner."""
         if self._framework == "cupy":
-            return self._over_cupy(pointer, num_bytes, owner, places)
-        if self._framework == "torch" and num_bytes:
-            return self._over_torch(pointer, num_bytes, owner, places)
-        return [
-            None
-            if column is None
-            else arrays.cuda_to_framework(
-                pointer + offset,
-                (num_rows, *column.shape),
-                column.dtype,
-                device=f"cuda:{self._device}",
-                framework=self._framework,
-                owner=owner,
-                stream=self._stream,
-            )
+            return self._placed_cupy(places)
+        if self._framework == "torch" and any(num_rows for _, num_rows in places):
+            return self._placed_torch(places)
+
+        def make(pointer: int, num_bytes: int, owner: object) -> list[Any]:
+            return [
+                None
+                if column is None
+                else arrays.cuda_to_framework(
+                    pointer + offset,
+                    (num_rows, *column.shape),
+                    column.dtype,
+                    device=f"cuda:{self._device}",
+                    framework=self._framework,
+                    owner=owner,
+                    stream=self._stream,
+                )
+                for column, (offset, num_rows) in zip(self._columns, places, strict=True)
+            ]
+
+        return make
+
+    def _placed_cupy(self, places: Sequence[tuple[int, int]]) -> Callable[[int, int, object], list[Any]]:
+        cupy = sys.modules["cupy"]
+        memory_of, at, array_of = cupy.cuda.UnownedMemory, cupy.cuda.MemoryPointer, cupy.ndarray
+        device = self._device
+        wanted: list[Any] = []
+        for column, (offset, num_rows) in zip(self._columns, places, strict=True):
+            if column is None:
+                wanted.append(None)
+                continue
+            # CuPy has no float8.
+            kind = arrays.np_dtype("uint8" if column.dtype == "float8_e4m3fn" else column.dtype)
+            wanted.append(((num_rows, *column.shape), kind, offset))
+
+        def make(pointer: int, num_bytes: int, owner: object) -> list[Any]:
+            memory = memory_of(pointer, num_bytes, owner, device)
+            return [
+                None if each is None else array_of(each[0], each[1], at(memory, each[2])) for each in wanted
+            ]
+
+        return make
+
+    def _placed_torch(self, places: Sequence[tuple[int, int]]) -> Callable[[int, int, object], list[Any]]:
+        device = self._device
+        wanted = [
+            None if column is None else TensorPlace((num_rows, *column.shape), column.dtype, offset)
             for column, (offset, num_rows) in zip(self._columns, places, strict=True)
         ]
 
-    def _over_cupy(
-        self, pointer: int, num_bytes: int, owner: object, places: Sequence[tuple[int, int]]
-    ) -> list[Any]:
-        cupy = sys.modules["cupy"]
-        memory = cupy.cuda.UnownedMemory(pointer, num_bytes, owner, self._device)
-        made: list[Any] = []
-        for kind, (offset, num_rows) in zip(self._kinds, places, strict=True):
-            if kind is None:
-                made.append(None)
-                continue
-            at = cupy.cuda.MemoryPointer(memory, offset)
-            made.append(cupy.ndarray((num_rows, *kind[1]), kind[0], at))
-        return made
+        def make(pointer: int, num_bytes: int, owner: object) -> list[Any]:
+            return torch_tensors(wanted, pointer, num_bytes, device=device, owner=owner)
 
-    def _over_torch(
-        self, pointer: int, num_bytes: int, owner: object, places: Sequence[tuple[int, int]]
-    ) -> list[Any]:
-        torch = sys.modules["torch"]
-        whole = arrays.torch_bytes(pointer, num_bytes, device=self._device, owner=owner)
-        storage, device = whole.untyped_storage(), whole.device
-        made: list[Any] = []
-        for kind, (offset, num_rows) in zip(self._kinds, places, strict=True):
-            if kind is None:
-                made.append(None)
-                continue
-            dtype, itemsize, shape, strides = kind
-            # Each with a version counter of its own, as autograd wants it; views would share one.
-            array = torch.empty(0, dtype=dtype, device=device)
-            made.append(array.set_(storage, offset // itemsize, (num_rows, *shape), strides))
-        return made
-
-    def _kind(self, column: Column) -> Any:
-        """What the framework wants to know of a column, worked out once."""
-        kind = arrays.np_dtype(column.dtype)
-        if self._framework == "cupy":
-            return arrays.np_dtype("uint8") if column.dtype == "float8_e4m3fn" else kind, column.shape
-        if self._framework == "torch":
-            strides = tuple(prod(column.shape[axis:]) for axis in range(len(column.shape) + 1))
-            return getattr(sys.modules["torch"], column.dtype), kind.itemsize, column.shape, strides
-        return column
+        return make

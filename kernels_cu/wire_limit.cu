@@ -1,4 +1,4 @@
-// What the links carry at most: every rank streams from its own memory to all its peers at once, and no more.
+// What the links carry at most: every rank copies to all its peers at once, or from all of them, and no more.
 //
 // Protocol   none: no counts, no metadata, no wait for a peer. Whoever launches it has a barrier of the ranks
 //            before it (the peers are ready) and one after it (everything has arrived).
@@ -18,11 +18,13 @@ struct WireLimitCfg {
 
 template <WireLimitCfg kCfg>
 struct WireLimitArgs {
-    const uint8_t* source;  // [num_ranks][peer_bytes], what goes to each rank; the own part stays
-    uint64_t* counters;     // {tickets taken, blocks done}, zero between launches
-    int64_t peer_bytes;     // a multiple of stage_bytes
+    uint64_t* counters;  // {tickets taken, blocks done}, zero between launches
+    int64_t peer_bytes;  // a multiple of stage_bytes
     int32_t rank, num_ranks;
-    uint8_t* slabs[kMaxLocalRanks];  // the payload of each is [num_ranks][peer_bytes], what came from each
+    int32_t pulls;  // not 0: the receiver copies, else the sender
+    // The payload of each: [num_ranks][peer_bytes] that came from each rank, then as much that goes to each;
+    // the own parts stay.
+    uint8_t* slabs[kMaxLocalRanks];
 };
 
 namespace wire {
@@ -51,8 +53,9 @@ __device__ Place place_of(const WireLimitArgs<kCfg>& args, uint32_t piece) {
     const uint32_t num_peers = args.num_ranks - 1;
     const int64_t offset = int64_t{piece / num_peers} * kCfg.stage_bytes;
     const int32_t peer = (args.rank + 1 + piece % num_peers) % args.num_ranks;
-    return {args.source + peer * args.peer_bytes + offset,
-            args.slabs[peer] + kPayloadOffset + args.rank * args.peer_bytes + offset};
+    const int32_t source = args.pulls ? peer : args.rank, target = args.pulls ? args.rank : peer;
+    return {args.slabs[source] + kPayloadOffset + (args.num_ranks + target) * args.peer_bytes + offset,
+            args.slabs[target] + kPayloadOffset + source * args.peer_bytes + offset};
 }
 
 #ifdef EP_HAS_TMA

@@ -1,7 +1,8 @@
 """The whole GPU suite on this machine: ``python tests/gpu_suite.py``. Every part has a time limit.
 
 Threads first (virtual ranks on one GPU, then one per GPU), then the same tests under mpirun with one
-process per GPU, then figures. Ends with a table and a status that says whether all passed.
+process per GPU, then small cases under compute-sanitizer, then figures. Ends with a table and a status that
+says whether all passed.
 """
 
 from __future__ import annotations
@@ -16,14 +17,23 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+# Every kernel of the normal mode, with and without peers.
+SANITIZED = (
+    "tests/gpu/test_normal.py::test_any_number_of_ranks[1-virtual]",
+    "tests/gpu/test_normal.py::test_any_number_of_ranks[2-virtual]",
+    "tests/gpu/test_normal.py::test_layout_and_dispatch_from_a_layout[virtual]",
+    "tests/gpu/test_normal.py::test_any_strides[virtual]",
+    "tests/gpu/test_normal.py::test_quantized_rows_equal_the_oracle[128-1-virtual]",
+    "tests/gpu/test_expert_major.py::test_random_layers_equal_the_oracle[True-2-virtual]",
+)
 SUMMARY = re.compile(r"((?:\d+ (?:passed|failed|skipped|errors?|deselected|warnings?)(?:, )?)+) in [\d.]+s")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=0, help="processes under mpirun; default one per GPU")
-    parser.add_argument("--timeout", type=float, default=150.0, help="seconds for each part")
-    parser.add_argument("--only", choices=("threads", "mpi", "figures"), help="one part")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for each part")
+    parser.add_argument("--only", choices=("threads", "mpi", "sanitizer", "figures"), help="some parts")
     options = parser.parse_args()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -33,12 +43,18 @@ def main() -> int:
     pytest += ["-o", "faulthandler_timeout=60"]
     barrier = [sys.executable, "tests/gpu/barrier_latency.py"]
     bench = [sys.executable, "-m", "ep_rt", "bench", "--dtype", "both", "--repeat", "3", "--tokens"]
-    parts = {"threads": [*pytest, "tests"]}
+    parts = {"threads on one GPU": [*pytest, "tests", "-k", "not gpus"]}
+    if num_ranks > 1:
+        parts["threads with a GPU each"] = [*pytest, "tests", "-k", "gpus"]
     if shutil.which("mpirun") and num_ranks > 1:
         mpirun = _mpirun(num_ranks)
         parts[f"mpirun -n {num_ranks}"] = [*mpirun, *pytest, "tests/gpu"]
         parts[f"barrier figures, mpirun -n {num_ranks}"] = [*mpirun, *barrier]
         parts[f"figures, mpirun -n {num_ranks}"] = [*mpirun, *bench, "128", "4096"]
+    if shutil.which("compute-sanitizer"):
+        for tool in ("memcheck", "racecheck"):
+            sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+            parts[f"sanitizer, {tool}"] = [*sanitizer, *pytest, *SANITIZED]
     parts["barrier figures"] = barrier
     parts["figures, one GPU"] = [*bench, "128", "--virtual"]
     if options.only:

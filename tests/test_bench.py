@@ -153,8 +153,8 @@ def a_report(*results: report.Result, backend: str = "cuda") -> report.Report:
         results=list(results),
     )
     if backend == "cuda":
-        found.wire_limit = {16: 0.3, 132: 0.5}
-        found.wire_limit_ranks = [{16: (0.3,), 132: (0.5,)}] * 2
+        found.wire_limit = {("push", 16): 0.3, ("push", 132): 0.5, ("pull", 16): 0.4}
+        found.wire_limit_ranks = [{("push", 16): (0.3,), ("push", 132): (0.5,), ("pull", 16): (0.4,)}] * 2
     return found
 
 
@@ -191,7 +191,8 @@ def test_json_holds_every_reading() -> None:
     assert (first["op_us"]["min"], first["op_us"]["max"]) == (121.0, 124.0)
     assert second["kernel_us"] is None
     assert read["wire_limit_best_gbps"] == 0.5
-    assert [entry["sms"] for entry in read["wire_limit"]] == [16, 132]
+    limits = [("push", 16), ("push", 132), ("pull", 16)]
+    assert [(entry["way"], entry["sms"]) for entry in read["wire_limit"]] == limits
 
 
 def test_plot(tmp_path: Path) -> None:
@@ -216,7 +217,8 @@ def test_links_are_read_from_the_matrix() -> None:
 def test_the_limit_is_swept_over_what_is_asked_and_all() -> None:
     assert wire.sweep([16, 24], 132) == [8, 16, 24, 56, 132]
     assert wire.sweep([16], 16) == [8, 16]
-    assert wire.limits([{8: (1.0, 3.0, 2.0)}, {8: (4.0, 4.0, 4.0)}]) == {8: 3.0}
+    case = ("pull", 8)
+    assert wire.limits([{case: (1.0, 3.0, 2.0)}, {case: (4.0, 4.0, 4.0)}]) == {case: 3.0}
     words = wire.outbox(3, 4, 64)
     assert words.shape == (4, 8)
     assert len({int(word) for src in range(4) for word in wire.outbox(src, 4, 64).ravel()}) == 4 * 4 * 8

@@ -14,6 +14,7 @@ from nvrtc_here import require_nvrtc
 
 from ep_rt.cuda import jit, kernels, layout
 from ep_rt.cuda.kernels import KernelSpec
+from ep_rt.errors import CompileError
 
 SPEC = kernels.barrier(8)
 SOURCES = Path(__file__).parents[1] / "kernels_cu"
@@ -25,8 +26,11 @@ class Compiler:
     def __init__(self) -> None:
         self.version = (13, 0)
         self.calls: list[str] = []
+        self.error: CompileError | None = None
 
     def compile(self, source: jit.Source, architecture: str) -> bytes:
+        if self.error is not None:
+            raise self.error
         self.calls.append(architecture)
         return f"{architecture} {self.version} {source.text}".encode()
 
@@ -112,6 +116,8 @@ def test_a_cache_that_cannot_be_written_is_not_fatal(
         path = jit.cubin(SPEC, "sm_90a", cache_dir=tmp_path / "file")
     assert path.read_bytes().startswith(b"sm_90a")
     assert "cannot be written" in caplog.text
+    assert jit.cubin(SPEC, "sm_90a", cache_dir=tmp_path / "file") == path
+    assert len(compiler.calls) == 1
     shutil.rmtree(path.parent)
 
 
@@ -128,6 +134,17 @@ def test_threads_that_start_at_once_get_the_same_file(tmp_path: Path, compiler: 
     assert len(paths) == 8
     assert len(set(paths)) == 1
     assert [path.name for path in paths[0].parent.iterdir()] == [paths[0].name]
+    assert len(compiler.calls) == 1
+
+
+def test_what_is_missing_is_compiled_side_by_side(tmp_path: Path, compiler: Compiler) -> None:
+    specs = kernels.normal_mode_specs()
+    first = jit.cubin(specs[0], "sm_90a", cache_dir=tmp_path)
+    jit.prepare(specs, "sm_90a", cache_dir=tmp_path)
+    assert len(list(first.parent.iterdir())) == len(compiler.calls) == len(specs)
+    compiler.error = CompileError("name", source="", options=[], log="no")
+    with pytest.raises(CompileError):
+        jit.prepare(specs, "sm_80", cache_dir=tmp_path)
 
 
 def test_processes_that_start_at_once_get_the_same_file(tmp_path: Path) -> None:

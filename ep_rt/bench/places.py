@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol, TypeVar
 import numpy as np
 
 from .. import arrays
-from ..backend import choose
+from ..backend import requested
 from ..errors import BackendError, ConfigError, on_all_ranks
 from ..exchange import Group
 from ..groups import as_group, run_local
@@ -210,9 +210,9 @@ def _backend(options: Options) -> str:
         # Ranks that wait for each other must not share a hardware queue. Read when CUDA starts.
         preset(CUDA_DEVICE_MAX_CONNECTIONS="32")
     if options.backend != "auto":
-        return choose(options.backend)
+        return requested(options.backend)
     try:
-        return choose("cuda")
+        return requested("cuda")
     except BackendError:
         return "host"
 

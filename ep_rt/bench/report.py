@@ -141,15 +141,15 @@ class Report:
     machine: Mapping[str, Any]
     clock_mhz: float | None = None
     barrier: Reading | None = None
-    wire_limit: Mapping[int, float] = field(default_factory=dict)  # GB/s by SM count
-    wire_limit_ranks: Sequence[Mapping[int, tuple[float, ...]]] = ()
+    wire_limit: Mapping[tuple[str, int], float] = field(default_factory=dict)  # GB/s by way and SM count
+    wire_limit_ranks: Sequence[Mapping[tuple[str, int], tuple[float, ...]]] = ()
     results: list[Result] = field(default_factory=list)
     first_calls: list[FirstCall] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
     def best_limit(self) -> float | None:
-        """GB/s that left a rank at most, over all SM counts."""
+        """GB/s that left a rank at most, whichever way."""
         return max(self.wire_limit.values(), default=None)
 
     def limit_share(self, result: Result) -> float | None:
@@ -184,9 +184,11 @@ def header(report: Report) -> list[str]:
 def limit_lines(report: Report) -> list[str]:
     """The limit of the links, the barrier and the clock, as far as they were measured."""
     lines = []
-    if report.wire_limit:
-        listed = ", ".join(f"{sms} SMs {gbps:.0f}" for sms, gbps in report.wire_limit.items())
-        lines.append(f"wire limit (copy to all ranks at once), GB/s leaving a rank: {listed}")
+    for way in dict.fromkeys(way for way, _ in report.wire_limit):
+        listed = ", ".join(
+            f"{sms} SMs {gbps:.0f}" for (its, sms), gbps in report.wire_limit.items() if its == way
+        )
+        lines.append(f"wire limit (all ranks {way} at once), GB/s leaving a rank: {listed}")
     small = []
     if report.barrier is not None:
         small.append(f"barrier {report.barrier.text} us")
@@ -255,8 +257,13 @@ def as_json(report: Report) -> str:
         "barrier_us": None if report.barrier is None else report.barrier.as_json(),
         "wire_limit_best_gbps": report.best_limit,
         "wire_limit": [
-            {"sms": sms, "gbps": gbps, "ranks": [rank[sms] for rank in report.wire_limit_ranks]}
-            for sms, gbps in report.wire_limit.items()
+            {
+                "way": way,
+                "sms": sms,
+                "gbps": gbps,
+                "ranks": [rank[way, sms] for rank in report.wire_limit_ranks],
+            }
+            for (way, sms), gbps in report.wire_limit.items()
         ],
         "first_calls": [asdict(call) for call in report.first_calls],
         "results": [

@@ -1,7 +1,8 @@
 """What the links carry at most: a plain copy from every rank to all others at once.
 
-The operations are held against it, because machines differ. A barrier of the ranks comes before each copy and
-one after it, so its time is that of the slowest rank.
+The operations are held against it, because machines differ. Senders push, as dispatch does, or receivers
+pull, as combine does. A barrier of the ranks comes before each copy and one after it, so its time is that of
+the slowest rank.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ _SENT_BYTES: Final = 256 << 20  # by a rank, to all others together
 _SHARED_SENT_BYTES: Final = 32 << 20  # where they share a GPU
 _UNIT_BYTES: Final = 64 << 10
 _SWEEP_SMS: Final = (8, 24, 56)
+WAYS: Final = ("push", "pull")
+
+Readings = dict[tuple[str, int], tuple[float, ...]]
+"""By way and SM count."""
 
 
 def sweep(asked: Sequence[int], num_sms: int) -> list[int]:
@@ -30,10 +35,8 @@ def sweep(asked: Sequence[int], num_sms: int) -> list[int]:
     return sorted({count for count in (*asked, *_SWEEP_SMS, num_sms) if count <= num_sms})
 
 
-def measure_limit(
-    group: Group, place: CudaPlace, timer: CudaTimer, asked_sms: Sequence[int]
-) -> dict[int, tuple[float, ...]]:
-    """GB/s that leave this rank, by SM count; each copy is compared first.
+def measure_limit(group: Group, place: CudaPlace, timer: CudaTimer, asked_sms: Sequence[int]) -> Readings:
+    """GB/s that leave this rank; each copy is compared first.
 
     Raises:
         CheckError: bytes did not arrive.
@@ -44,17 +47,19 @@ def measure_limit(
     peer_bytes = max(1, sent_bytes // (group.size - 1) // _UNIT_BYTES) * _UNIT_BYTES
     copy = _Copy(group, place, peer_bytes)
     readings = {}
-    for num_sms in sweep(asked_sms, place.num_sms // place.num_sharing):
-        copy.check(num_sms)
-        times_us = timer.between_barriers(partial(copy.enqueue, num_sms))
-        readings[num_sms] = tuple((group.size - 1) * peer_bytes / time_us / 1e3 for time_us in times_us)
+    for way in WAYS:
+        for num_sms in sweep(asked_sms, place.num_sms // place.num_sharing):
+            copy.check(way, num_sms)
+            times_us = timer.between_barriers(partial(copy.enqueue, way, num_sms))
+            gbps = tuple((group.size - 1) * peer_bytes / time_us / 1e3 for time_us in times_us)
+            readings[way, num_sms] = gbps
     copy.close()
     return readings
 
 
-def limits(everyone: Sequence[dict[int, tuple[float, ...]]]) -> dict[int, float]:
-    """GB/s by SM count: the median over ranks of the median over readings."""
-    return {num_sms: median(median(rank[num_sms]) for rank in everyone) for num_sms in everyone[0]}
+def limits(everyone: Sequence[Readings]) -> dict[tuple[str, int], float]:
+    """GB/s by way and SM count: the median over ranks of the median over readings."""
+    return {case: median(median(rank[case]) for rank in everyone) for case in everyone[0]}
 
 
 def outbox(src: int, num_ranks: int, peer_bytes: int) -> Array:
@@ -65,7 +70,7 @@ def outbox(src: int, num_ranks: int, peer_bytes: int) -> Array:
 
 
 class _Copy:
-    """The kernel, with its memory: what this rank sends, behind what it receives, [R, peer_bytes] each."""
+    """The kernel, with its memory: what a rank receives, then what it sends, [R, peer_bytes] each."""
 
     def __init__(self, group: Group, place: CudaPlace, peer_bytes: int) -> None:
         import cupy
@@ -87,21 +92,22 @@ class _Copy:
         self._launch = Kernel(spec).bind(
             pack(
                 spec.args,
-                source=source,
                 counters=self._counters.ptr,
                 peer_bytes=peer_bytes,
                 rank=group.rank,
                 num_ranks=group.size,
+                pulls=0,
                 slabs=pointers,
             ),
             num_blocks=place.num_sms // place.num_sharing,
         )
         group.barrier()
 
-    def enqueue(self, num_sms: int) -> None:
+    def enqueue(self, way: str, num_sms: int) -> None:
+        self._launch.args.pulls = way == "pull"
         self._launch(self._place.stream.ptr, num_sms)
 
-    def check(self, num_sms: int) -> None:
+    def check(self, way: str, num_sms: int) -> None:
         """Copy once, and compare what arrived."""
         import cupy
 
@@ -109,7 +115,7 @@ class _Copy:
         num_bytes = num_ranks * self._peer_bytes
         cupy.cuda.runtime.memsetAsync(self._inbox, 0, num_bytes, stream.ptr)
         self._meeting.enqueue(stream)
-        self.enqueue(num_sms)
+        self.enqueue(way, num_sms)
         self._meeting.enqueue(stream)
         stream.synchronize()
         self._meeting.check()
@@ -123,7 +129,7 @@ class _Copy:
             if first + row != self._group.rank
             and not np.array_equal(rows[row].view(np.uint64), self._expected(first + row))
         ]
-        problem = f"with {num_sms} SMs the copy from ranks {wrong} is not what they sent"
+        problem = f"with {num_sms} SMs the {way} from ranks {wrong} is not what they sent"
         agree(self._group, problem if wrong else None)
 
     def close(self) -> None:

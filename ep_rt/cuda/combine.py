@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from ..arrays import ArrayView
-from ..cuda_arrays import Column, ResultArrays, address, fingerprint
+from ..cuda_arrays import Column, ResultArrays, glance
 from ..requests import CombineRequest, Schedule
 from ..results import Combined
 from . import plan
@@ -82,13 +82,16 @@ class Combine:
             given: the caller's arguments; `build` makes a checked request of them.
         """
         x, handle, weights, bias = given
-        biases = bias if type(bias) is tuple else (bias,)
-        objects: Sequence[Any] = (x, weights, *(each for each in biases if each is not None))
-        key = self._key(objects, handle, schedule.num_sms)
-        found = None if key is None else self._plans.get(key)
-        if found is not None:
-            pointers = [0 if each is None else address(each) for each in objects]
-        else:
+        biases = () if bias is None else bias if type(bias) is tuple else (bias,)
+        objects: Sequence[Any] = (x, weights, *[each for each in biases if each is not None])
+        key: Hashable = None
+        found = None
+        is_mine = type(handle) is CudaDispatchHandle and handle.owner is self._owner
+        if is_mine and (seen := glance(objects)) is not None:
+            facts, pointers = seen
+            key = (facts, schedule.num_sms, handle.facts)
+            found = self._plans.get(key)
+        if found is None:
             request = build(*given)
             views = (request.x, request.topk_weights, *request.biases)
             pointers = [0 if view is None else view.pointer for view in views]
@@ -99,22 +102,6 @@ class Combine:
                     self._plans.clear()
                 self._plans[key] = found
         return self._run(found, pointers, objects, handle, schedule)
-
-    def _key(self, objects: Sequence[object], handle: object, num_sms: int) -> Hashable | None:
-        """What decides everything but addresses. None where the arguments must be looked at each time."""
-        if type(handle) is not CudaDispatchHandle or handle.owner is not self._owner:
-            return None
-        facts: list[Hashable] = [num_sms, handle.num_tokens, handle.num_recv_rows, handle.num_topk]
-        facts += (handle.num_landed_rows, handle.num_local_experts, handle.layout)
-        for each in objects:
-            if each is None:
-                facts.append(None)
-                continue
-            seen = fingerprint(each)
-            if seen is None:
-                return None
-            facts.append(seen)
-        return tuple(facts)
 
     def _prepare(self, request: CombineRequest, num_sms: int) -> _Plan:
         domain, x, weights = self._domain, request.x, request.topk_weights

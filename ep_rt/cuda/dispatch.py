@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from math import prod
 from typing import Any, Final
 
-import numpy as np
-
 from .. import arrays
 from ..arrays import ArrayView
-from ..cuda_arrays import Column, ResultArrays, address, fingerprint
+from ..cuda_arrays import Column, ResultArrays, glance
 from ..errors import ConfigError
 from ..requests import FP8_BLOCK, DispatchRequest, Schedule, local_experts
 from ..results import Dispatched
@@ -26,7 +23,6 @@ from .domain import Call, Domain
 from .expansion import Expansion, Landed, Made
 from .expert_major import ExpertMajor, check_columns
 from .handle import (
-    EXPERT_COUNTS_OFFSET,
     NUM_RECV_TOKENS_OFFSET,
     RESULT_OFFSET,
     SEND_PLAN_OFFSET,
@@ -57,9 +53,9 @@ class _Plan:
         is_readable: they need no copy where their addresses are aligned.
         frameworks: of the inputs, that of x first.
         row: bytes of a received row on the wire.
-        arrays: recv_x, recv_sf, ids and weights; `places` of them in a result of `num_rows`.
         has_byte_rows: whether an element of recv_x is a byte.
         num_rows, num_bytes: of what lands; 0 where only the counts will tell.
+        arrays: recv_x, recv_sf, ids and weights; `make` makes those of a result of `num_rows`.
         expansion: for layout "expert".
     """
 
@@ -79,7 +75,7 @@ class _Plan:
     num_rows: int
     num_bytes: int
     arrays: ResultArrays
-    places: tuple[tuple[int, int], ...]
+    make: Callable[[int, int, object], list[Any]]
     digest: int
     expansion: Expansion | None
 
@@ -130,22 +126,32 @@ class Dispatch:
         self.num_calls = num_calls
 
     def __call__(
-        self, given: tuple[Any, ...], build: Callable[..., DispatchRequest], schedule: Schedule
+        self,
+        given: tuple[Any, ...],
+        options: tuple[Hashable, ...],
+        build: Callable[..., DispatchRequest],
+        schedule: Schedule,
     ) -> Dispatched:
         """One dispatch. The device is current.
 
         Args:
-            given: the caller's arguments; `build` makes a checked request of them.
+            given, options: the caller's arguments; `build` makes a checked request of all of them.
         """
-        x, handle, in_rank, per_expert, ids, weights, *options = given
+        x, handle, in_rank, per_expert, ids, weights = given
         x, sf = x if type(x) is tuple and len(x) == 2 else (x, None)
         objects: Sequence[Any] = (x, sf, ids, weights, in_rank)
-        key = None if per_expert is not None else self._key(objects, handle, options, schedule.num_sms)
-        found = None if key is None else self._plans.get(key)
-        if found is not None:
-            pointers = [0 if each is None else address(each) for each in objects]
-        else:
-            request = build(*given)
+        is_plannable = per_expert is None and (
+            handle is None or (type(handle) is CudaDispatchHandle and handle.owner is self._owner)
+        )
+        # What decides everything but addresses. None where the arguments must be looked at each time.
+        key: Hashable = None
+        found = None
+        if is_plannable and (seen := glance(objects)) is not None:
+            facts, pointers = seen
+            key = (facts, options, schedule.num_sms, None if handle is None else handle.facts)
+            found = self._plans.get(key)
+        if found is None:
+            request = build(*given, *options)
             views = (request.x, request.sf, request.topk_idx, request.topk_weights, request.is_token_in_rank)
             pointers = [0 if view is None else view.pointer for view in views]
             objects = [None if view is None else view.owner for view in views]
@@ -155,27 +161,6 @@ class Dispatch:
                     self._plans.clear()
                 self._plans[key] = found
         return self._run(found, pointers, objects, handle, schedule)
-
-    def _key(
-        self, objects: Sequence[object], handle: object, options: Sequence[Hashable], num_sms: int
-    ) -> Hashable | None:
-        """What decides everything but addresses. None where the arguments must be looked at each time."""
-        facts: list[Hashable] = [num_sms, *options]
-        for each in objects:
-            if each is None:
-                facts.append(None)
-                continue
-            seen = fingerprint(each)
-            if seen is None:
-                return None
-            facts.append(seen)
-        if handle is not None:
-            if type(handle) is not CudaDispatchHandle or handle.owner is not self._owner:
-                return None
-            facts += (handle.num_tokens, handle.num_recv_rows, handle.num_landed_rows, handle.layout)
-            if handle.layout == "expert":
-                facts += (handle.num_topk, handle.num_local_experts, handle.expert_alignment)
-        return tuple(facts)
 
     def _prepare(self, request: DispatchRequest, num_sms: int) -> _Plan:
         domain = self._domain
@@ -208,6 +193,12 @@ class Dispatch:
         assert handle is None or isinstance(handle, CudaDispatchHandle)  # its owner is this buffer
         is_cached = handle is not None
         num_rows = request.num_worst_tokens if handle is None else handle.num_landed_rows
+        results = ResultArrays(
+            columns,
+            device=domain.device,
+            framework=frameworks[0],
+            stream=domain.comm.pointer if frameworks[0] == "jax" else None,
+        )
         return _Plan(
             launch=self._operations.dispatch(
                 quantizes=request.quantize is not None,
@@ -235,13 +226,8 @@ class Dispatch:
             is_cached=is_cached,
             num_rows=num_rows,
             num_bytes=row.layout(num_rows).end if num_rows else 0,
-            arrays=ResultArrays(
-                columns,
-                device=domain.device,
-                framework=frameworks[0],
-                stream=domain.comm.pointer if frameworks[0] == "jax" else None,
-            ),
-            places=_places(row.layout(num_rows), num_rows),
+            arrays=results,
+            make=results.placed(_places(row.layout(num_rows), num_rows)),
             digest=dispatch_digest(request),
             expansion=self._expansion(request, row, columns, num_sms),
         )
@@ -340,7 +326,9 @@ class Dispatch:
                 if handle is None
                 else handle.num_recv_tokens_pointer,
             )
-            counts = self._lazy_counts(found, routing) if handle is None else None
+            counts = []
+            if found.num_topk:
+                counts = LazyCounts(domain.read, routing, found.num_local_experts, found.expert_alignment)
         if found.expansion is not None:
             made = found.expansion.run(call, landed, counts if is_exact else None, handle)
         else:
@@ -375,7 +363,7 @@ class Dispatch:
         domain, row, lease, num_rows = self._domain, found.row, landed.lease, landed.num_rows
         base = domain.address(lease)
         if not found.is_exact and not lease.must_be_left:
-            return Made(found.arrays.over(base, found.num_bytes, lease, found.places), num_rows)
+            return Made(found.make(base, found.num_bytes, lease), num_rows)
         here, there = row.layout(landed.capacity), row.layout(num_rows)
         if found.is_exact:
             num_bytes = here.x + num_rows * row.row_bytes
@@ -401,17 +389,6 @@ class Dispatch:
                     )
         self.num_copied_results += 1
         return Made(found.arrays.over(block.pointer, there.end, block, _places(there, num_rows)), num_rows)
-
-    def _lazy_counts(self, found: _Plan, routing: Block) -> Sequence[int]:
-        """Counts that the host does not wait for; none where only the callers have counted."""
-        if not found.num_topk:
-            return []
-        return LazyCounts(found.num_local_experts, partial(self._read_counts, found, routing))
-
-    def _read_counts(self, found: _Plan, routing: Block) -> list[int]:
-        struct = np.dtype(("<i4", (found.num_local_experts,)))
-        counts = self._domain.read(routing.pointer + EXPERT_COUNTS_OFFSET, struct)[0]
-        return plan.aligned(counts.tolist(), found.expert_alignment)
 
     def _expert_counts(self, found: _Plan, told: Any) -> list[int]:
         counts: list[int] = told.expert_counts[: found.num_local_experts]

@@ -28,7 +28,6 @@ from .streams import CommStream, Turns
 T = TypeVar("T")
 
 _SHARED_DEVICE_RESERVE_BYTES: Final = 256 << 20
-_WITH_STREAMS: Final = ("cupy", "torch")
 
 
 class Call:
@@ -185,21 +184,23 @@ class Domain:
             frameworks: of its inputs, distinct, the one of the results first.
             inputs: to be kept until the call is done.
         """
-        # JAX orders its arrays by the communication stream when they are exported to it.
-        streams = tuple([current_stream(each, self.device) for each in frameworks if each in _WITH_STREAMS])
+        framework = frameworks[0]
+        streams: tuple[int, ...]
+        if len(frameworks) == 1 and framework != "jax":
+            streams = (current_stream(framework, self.device),)
+            is_plain = schedule.previous_event is None and not schedule.async_finish
+        else:
+            # JAX orders its arrays by the communication stream when they are exported to it.
+            streams = tuple([current_stream(each, self.device) for each in frameworks if each != "jax"])
+            is_plain = False
         if self._has_threads_beside and arrays.CUDA_STREAM_LEGACY in streams:
             raise ConfigError(
                 "ranks that are threads on one GPU wait for each other, and the default stream is common to "
                 "them: give each a non-blocking stream of its own, and make it current"
             )
-        is_plain = (
-            len(frameworks) == len(streams) == 1
-            and schedule.previous_event is None
-            and not schedule.async_finish
-        )
         stream = streams[0] if is_plain else self.comm.pointer
         is_capturing = self.comm.is_capturing(streams)
-        return Call(stream, streams, frameworks[0], inputs, schedule, is_capturing)
+        return Call(stream, streams, framework, inputs, schedule, is_capturing)
 
     def order(self, call: Call) -> None:
         """Let the call's stream wait for what comes before the call. All memory of it was taken.

@@ -22,6 +22,7 @@ from ..exchange import Group
 from ..requests import CombineRequest, DispatchRequest, LayoutRequest, Schedule
 from ..results import Combined, Dispatched, DispatchLayout
 from ..topology import Topology
+from . import jit, kernels
 from .combine import Combine
 from .dispatch import Dispatch
 from .domain import Domain
@@ -29,6 +30,7 @@ from .expert_major import ExpertMajor
 from .hang import timeout_ns
 from .heap import Block
 from .inputs import Inputs, itemsize
+from .launch import current_architecture
 from .memory import device_errors
 from .operations import Operations
 from .pool import Lease, PoolStats
@@ -107,13 +109,14 @@ class CudaEngine:
         self.place = domain.place
         self._operations, self._expert_major = domain.together("kernels", self._load)
         self._inputs = Inputs(domain, self._operations)
-        kernels = self._operations, self._expert_major
-        self._dispatch = Dispatch(domain, *kernels, self._inputs, owner=owner)
-        self._combine = Combine(domain, *kernels, self._inputs, owner=owner)
+        parts = domain, self._operations, self._expert_major, self._inputs
+        self._dispatch = Dispatch(*parts, owner=owner)
+        self._combine = Combine(*parts, owner=owner)
         self._num_elsewhere = 0
 
     def _load(self) -> tuple[Operations, ExpertMajor]:
         domain = self._domain
+        jit.prepare(kernels.normal_mode_specs(), current_architecture())
         hang, max_blocks = domain.watch.record_pointer, domain.max_blocks
         deadline_ns = timeout_ns(domain.timeout_s)
         rank, slabs = domain.group.rank, domain.slab.pointers
@@ -194,9 +197,13 @@ class CudaEngine:
         return self._domain.on_device(self._get_dispatch_layout, build, schedule)
 
     def dispatch(
-        self, given: tuple[Any, ...], build: Callable[..., DispatchRequest], schedule: Schedule
+        self,
+        given: tuple[Any, ...],
+        options: tuple[Any, ...],
+        build: Callable[..., DispatchRequest],
+        schedule: Schedule,
     ) -> Dispatched:
-        return self._domain.on_device(self._dispatch, given, build, schedule)
+        return self._domain.on_device(self._dispatch, given, options, build, schedule)
 
     def combine(
         self, given: tuple[Any, ...], build: Callable[..., CombineRequest], schedule: Schedule

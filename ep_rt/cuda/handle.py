@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, overload
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ..handle import DispatchHandle
 from .heap import Block
 from .layout import DISPATCH_RESULT, MAX_LOCAL_RANKS, SEND_PLAN, Struct, align_up, field_offset
+from .plan import aligned
 
 # Within the block that holds the routing of a dispatch.
 SEND_PLAN_OFFSET: Final = 0
@@ -53,6 +54,19 @@ class CudaDispatchHandle(DispatchHandle):
     places: Block | None = field(default=None, repr=False)
 
     @property
+    def facts(self) -> tuple[Hashable, ...]:
+        """What decides, besides the arrays, how calls with this handle are made."""
+        return (
+            self.layout,
+            self.num_tokens,
+            self.num_recv_rows,
+            self.num_landed_rows,
+            self.num_topk,
+            self.num_local_experts,
+            self.expert_alignment,
+        )
+
+    @property
     def num_recv_tokens(self) -> int:
         if self.known_recv_tokens is not None:
             return self.known_recv_tokens
@@ -71,17 +85,23 @@ class CudaDispatchHandle(DispatchHandle):
 
 
 class LazyCounts(Sequence[int]):
-    """Counts that only the device knows. Looking at them waits for the calls so far, each time.
+    """Counts by expert that only the device knows. Looking at them waits for the calls so far, each time.
 
     Args:
-        read: fetches them.
+        read: as in `CudaDispatchHandle`.
+        routing: of the dispatch that counts.
+        num_counts, alignment: how many there are, and what each is rounded up to.
     """
 
-    __slots__ = ("_num_counts", "_read")
+    __slots__ = ("_alignment", "_fetch", "_num_counts", "_routing")
 
-    def __init__(self, num_counts: int, read: Callable[[], list[int]]) -> None:
+    def __init__(
+        self, read: Callable[[int, Struct], NDArray[Any]], routing: Block, num_counts: int, alignment: int
+    ) -> None:
+        self._fetch = read
+        self._routing = routing
         self._num_counts = num_counts
-        self._read = read
+        self._alignment = alignment
 
     def __len__(self) -> int:
         return self._num_counts
@@ -100,6 +120,11 @@ class LazyCounts(Sequence[int]):
         return isinstance(other, Sequence) and self._read() == list(other)
 
     __hash__ = None  # type: ignore[assignment]
+
+    def _read(self) -> list[int]:
+        pointer = self._routing.pointer + EXPERT_COUNTS_OFFSET
+        counts = self._fetch(pointer, np.dtype(("<i4", (self._num_counts,))))[0]
+        return aligned(counts.tolist(), self._alignment)
 
     def __repr__(self) -> str:
         return f"<{self._num_counts} counts on the device>"

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import hashlib
 import logging
 import os
 import re
+import secrets
+import shutil
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
@@ -70,12 +76,24 @@ def architecture(compute_capability: tuple[int, int]) -> str:
     return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
 
 
+def prepare(specs: Iterable[KernelSpec], architecture: str, *, cache_dir: Path | None = None) -> None:
+    """Have all of these in the cache. What is missing is compiled side by side, by a thread each.
+
+    Raises:
+        CompileError, BackendError: see `cubin`.
+    """
+    nvrtc_version()  # loads the library: once, and not in many threads
+    with ThreadPoolExecutor(os.cpu_count(), "ep_rt-compile") as threads:
+        for _ in threads.map(lambda spec: cubin(spec, architecture, cache_dir=cache_dir), specs):
+            pass
+
+
 def cubin(spec: KernelSpec, architecture: str, *, cache_dir: Path | None = None) -> Path:
     """The compiled kernel, from the cache when it is there.
 
     Safe with any number of processes at once: a file appears whole or not at all, and its name holds the
-    digest of its bytes, so a damaged one is compiled again. Where the cache cannot be written, the file
-    goes to a temporary directory of this process.
+    digest of its bytes, so a damaged one is compiled again. Threads of a process that want the same kernel
+    compile it once. Where the cache cannot be written, the file goes to a directory of this process alone.
 
     Raises:
         CompileError: NVRTC refused the source.
@@ -86,15 +104,27 @@ def cubin(spec: KernelSpec, architecture: str, *, cache_dir: Path | None = None)
     key = _digest(source.text, *options, "NVRTC {}.{}".format(*nvrtc_version()))
     directory = (cache_dir or settings().cache_dir) / "kernels"
     stem = f"{spec.name}-{architecture}-{key}"
-    cached = _find(directory, stem)
-    if cached is not None:
-        return cached
-    image = compile_cubin(source, architecture)
-    try:
-        return _publish(directory, stem, image)
-    except OSError as error:
-        _LOG.warning("the kernel cache %s cannot be written (%s)", directory, error)
-        return _publish(Path(tempfile.mkdtemp(prefix="ep_rt-")), stem, image)
+    with _COMPILING.setdefault(stem, threading.Lock()):
+        cached = _find(directory, stem) or _find(_own_directory(), stem)
+        if cached is not None:
+            return cached
+        image = compile_cubin(source, architecture)
+        try:
+            return _publish(directory, stem, image)
+        except OSError as error:
+            _LOG.warning("the kernel cache %s cannot be written (%s)", directory, error)
+            return _publish(_own_directory(), stem, image)
+
+
+_COMPILING: Final[dict[str, threading.Lock]] = {}
+
+
+@functools.cache
+def _own_directory() -> Path:
+    """Of this process alone, removed when it ends. Made when something is put there."""
+    directory = Path(tempfile.gettempdir(), f"ep_rt-{secrets.token_hex(8)}")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
 
 
 def compile_cubin(source: Source, architecture: str) -> bytes:

@@ -325,9 +325,9 @@ def wire_limit() -> KernelSpec:
         ),
         args=np.dtype(
             [
-                *_pointers("source", "counters"),
+                *_pointers("counters"),
                 ("peer_bytes", "<i8"),
-                *_ints("rank", "num_ranks"),
+                *_ints("rank", "num_ranks", "pulls"),
                 ("slabs", "<u8", (MAX_LOCAL_RANKS,)),
             ],
             align=True,

@@ -35,8 +35,7 @@ class Kernel:
         self.spec = spec
         self.device: int = cupy.cuda.runtime.getDevice()
         make_context_current()
-        digits = cupy.cuda.Device().compute_capability
-        capability = int(digits[:-1]), int(digits[-1])
+        capability = _capability()
         self.architecture = jit.architecture(capability)
         self.shared_bytes = spec.shared_bytes if capability >= (9, 0) else spec.shared_bytes_sm80
         path = jit.cubin(spec, self.architecture, cache_dir=cache_dir)
@@ -105,18 +104,27 @@ class Launch:
             num_blocks = self._max_blocks
         elif num_blocks > self._max_blocks:
             raise DeviceError(f"launching {self._name}: {num_blocks} blocks, bound were {self._max_blocks}")
-        status = self._enqueue(stream, num_blocks)
-        if status == self._no_context:  # this thread has not used CUDA yet
+        where = self._function, num_blocks, *self._after_grid, stream, self._params_address, 0
+        (status,) = self._launch_kernel(*where)
+        if status is self._success:
+            return
+        if status is self._no_context:  # this thread has not used CUDA yet
             make_context_current()
-            status = self._enqueue(stream, num_blocks)
-        if status != self._success:
+            (status,) = self._launch_kernel(*where)
+        if status is not self._success:
             raise DeviceError(f"launching {self._name}: {status.name}")
 
-    def _enqueue(self, stream: int, num_blocks: int) -> Any:
-        (status,) = self._launch_kernel(
-            self._function, num_blocks, *self._after_grid, stream, self._params_address, 0
-        )
-        return status
+
+def current_architecture() -> str:
+    """Of the current device, as `jit` takes it."""
+    return jit.architecture(_capability())
+
+
+def _capability() -> tuple[int, int]:
+    import cupy
+
+    digits = cupy.cuda.Device().compute_capability
+    return int(digits[:-1]), int(digits[-1])
 
 
 def make_context_current() -> None:

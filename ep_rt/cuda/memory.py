@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import platform
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -232,6 +233,8 @@ class Slab:
 
     def _release_late(self) -> None:
         """For garbage collection, on any thread: raises nothing."""
+        if sys.is_finalizing():  # the memory goes with the process, and nothing can be imported any more
+            return
         try:
             import cupy
 

@@ -58,10 +58,14 @@ class HostEngine:
         )
 
     def dispatch(
-        self, given: tuple[Any, ...], build: Callable[..., DispatchRequest], schedule: Schedule
+        self,
+        given: tuple[Any, ...],
+        options: tuple[Any, ...],
+        build: Callable[..., DispatchRequest],
+        schedule: Schedule,
     ) -> Dispatched:
         _wait_for(schedule)
-        plan = attempt(lambda: self._plan_dispatch(build(*given)))
+        plan = attempt(lambda: self._plan_dispatch(build(*given, *options)))
         payloads = self._peers.agree("dispatch", plan if isinstance(plan, EpError) else plan.announcement())
         assert not isinstance(plan, EpError)  # agree raised it
         request = plan.request

@@ -318,9 +318,9 @@ def draw_local(rng: np.random.Generator, ranks: Ranks, *, max_tokens: int) -> No
         views = (array[:, ::2], array[::2], array.T, array[:, :1])
         contiguous(ranks, rank, array, views[rng.integers(4)])
     if ranks.num_ranks > 1:
-        peer_bytes = 512 * int(rng.integers(1, 12))
-        shape = ranks.num_ranks, peer_bytes
-        wire_limit(ranks, [random_bits(rng, shape, np.uint8) for _ in range(ranks.num_ranks)])
+        shape = ranks.num_ranks, 512 * int(rng.integers(1, 6))
+        sources = [random_bits(rng, shape, np.uint8) for _ in range(ranks.num_ranks)]
+        wire_limit(ranks, sources, pulls=bool(rng.integers(2)))
     ranks.check_epoch()
 
 

@@ -192,15 +192,19 @@ def contiguous(ranks: Ranks, rank: int, array: Array, view: Array) -> None:
     ranks.compare("contiguous", rank, destination, np.ascontiguousarray(view))
 
 
-def wire_limit(ranks: Ranks, sources: Sequence[Array]) -> None:
+def wire_limit(ranks: Ranks, sources: Sequence[Array], *, pulls: bool) -> None:
     """Every rank's [num_ranks, peer_bytes] to its peers, with a barrier before and one behind."""
     kernel = ranks.load.small(kernels.wire_limit())
+    for rank, source in enumerate(sources):
+        base, _ = ranks.place(rank, 0)
+        put = ranks.machine.put(rank, source, "source")
+        ranks.machine.copy(rank, base + source.nbytes, put, source.nbytes)
     ranks.barrier()
     for rank in range(ranks.num_ranks):
         fields = {
-            "source": ranks.machine.put(rank, sources[rank], "source"),
             "counters": ranks.machine.allocate(rank, 16, "counters").address,
             "peer_bytes": sources[rank].shape[1],
+            "pulls": int(pulls),
         }
         ranks.machine.launch(rank, kernel, bound(kernel, fields, ranks.common(rank)), ranks.num_blocks)
     ranks.barrier()
