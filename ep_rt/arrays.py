@@ -30,7 +30,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -53,6 +53,9 @@ _DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
         "int64": np.dtype(np.int64),
         "bool": np.dtype(np.bool_),
     }
+)
+_BITS: Mapping[str, np.dtype[Any]] = MappingProxyType(
+    {name: np.dtype(f"u{dtype.itemsize}") for name, dtype in _DTYPES.items()}
 )
 _NAMES: Mapping[np.dtype[Any], str] = MappingProxyType({dtype: name for name, dtype in _DTYPES.items()})
 
@@ -259,11 +262,36 @@ def cuda_to_framework(
     raise ArrayError(f"device results go to cupy, torch or jax, not to {framework!r}")
 
 
-def torch_bytes(pointer: int, num_bytes: int, *, device: int, owner: object) -> Any:
-    """`cuda_to_framework` for a torch tensor of bytes, the shortest way."""
-    capsule = np.asarray(_Bytes(pointer, num_bytes, owner)).__dlpack__()
-    dlpack.relabel(capsule, cuda_index=device, dtype="uint8")
-    return _load("torch").utils.dlpack.from_dlpack(capsule)
+class TensorPlace(NamedTuple):
+    """A C-contiguous array inside an allocation: `offset` in bytes, a multiple of its itemsize."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+
+
+def torch_tensors(
+    places: Sequence[TensorPlace | None], pointer: int, num_bytes: int, *, device: int, owner: object
+) -> list[Any]:
+    """`cuda_to_framework` for several torch tensors over one allocation, the shortest way.
+
+    Each has a version counter of its own, as autograd wants it; views of one tensor would share one. None
+    among the places gives None.
+    """
+    from_dlpack = _load("torch").utils.dlpack.from_dlpack
+    whole = np.asarray(_Bytes(pointer, num_bytes, owner))
+    made: list[Any] = []
+    for place in places:
+        if place is None:
+            made.append(None)
+            continue
+        shape, dtype, offset = place
+        with_float8 = dtype == "float8_e4m3fn"  # through uint8, as in `cuda_to_framework`
+        capsule = np.ndarray(shape, _BITS[dtype], whole, offset).__dlpack__()
+        dlpack.relabel(capsule, cuda_index=device, dtype="uint8" if with_float8 else dtype)
+        tensor = from_dlpack(capsule)
+        made.append(tensor.view(_load("torch").float8_e4m3fn) if with_float8 else tensor)
+    return made
 
 
 def current_device() -> int | None:
@@ -566,5 +594,5 @@ def _order(stream: int, *, before: int, device: int) -> None:
     cuda = _load("cupy").cuda
     with cuda.Device(device):
         event = cuda.Event(disable_timing=True)
-        event.record(cuda.ExternalStream(stream, device))
-        cuda.ExternalStream(before, device).wait_event(event)
+        cuda.runtime.eventRecord(event.ptr, stream)
+        cuda.runtime.streamWaitEvent(before, event.ptr)

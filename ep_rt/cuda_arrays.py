@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Hashable, Sequence
-from math import prod
 from typing import Any, NamedTuple
 
 from . import arrays
-from .arrays import CUDA_STREAM_LEGACY
+from .arrays import CUDA_STREAM_LEGACY, TensorPlace, torch_tensors
 
 _Look = Callable[[Any], tuple[Hashable, int]]
 
@@ -103,7 +102,6 @@ class ResultArrays:
         self._device = device
         self._framework = framework
         self._stream = stream
-        self._kinds: list[Any] = [None if column is None else self._kind(column) for column in columns]
 
     def over(
         self, pointer: int, num_bytes: int, owner: object, places: Sequence[tuple[int, int]]
@@ -144,10 +142,14 @@ class ResultArrays:
         cupy = sys.modules["cupy"]
         memory_of, at, array_of = cupy.cuda.UnownedMemory, cupy.cuda.MemoryPointer, cupy.ndarray
         device = self._device
-        wanted = [
-            None if kind is None else ((num_rows, *kind[1]), kind[0], offset)
-            for kind, (offset, num_rows) in zip(self._kinds, places, strict=True)
-        ]
+        wanted: list[Any] = []
+        for column, (offset, num_rows) in zip(self._columns, places, strict=True):
+            if column is None:
+                wanted.append(None)
+                continue
+            # CuPy has no float8.
+            kind = arrays.np_dtype("uint8" if column.dtype == "float8_e4m3fn" else column.dtype)
+            wanted.append(((num_rows, *column.shape), kind, offset))
 
         def make(pointer: int, num_bytes: int, owner: object) -> list[Any]:
             memory = memory_of(pointer, num_bytes, owner, device)
@@ -158,33 +160,13 @@ class ResultArrays:
         return make
 
     def _placed_torch(self, places: Sequence[tuple[int, int]]) -> Callable[[int, int, object], list[Any]]:
-        torch = sys.modules["torch"]
+        device = self._device
         wanted = [
-            None if kind is None else (kind[0], offset // kind[1], (num_rows, *kind[2]), kind[3])
-            for kind, (offset, num_rows) in zip(self._kinds, places, strict=True)
+            None if column is None else TensorPlace((num_rows, *column.shape), column.dtype, offset)
+            for column, (offset, num_rows) in zip(self._columns, places, strict=True)
         ]
 
         def make(pointer: int, num_bytes: int, owner: object) -> list[Any]:
-            whole = arrays.torch_bytes(pointer, num_bytes, device=self._device, owner=owner)
-            storage, device = whole.untyped_storage(), whole.device
-            made: list[Any] = []
-            for each in wanted:
-                if each is None:
-                    made.append(None)
-                    continue
-                dtype, *at = each
-                # Each with a version counter of its own, as autograd wants it; views would share one.
-                made.append(torch.empty(0, dtype=dtype, device=device).set_(storage, *at))
-            return made
+            return torch_tensors(wanted, pointer, num_bytes, device=device, owner=owner)
 
         return make
-
-    def _kind(self, column: Column) -> Any:
-        """What the framework wants to know of a column, worked out once."""
-        kind = arrays.np_dtype(column.dtype)
-        if self._framework == "cupy":
-            return arrays.np_dtype("uint8") if column.dtype == "float8_e4m3fn" else kind, column.shape
-        if self._framework == "torch":
-            strides = tuple(prod(column.shape[axis:]) for axis in range(len(column.shape) + 1))
-            return getattr(sys.modules["torch"], column.dtype), kind.itemsize, column.shape, strides
-        return column

@@ -15,6 +15,8 @@ from typing import Any
 HOST_DEVICE_TYPES = (1, 3)  # kDLCPU, kDLCUDAHost
 CUDA_DEVICE_TYPES = (2, 13)  # kDLCUDA, kDLCUDAManaged
 
+_UNVERSIONED = b"dltensor"  # the name of a capsule with a DLManagedTensor
+
 # (type code, bits) of DLDataType.
 CODES: Mapping[str, tuple[int, int]] = MappingProxyType(
     {
@@ -81,15 +83,16 @@ def open_capsule(capsule: object) -> tuple[Tensor, bool]:
     get_name, get_pointer = _capsule_functions()
     name = get_name(capsule)
     address = get_pointer(capsule, name)
-    if name == b"dltensor_versioned":
+    if name != _UNVERSIONED:
         managed = ManagedTensorVersioned.from_address(address)
         return managed.tensor, bool(managed.flags & 1)
     return Tensor.from_address(address), False
 
 
 def relabel(capsule: object, *, cuda_index: int, dtype: str) -> None:
-    """Say that the tensor inside an unconsumed capsule lies on a CUDA device and has this dtype."""
-    tensor, _ = open_capsule(capsule)
+    """Say that the tensor in an unconsumed, unversioned capsule lies on a CUDA device and has this dtype."""
+    _, get_pointer = _capsule_functions()
+    tensor = Tensor.from_address(get_pointer(capsule, _UNVERSIONED))
     tensor.device_type, tensor.device_id = CUDA_DEVICE_TYPES[0], cuda_index
     tensor.code, tensor.bits = CODES[dtype]
 

@@ -181,7 +181,10 @@ def current_gpu(gpu: int, framework: str) -> Iterator[None]:
             stack.enter_context(torch.cuda.device(gpu))
             stream = torch.cuda.Stream()  # torch's streams are non-blocking, and live as long as torch
             stack.enter_context(torch.cuda.stream(stream))
-            stack.enter_context(cupy.cuda.ExternalStream(stream.cuda_stream, gpu))
+            if hasattr(cupy.cuda.Stream, "from_external"):  # CuPy 14
+                stack.enter_context(cupy.cuda.Stream.from_external(stream))
+            else:
+                stack.enter_context(cupy.cuda.ExternalStream(stream.cuda_stream, gpu))
         else:
             stack.enter_context(cupy.cuda.Stream(non_blocking=True))
         yield

@@ -9,6 +9,7 @@ import pytest
 import ep_rt
 from ep_rt import Buffer, backend
 from ep_rt.backend import GpuPlace
+from ep_rt.cuda.layout import MAX_LOCAL_RANKS
 
 ONE, TWO = GpuPlace("here", "0000:18:00.0"), GpuPlace("here", "0000:2a:00.0")
 ELSEWHERE = GpuPlace("there", "0000:18:00.0")
@@ -17,6 +18,7 @@ EIGHT = [GpuPlace("here", f"0000:{number:02x}:00.0") for number in range(8)]
 
 @pytest.mark.parametrize("places", [[ONE], [ONE, TWO], EIGHT])
 def test_ranks_with_a_gpu_each_use_them(places: Sequence[GpuPlace]) -> None:
+    assert backend.MAX_CUDA_RANKS == MAX_LOCAL_RANKS
     assert backend.choose(places, num_nodes=1) == "cuda"
 
 

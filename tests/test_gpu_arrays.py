@@ -101,7 +101,7 @@ def fetch(cupy: Any, seen: arrays.ArrayView, stream: Any = None) -> Any:
     stream = stream or cupy.cuda.Stream(non_blocking=True)
     if seen.stream is not None and seen.stream != stream.ptr:
         event = cupy.cuda.Event(disable_timing=True)
-        event.record(cupy.cuda.ExternalStream(seen.stream))
+        cupy.cuda.runtime.eventRecord(event.ptr, seen.stream)
         stream.wait_event(event)
     with stream:
         return array.get(stream=stream).view(arrays.np_dtype(seen.dtype))
@@ -325,8 +325,7 @@ def test_buffers_inside_jit(cupy: Any, jax: Any) -> None:
     def copy(context: Any, out: Any, x: Any) -> None:
         source, target = (arrays.view(array, stream=context.stream) for array in (x, out))
         views.extend((source, target))
-        stream = cupy.cuda.ExternalStream(context.stream)
-        cupy.cuda.runtime.memcpyAsync(target.pointer, source.pointer, ROWS * COLUMNS * 2, 3, stream.ptr)
+        cupy.cuda.runtime.memcpyAsync(target.pointer, source.pointer, ROWS * COLUMNS * 2, 3, context.stream)
 
     x = jax.numpy.arange(ROWS * COLUMNS, dtype=jax.numpy.bfloat16).reshape(ROWS, COLUMNS)
     call = callback.buffer_callback(copy, jax.ShapeDtypeStruct(x.shape, x.dtype))

@@ -83,7 +83,7 @@ class CommStream:
             raise DeviceError(f"creating the communication stream: {status.name}")
         self.device = device
         self.pointer = int(stream)
-        self.stream = cupy.cuda.ExternalStream(self.pointer, device)
+        self.stream = _cupy_stream(self.pointer, device)
         self._event = cupy.cuda.Event(disable_timing=True)
         self._runtime = cupy.cuda.runtime
 
@@ -123,6 +123,25 @@ class CommStream:
             with device_errors("ordering streams"):
                 self._runtime.eventRecord(self._event.ptr, first)
                 self._runtime.streamWaitEvent(then, self._event.ptr)
+
+
+class _Foreign:
+    """A stream as the CUDA stream protocol has it."""
+
+    def __init__(self, pointer: int) -> None:
+        self._pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._pointer
+
+
+def _cupy_stream(pointer: int, device: int) -> Any:
+    """A ``cudaStream_t`` as a CuPy stream; who made it destroys it."""
+    import cupy
+
+    if hasattr(cupy.cuda.Stream, "from_external"):  # CuPy 14, which deprecates the other way
+        return cupy.cuda.Stream.from_external(_Foreign(pointer))
+    return cupy.cuda.ExternalStream(pointer, device)
 
 
 class Turns:

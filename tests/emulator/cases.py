@@ -14,6 +14,7 @@ from ep_rt import reference
 from ep_rt.arrays import np_dtype
 from ep_rt.cuda.kernels import ELEMENTS
 
+from . import normal
 from .expert_major import ExpertMajor, contiguous, dispatch_layout, wire_limit
 from .machine import Array
 from .ranks import Ranks
@@ -116,7 +117,8 @@ def draw_normal(
             sf=sf,
             num_worst_tokens=worst,
         )
-        handle, _ = ranks.dispatch(
+        handle, _ = normal.dispatch(
+            ranks,
             x,
             expected,
             ids=routing.ids,
@@ -131,14 +133,15 @@ def draw_normal(
         if done < num_calls and rng.integers(3) == 0:
             again, again_sf = rows()
             repeated = repeat(expected, again, again_sf)
-            ranks.dispatch(again, repeated, ids=None, sf=again_sf, handle=handle, places=places())
+            normal.dispatch(ranks, again, repeated, ids=None, sf=again_sf, handle=handle, places=places())
             done += 1
         if done < num_calls and rng.integers(4):
             summed = np_dtype(elements[int(rng.integers(len(elements)))])
             width = 16 // np.dtype(summed).itemsize * int(rng.integers(1, 50))
             y = [random_values(rng, (len(each.recv_x), width), summed) for each in expected]
             num_biases = int(rng.integers(3))
-            ranks.combine(
+            normal.combine(
+                ranks,
                 y,
                 handle,
                 weights=[rng.random(each.recv_topk_idx.shape, np.float32) - 0.5 for each in expected]
@@ -175,10 +178,10 @@ def draw_staged(rng: np.random.Generator, ranks: Ranks) -> None:
         [np.zeros((count, 16), np.uint8) for count in counts], ids, num_experts=num_ranks
     )
     x = [np.zeros((count, 16), np.uint8) for count in counts]
-    handle, _ = ranks.dispatch(x, expected, ids=ids, num_experts=num_ranks, places=[0] * num_ranks)
+    handle, _ = normal.dispatch(ranks, x, expected, ids=ids, num_experts=num_ranks, places=[0] * num_ranks)
     y = [random_values(rng, (len(each.recv_x), 16), ml_dtypes.bfloat16) for each in expected]
     num_stagers = int(rng.integers(3))
-    ranks.combine(y, handle, places=[1] * num_ranks, is_in_slab=False, num_stagers=num_stagers)
+    normal.combine(ranks, y, handle, places=[1] * num_ranks, is_in_slab=False, num_stagers=num_stagers)
     ranks.check_epoch()
 
 
@@ -199,12 +202,12 @@ def draw_quantized(rng: np.random.Generator, ranks: Ranks, *, max_tokens: int) -
 
     x, q, sf = rows()
     expected = reference.dispatch(q, routing.ids, num_experts=routing.num_experts, sf=sf)
-    handle, _ = ranks.dispatch(
-        x, expected, ids=routing.ids, num_experts=routing.num_experts, quantizes=True, places=places()
+    handle, _ = normal.dispatch(
+        ranks, x, expected, ids=routing.ids, num_experts=routing.num_experts, quantizes=True, places=places()
     )
     x, q, sf = rows()
     repeated = repeat(expected, q, sf)
-    ranks.dispatch(x, repeated, ids=None, quantizes=True, handle=handle, places=places())
+    normal.dispatch(ranks, x, repeated, ids=None, quantizes=True, handle=handle, places=places())
     ranks.check_epoch()
 
 
@@ -219,7 +222,8 @@ def draw_without_ids(rng: np.random.Generator, ranks: Ranks, *, max_tokens: int)
         ).is_token_in_rank.view(np.uint8)
         for ids in routing.ids
     ]
-    ranks.dispatch(
+    normal.dispatch(
+        ranks,
         x,
         expected,
         ids=None,
@@ -270,7 +274,8 @@ def draw_expert_major(
         "is_exact": not worst,
     }
     places = [0] * ranks.num_ranks
-    handle, landed = ranks.dispatch(
+    handle, landed = normal.dispatch(
+        ranks,
         x,
         expected,
         ids=routing.ids,
@@ -284,7 +289,9 @@ def draw_expert_major(
     if rng.integers(2):
         again, again_sf = rows()
         received = repeat(expected, again, again_sf)
-        _, landed = ranks.dispatch(again, received, ids=None, sf=again_sf, handle=handle, places=places)
+        _, landed = normal.dispatch(
+            ranks, again, received, ids=None, sf=again_sf, handle=handle, places=places
+        )
         local.expand(handle, landed, expand(received), places=blocks, **common)
     summed = np_dtype(elements[int(rng.integers(len(elements)))])
     hidden = 16 // np.dtype(summed).itemsize * int(rng.integers(1, 50))
@@ -311,9 +318,9 @@ def draw_local(rng: np.random.Generator, ranks: Ranks, *, max_tokens: int) -> No
         views = (array[:, ::2], array[::2], array.T, array[:, :1])
         contiguous(ranks, rank, array, views[rng.integers(4)])
     if ranks.num_ranks > 1:
-        peer_bytes = 512 * int(rng.integers(1, 12))
-        shape = ranks.num_ranks, peer_bytes
-        wire_limit(ranks, [random_bits(rng, shape, np.uint8) for _ in range(ranks.num_ranks)])
+        shape = ranks.num_ranks, 512 * int(rng.integers(1, 6))
+        sources = [random_bits(rng, shape, np.uint8) for _ in range(ranks.num_ranks)]
+        wire_limit(ranks, sources, pulls=bool(rng.integers(2)))
     ranks.check_epoch()
 
 
@@ -326,7 +333,8 @@ def draw_mistaken(rng: np.random.Generator, ranks: Ranks, *, is_other_call: bool
     expected = reference.dispatch(x, routing.ids, num_experts=routing.num_experts)
     mistaken = int(rng.integers(num_ranks))
     others = [rank for rank in range(num_ranks) if rank != mistaken]
-    ranks.dispatch(
+    normal.dispatch(
+        ranks,
         x,
         expected,
         ids=routing.ids,

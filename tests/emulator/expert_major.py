@@ -12,9 +12,11 @@ from ep_rt.cuda.expert_major import PlacesLayout, expert_row_bytes
 from ep_rt.cuda.handle import NUM_RECV_TOKENS_OFFSET
 from ep_rt.cuda.layout import LOCAL_WORKSPACE
 
+from . import normal
 from .kernels import bound
 from .machine import Array
-from .ranks import Handle, Landed, Ranks
+from .normal import Handle, Landed
+from .ranks import Ranks
 
 _BLOCKS = 2
 
@@ -146,7 +148,7 @@ class ExpertMajor:
                 "row_bytes": y[rank].itemsize * y[rank].shape[1],
             }
             ranks.machine.launch(rank, kernel, bound(kernel, fields, self._common(rank)), _BLOCKS)
-        ranks.combine(collapsed, handle, places=places, is_there=True)
+        normal.combine(ranks, collapsed, handle, places=places, is_there=True)
 
 
 def dispatch_layout(ranks: Ranks, rank: int, ids: Array, *, num_experts: int) -> None:
@@ -190,15 +192,19 @@ def contiguous(ranks: Ranks, rank: int, array: Array, view: Array) -> None:
     ranks.compare("contiguous", rank, destination, np.ascontiguousarray(view))
 
 
-def wire_limit(ranks: Ranks, sources: Sequence[Array]) -> None:
+def wire_limit(ranks: Ranks, sources: Sequence[Array], *, pulls: bool) -> None:
     """Every rank's [num_ranks, peer_bytes] to its peers, with a barrier before and one behind."""
     kernel = ranks.load.small(kernels.wire_limit())
+    for rank, source in enumerate(sources):
+        base, _ = ranks.place(rank, 0)
+        put = ranks.machine.put(rank, source, "source")
+        ranks.machine.copy(rank, base + source.nbytes, put, source.nbytes)
     ranks.barrier()
     for rank in range(ranks.num_ranks):
         fields = {
-            "source": ranks.machine.put(rank, sources[rank], "source"),
             "counters": ranks.machine.allocate(rank, 16, "counters").address,
             "peer_bytes": sources[rank].shape[1],
+            "pulls": int(pulls),
         }
         ranks.machine.launch(rank, kernel, bound(kernel, fields, ranks.common(rank)), ranks.num_blocks)
     ranks.barrier()

@@ -15,6 +15,7 @@ from ep_rt.cuda import low_latency_plan as plan
 from ep_rt.cuda.layout import LOW_LATENCY_AREA, LOW_LATENCY_RECORD, LOW_LATENCY_STATE, ROUTE
 from ep_rt.cuda.low_latency_plan import AreaLayout, AreaShape
 
+from . import normal
 from .engine import Engines, results_in_numpy
 from .kernels import bound
 from .machine import Array, Memory
@@ -614,7 +615,7 @@ def draw_dispatch(rng: np.random.Generator, ranks: Ranks) -> None:
     ids = [rng.integers(-1, ranks.num_ranks, (int(n), 1)) for n in counts]
     x = [rng.integers(0, 256, (len(each), 16), np.uint8) for each in ids]
     expected = reference.dispatch(x, ids, num_experts=ranks.num_ranks)
-    ranks.dispatch(x, expected, ids=ids, num_experts=ranks.num_ranks, places=[0] * ranks.num_ranks)
+    normal.dispatch(ranks, x, expected, ids=ids, num_experts=ranks.num_ranks, places=[0] * ranks.num_ranks)
 
 
 def draw_mistaken(rng: np.random.Generator, ranks: Ranks, *, mistake: str) -> None:

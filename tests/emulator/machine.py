@@ -232,7 +232,8 @@ def _options(seed: int, conditions: Conditions) -> runtime.Options:
 
 
 def _described(access: runtime.Access) -> str:
-    places = build.decode(_LOADED[access.library], access.pc) if access.pc else ["its stream"]
-    where = " < ".join(places[:4])
+    chain = build.decode(_LOADED[access.library], access.pc)[:4] if access.pc else ["its stream"]
     thread = f"thread {access.thread}" if access.thread >= 0 else "asynchronously"
-    return f"{access.what.decode()} by rank {access.rank} block {access.block} {thread} at {where}"
+    return (
+        f"{access.what.decode()} by rank {access.rank} block {access.block} {thread} at {' < '.join(chain)}"
+    )

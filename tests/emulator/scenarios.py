@@ -215,6 +215,13 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     ),
     **_each_path("expiring-r2", num_ranks=2, draw=_normal(3, 4), expires=True),
     **_each_path("expiring-r3", num_ranks=3, draw=_normal(3, 4), expires=True),
+    **_each_path(
+        "expiring-expert-major-r2",
+        num_ranks=2,
+        draw=partial(cases.draw_expert_major, max_tokens=5, elements=BF16),
+        kernels=_expert_major,
+        expires=True,
+    ),
 }
 
 

@@ -19,7 +19,7 @@ from .support import needs_emulator
 pytestmark = needs_emulator
 
 FIXED_PROGRAMS = 3
-NEW_SECONDS = 2.0  # for each scenario
+NEW_SECONDS = 1.5  # for each scenario
 FIRST_NEW = int(os.environ.get("EP_RT_EMULATOR_SEED") or secrets.randbelow(1 << 40))
 
 

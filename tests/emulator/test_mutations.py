@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from .mutations import MUTATIONS, Mutation, caught, sources_with
+from .machine import FoundError
+from .mutations import MUTATIONS
+from .planting import Mutation, caught, sources_with
+from .scenarios import Runner
 from .support import needs_emulator
 
 CAUGHT = [mutation for mutation in MUTATIONS if not mutation.uncaught]
@@ -25,3 +28,23 @@ def test_there_are_many() -> None:
 @pytest.mark.parametrize("mutation", CAUGHT, ids=lambda mutation: mutation.name)
 def test_mutation_is_caught(mutation: Mutation) -> None:
     assert caught(mutation) is not None
+
+
+# Bugs that the emulator has found in the kernels. Planted again, the seed finds them; else it passes.
+FOUND = {
+    "a chunk is told by lanes that have acquired nothing": 0,
+    "rows are read by lanes that have acquired nothing": 0,
+    "chunks count that no offer was acquired with": 9,
+    "threads of a block leave one by one": 135,
+    "`failed` is stored by an ordinary store": 18,
+    "the digest of an offer is read by an ordinary load": 621,
+}
+
+
+@needs_emulator
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found_stays_fixed(name: str) -> None:
+    mutation = next(mutation for mutation in MUTATIONS if mutation.name == name)
+    Runner.of(mutation.scenario).run(FOUND[name])
+    with sources_with(mutation) as sources, pytest.raises(FoundError):
+        Runner.of(mutation.scenario, sources=sources).run(FOUND[name])

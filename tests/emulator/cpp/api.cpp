@@ -184,6 +184,7 @@ void emu_run(const EmuOptions* wanted, EmuResult* found) {
     reset_clocks();
     reset_memory();
     reset_stores();
+    reset_words();
     reset_bulk();
     reset_network();
     reset_streams();

@@ -19,6 +19,7 @@ inline bool is_shared(const void* address) { return static_cast<const uint8_t*>(
 void open_memory();
 void reset_memory();
 void reset_stores();
+void reset_words();
 
 // Who accesses.
 struct Accessor {
@@ -41,7 +42,19 @@ Knowledge released(Fiber* fiber);
 void acquire(Fiber* fiber, const Knowledge& other, int from_rank);
 
 // Stores on their way. `force` lets those arrive that happened before.
+struct PendingStore {
+    Fiber* fiber;
+    uint32_t clock;
+    uint8_t* address;
+    uint8_t size;
+    uint8_t data[16];
+    bool is_strong;
+    Scope scope;
+    Knowledge known;  // that it releases
+};
 extern size_t num_pending;
+void put_on_its_way(const PendingStore& store);
+void force_all(const Knowledge& known, const Fiber* self);
 void force(const uint8_t* address, uint64_t num_bytes, const Knowledge& known, const Fiber* self);
 void deliver_any();
 void finish_capture();

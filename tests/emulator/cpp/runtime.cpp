@@ -10,3 +10,4 @@
 #include "shadow.cpp"
 #include "streams.cpp"
 #include "warp.cpp"
+#include "words.cpp"

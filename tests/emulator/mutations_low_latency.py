@@ -1,10 +1,10 @@
-"""Bugs planted in the low-latency kernels; see `mutations`."""
+"""Bugs planted in the low-latency kernels; see `planting`."""
 
 from __future__ import annotations
 
 from typing import Final
 
-from .mutations import Mutation
+from .planting import Mutation
 
 LOW_LATENCY: Final = (
     Mutation(

@@ -1,0 +1,196 @@
+"""Bugs in combine, and in the kernels of one rank."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from .planting import Mutation
+
+COMBINE: Final = (
+    Mutation(
+        "the offer releases nothing",
+        "intranode_combine.cu",
+        "    ptx::st_release_sys(word, stamped(call.epoch, value));",
+        "    ptx::st_relaxed_sys(word, stamped(call.epoch, value));",
+        "normal-r2-sm90",
+    ),
+    Mutation(
+        "no proxy fence before the rows are loaded",
+        "intranode_combine.cu",
+        "    ptx::fence_proxy_async();\n#endif\n    if (has_weights)",
+        "#endif\n    if (has_weights)",
+        "normal-r2-sm90",
+    ),
+    Mutation(
+        "a stage is refilled without a proxy fence",
+        "intranode_combine.cu",
+        "        ptx::fence_proxy_async_shared();\n",
+        "",
+        "normal-r2-sm90",
+    ),
+    Mutation(
+        "a stage is refilled while other lanes read it",
+        "intranode_combine.cu",
+        "        ptx::fence_proxy_async_shared();\n        __syncwarp();\n",
+        "        ptx::fence_proxy_async_shared();\n",
+        "normal-r2-sm90",
+    ),
+    Mutation(
+        "the parity of the ring never flips",
+        "intranode_combine.cu",
+        "            parity ^= 1;\n",
+        "",
+        "normal-r2-sm90",
+        64,
+    ),
+    Mutation(
+        "a chunk is told without waiting for its copies",
+        "intranode_combine_stage.cuh",
+        "    ptx::bulk_wait_landed();\n",
+        "",
+        "staged-r2-sm90",
+    ),
+    Mutation(
+        "a chunk is told without waiting for the other lanes",
+        "intranode_combine_stage.cuh",
+        "        __syncwarp();\n        uint64_t* counter",
+        "        uint64_t* counter",
+        "staged-r2-sm90",
+    ),
+    Mutation(
+        "a chunk is told by lanes that have acquired nothing",
+        "intranode_combine_stage.cuh",
+        "        __syncwarp();  // what lane 0",
+        "        // what lane 0",
+        "staged-r2-sm90",
+    ),
+    Mutation(
+        "a chunk is told without a release",
+        "intranode_combine_stage.cuh",
+        "            ptx::st_release_sys(",
+        "            ptx::st_relaxed_sys(",
+        "staged-r2-sm90",
+    ),
+    Mutation(
+        "a stage of the copy is refilled while it is read",
+        "intranode_combine_stage.cuh",
+        "            ptx::bulk_wait_read<0>();\n",
+        "",
+        "staged-r2-sm90",
+    ),
+    Mutation(
+        "rows are read without acquiring their chunk",
+        "intranode_combine.cu",
+        "            staged = staged_of(ptx::ld_acquire_sys(word()));",
+        "            staged = staged_of(ptx::ld_relaxed_sys(word()));",
+        "staged-r2-sm90",
+    ),
+    Mutation(
+        "rows are read by lanes that have acquired nothing",
+        "intranode_combine.cu",
+        "        __syncwarp();  // without bulk loads",
+        "        // without bulk loads",
+        "staged-r2-sm80",
+        64,
+    ),
+    Mutation(
+        "chunks count that no offer was acquired with",
+        "intranode_combine.cu",
+        "block.lane < block.call.num_ranks ? block.shared.staged[block.lane]",
+        "block.lane < block.call.num_ranks ? staged_of(ptx::ld_relaxed_sys(word()))",
+        "staged-r2-sm90",
+        400,
+    ),
+    Mutation(
+        "the sum of the weights forgets a source",
+        "intranode_combine.cu",
+        "        for (int32_t src = 0; src < kMaxLocalRanks; ++src) sum += term[src];",
+        "        for (int32_t src = 1; src < kMaxLocalRanks; ++src) sum += term[src];",
+        "normal-r2-sm90",
+        64,
+    ),
+)
+
+LOCAL: Final = (
+    Mutation(
+        "the barrier of the grid orders nothing",
+        "local.cuh",
+        "        ptx::atom_add_acq_rel_gpu(arrived, 1);",
+        "        atomicAdd(arrived, 1);",
+        "expert-major-r2-sm90",
+    ),
+    Mutation(
+        "the barrier of the grid is not acquired",
+        "local.cuh",
+        "        ptx::ld_acquire_gpu(arrived);\n",
+        "",
+        "expert-major-r2-sm90",
+    ),
+    Mutation(
+        "expand: no proxy fence before the counters' memory is a ring",
+        "expand.cu",
+        "    ptx::fence_proxy_async();\n#endif\n    __syncthreads();",
+        "#endif\n    __syncthreads();",
+        "expert-major-r2-sm90",
+    ),
+    Mutation(
+        "expand: a slot is refilled while it is read",
+        "expand.cu",
+        "        ptx::bulk_wait_read<kStages - 1 - kAhead>();\n",
+        "",
+        "expert-major-r2-sm90",
+        64,
+    ),
+    Mutation(
+        "expand: places are handed out while others are read",
+        "expand_positions.cuh",
+        "            __syncwarp();\n            if (id[i] >= 0 && lower == 0)",
+        "            if (id[i] >= 0 && lower == 0)",
+        "expert-major-r2-sm90",
+    ),
+    Mutation(
+        "expand: counts of blocks are taken without their stamp",
+        "expand_positions.cuh",
+        "const auto is_there = [&](uint64_t seen) { return is_stamped(seen, call.number); };",
+        "const auto is_there = [&](uint64_t seen) { return seen != 0; };",
+        "expert-major-r2-sm90",
+        64,
+    ),
+    Mutation(
+        "collapse: a stage is refilled without a proxy fence",
+        "collapse.cu",
+        "        ptx::fence_proxy_async_shared();\n",
+        "",
+        "expert-major-r2-sm90",
+        64,
+    ),
+    Mutation(
+        "barrier: what came before is not released",
+        "barrier.cu",
+        "        ptx::st_release_sys(peer_signal, word);",
+        "        ptx::st_relaxed_sys(peer_signal, word);",
+        "local-r2-sm90",
+    ),
+    Mutation(
+        "barrier: what came before is not acquired",
+        "sync.cuh",
+        "            seen = ptx::ld_acquire_sys(word);\n            arrival",
+        "            seen = ptx::ld_relaxed_sys(word);\n            arrival",
+        "local-r2-sm90",
+    ),
+    Mutation(
+        "wire limit: leaves before its copies have landed",
+        "wire_limit.cu",
+        "    ptx::bulk_wait_landed();\n",
+        "",
+        "local-r2-sm90",
+    ),
+    Mutation(
+        "wire limit: the counters are cleared by the first block",
+        "wire_limit.cu",
+        "ptx::atom_add_acq_rel_gpu(&args.counters[1], 1) + 1 == gridDim.x",
+        "ptx::atom_add_acq_rel_gpu(&args.counters[1], 1) == 0",
+        "local-r2-sm90",
+        64,
+    ),
+)
