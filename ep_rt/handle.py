@@ -103,9 +103,11 @@ class HostDispatchHandle(DispatchHandle):
         return self.num_recv_tokens if self.expert_rows is None else self.expert_rows.num_needed_rows
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, eq=False, kw_only=True)
 class LowLatencyHandle:
     """The routing of one low-latency dispatch. Unpacks like DeepEP's tuple.
+
+    Never changed once made; not frozen, because that takes longer than the rest of making it.
 
     Attributes:
         src_info: int32 [num_local_experts, num_ranks * num_max_tokens_per_rank], source token of each row,
@@ -140,7 +142,7 @@ class LowLatencyHandle:
         )
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, eq=False, kw_only=True)
 class HostLowLatencyHandle(LowLatencyHandle):
     """Of the host backend, where the arrays are NumPy's.
 

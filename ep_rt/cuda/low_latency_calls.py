@@ -82,7 +82,7 @@ class HandleLayout:
         return cls(*offsets)
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, eq=False, kw_only=True)
 class CudaLowLatencyHandle(LowLatencyHandle):
     """Of the CUDA backend.
 

@@ -18,7 +18,7 @@ from ep_rt.cuda.hang import Report, verdict
 from ep_rt.cuda.layout import HANG_RECORD
 from ep_rt.errors import CollectiveMismatchError, ConfigError, EpError, PeerTimeoutError
 
-from . import cases, low_latency
+from . import cases, low_latency_cases
 from .kernels import Kernels, host_reads
 from .machine import TIMEOUT_NS, Conditions, EmulatedKernel, FoundError
 from .ranks import Ranks
@@ -76,6 +76,7 @@ class Scenario:
         mistake: what every rank must say, of programs that are wrong.
         expires: deadlines are so short that they pass here and there.
         max_dead_step: the latest step at which a rank dies.
+        dies_midway: the rank without which a program goes on stops at a random step.
         max_grid: blocks of the largest kernel, beside those of the normal mode.
     """
 
@@ -93,6 +94,7 @@ class Scenario:
     mistake: type[EpError] | None = None
     expires: bool = False
     max_dead_step: int = 60_000
+    dies_midway: bool = False
     max_grid: int = 0
 
     @property
@@ -125,17 +127,24 @@ def _low_latency(
     *,
     with_masks: bool = False,
     has_dead: bool = False,
+    dies_midway: bool = False,
     **fields: Any,
 ) -> Scenario:
     draw = partial(
-        low_latency.draw_low_latency,
+        low_latency_cases.draw_low_latency,
         num_rounds=num_rounds,
         max_tokens=max_tokens,
         with_masks=with_masks,
         has_dead=has_dead,
+        dies_midway=dies_midway,
     )
     return Scenario(
-        num_ranks=num_ranks, draw=draw, kernels=_low_latency_kernels, max_grid=2 * num_ranks + 4, **fields
+        num_ranks=num_ranks,
+        draw=draw,
+        kernels=_low_latency_kernels,
+        dies_midway=dies_midway,
+        max_grid=2 * num_ranks + 4,
+        **fields,
     )
 
 
@@ -185,12 +194,15 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "low-latency-r8": _low_latency(8, 1, 2),
     "low-latency-masks-r3": _low_latency(3, 2, 3, with_masks=True),
     "low-latency-masked-r3": _low_latency(3, 2, 2, with_masks=True, has_dead=True),
+    "low-latency-dying-r3": _low_latency(
+        3, 2, 2, with_masks=True, has_dead=True, dies_midway=True, max_dead_step=120_000
+    ),
     "low-latency-dead-r3": _low_latency(3, 2, 3, dies=True),
     "low-latency-expiring-r2": _low_latency(2, 3, 3, expires=True),
     **{
         f"low-latency-other-{mistake}-r3": Scenario(
             num_ranks=3,
-            draw=partial(low_latency.draw_mistaken, mistake=mistake),
+            draw=partial(low_latency_cases.draw_mistaken, mistake=mistake),
             kernels=_low_latency_kernels,
             max_grid=10,
             mistake=CollectiveMismatchError if mistake == "call" else ConfigError,
@@ -199,7 +211,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     },
     "low-latency-engine-r2": Scenario(
         num_ranks=2,
-        draw=partial(low_latency.draw_engine, num_rounds=3, max_tokens=3),
+        draw=partial(low_latency_cases.draw_engine, num_rounds=3, max_tokens=3),
         kernels=_low_latency_kernels,
         max_grid=16,
     ),
@@ -265,7 +277,9 @@ class Runner:
             result = ranks.machine.run(seed, dead_rank=dead, dead_step=step, **changes)
             _check_blame(ranks, dead, result.steps)
         elif ranks.dead is not None:
-            result = ranks.machine.run(seed, dead_rank=ranks.dead, **changes)
+            rng = np.random.default_rng((seed, 1))
+            step = int(rng.integers(scenario.max_dead_step)) if scenario.dies_midway else 0
+            result = ranks.machine.run(seed, dead_rank=ranks.dead, dead_step=step, **changes)
         else:
             result = ranks.machine.run(seed, **changes)
             if scenario.mistake is not None:
