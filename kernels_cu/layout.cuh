@@ -183,6 +183,7 @@ constexpr int kMaxSendBlocks = 256;
 struct LowLatencyArea {
     uint64_t freed[kLowLatencyZones]
                   [kMaxLocalRanks];  // [zone][peer]: uses that the peer no longer needs; only grows
+    uint64_t beats[kMaxLocalRanks];  // [src_rank]: changes now and then while that rank waits in a kernel
     uint64_t digests[kLowLatencyZones][kMaxLocalRanks];                // [zone][src_rank]: stamped
     uint64_t num_tokens[kLowLatencyZones][kMaxLocalRanks];             // [zone][src_rank]: stamped
     uint64_t flags[kLowLatencyZones][kMaxLocalRanks][kMaxSendBlocks];  // [zone][src_rank][its block]: stamped

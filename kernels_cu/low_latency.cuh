@@ -42,7 +42,7 @@ struct Session {
     LowLatencyState* state;
     uint64_t* masks;  // [rank]: 1 to leave it out; nullptr: late ranks fail the call
     uint8_t* const* areas;
-    uint64_t use;
+    uint64_t use, timeout_ns;
     int32_t zone, phases;
 
     __device__ LowLatencyArea* area(int32_t rank) const {
@@ -72,12 +72,54 @@ __device__ __noinline__ static Reason trouble_with(const SlabHeader* own, int32_
 __device__ inline Reason trouble_in(const sync::Call& call, int32_t peer) {
     return trouble_with(call.header(call.rank), peer, call.word, call.deadline_ns);
 }
+
+// How long a thread waits for a peer where late ranks are masked. A rank that waits for a third one is late
+// for its peers, but it is not lost: while it waits it beats, and who hears that begins to wait anew.
+struct Patience {
+    uint64_t deadline_ns, next_beat_ns, beat;
+    bool is_over;  // the deadline has passed once
+};
+__device__ __noinline__ static Reason trouble_beside(const Session& session, int32_t peer,
+                                                     Patience& patience) {
+    constexpr uint64_t kBeats = 8;  // while a peer waits
+    const sync::Call& call = session.call;
+    const Reason reason = trouble_with(call.header(call.rank), peer, call.word, patience.deadline_ns);
+    const uint64_t now_ns = ptx::globaltimer_ns();
+    if (now_ns >= patience.next_beat_ns) {
+        patience.next_beat_ns = now_ns + session.timeout_ns / kBeats;
+        for (int32_t rank = 0; rank < call.num_ranks; ++rank)
+            if (!session.is_masked(rank)) ptx::st_relaxed_sys(&session.area(rank)->beats[call.rank], now_ns);
+    }
+    const uint64_t beat = ptx::ld_relaxed_sys(&session.own()->beats[peer]);
+    const bool is_waiting = beat != patience.beat;
+    patience.beat = beat;
+    if (is_waiting) {
+        patience.is_over = false;
+        patience.deadline_ns = now_ns + session.timeout_ns;
+    }
+    if (reason != kExpired || is_waiting) return reason == kExpired ? kNothing : reason;
+    // The peer may be about to beat for the first time, as this thread was.
+    if (patience.is_over) return kExpired;
+    patience.is_over = true;
+    patience.deadline_ns = now_ns + session.timeout_ns / kBeats;
+    return kNothing;
+}
+
+// Waits, as one thread, until `is_there(*word)`. Acquires nothing.
 template <class IsThere>
-__device__ inline Reason await_word(const sync::Call& call, const uint64_t* word, int32_t peer,
+__device__ inline Reason await_word(const Session& session, const uint64_t* word, int32_t peer,
                                     uint64_t& seen, IsThere is_there) {
+    if (is_there(seen = ptx::ld_relaxed_sys(word))) return kNothing;
+    Patience patience{session.call.deadline_ns, 0, 0, false};
+    if (session.masks != nullptr) {
+        patience.next_beat_ns = session.call.deadline_ns - session.timeout_ns / 2;
+        patience.beat = ptx::ld_relaxed_sys(&session.own()->beats[peer]);
+    }
 #pragma unroll 1
     for (uint32_t polls = 1; !is_there(seen = ptx::ld_relaxed_sys(word)); ++polls) {
-        const Reason reason = polls % 64 == 0 ? trouble_in(call, peer) : kNothing;
+        if (polls % 64 != 0) continue;
+        const Reason reason = session.masks == nullptr ? trouble_in(session.call, peer)
+                                                       : trouble_beside(session, peer, patience);
         if (reason != kNothing) return reason;
     }
     return kNothing;
@@ -106,6 +148,7 @@ __device__ inline bool begin(Session& session, Found& found, const Args& args, u
     session.state = args.state;
     session.masks = args.masks;
     session.areas = args.areas;
+    session.timeout_ns = args.timeout_ns;
     session.zone = args.zone;
     session.phases = args.phases;
     if (threadIdx.x == 0) {
@@ -126,7 +169,8 @@ __device__ inline bool begin(Session& session, Found& found, const Args& args, u
     if (blockIdx.x == 0 && args.phases & kSends) {
         const int32_t peer = threadIdx.x;
         // Orders nothing: it only says where this rank is.
-        if (peer < call.num_ranks) ptx::st_relaxed_sys(&call.header(peer)->signals[call.rank], call.word);
+        if (peer < call.num_ranks && !session.is_masked(peer))
+            ptx::st_relaxed_sys(&call.header(peer)->signals[call.rank], call.word);
         if (threadIdx.x == 0) {
             args.record->epoch = call.epoch;
             args.record->use = session.use;
@@ -144,6 +188,7 @@ __device__ inline void post_freed(const Session& session, int32_t released_zone)
     const int32_t lane = static_cast<int32_t>(threadIdx.x) - kWarpSize;
     const int32_t zone = lane / kMaxLocalRanks, peer = lane % kMaxLocalRanks;
     if (blockIdx.x != 0 || lane < 0 || lane >= kWarpSize || peer >= session.call.num_ranks) return;
+    if (session.is_masked(peer)) return;
     uint64_t use = session.use - 1;
     if (zone == session.zone) {
         if (!(session.phases & kSends)) return;
@@ -199,7 +244,7 @@ __device__ inline Reason await_flags(const Session& session, Found& found, int32
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < num_flags && reason == kNothing; i += blockDim.x) {
         uint64_t seen;
-        reason = await_word(session.call, &flags[i], src, seen,
+        reason = await_word(session, &flags[i], src, seen,
                             [&](uint64_t word) { return is_stamped(word, session.call.epoch); });
         if (reason == kNothing) ptx::ld_acquire_sys(&flags[i]);
     }
@@ -225,7 +270,7 @@ __device__ inline Reason await_flags_as_warp(const Session& session, Found& foun
     if (block >= 0) {
         const uint64_t* flag = &session.own()->flags[session.zone][lane][block];
         uint64_t seen;
-        reason = await_word(session.call, flag, lane, seen,
+        reason = await_word(session, flag, lane, seen,
                             [&](uint64_t word) { return is_stamped(word, session.call.epoch); });
         if (reason == kNothing) ptx::ld_acquire_sys(flag);
         if (reason != kNothing) atomicOr(&found.missing, 1u << lane);

@@ -47,11 +47,11 @@ __device__ Reason LowLatencyCombineBlock<kCfg>::gather(int32_t token, int32_t fi
         if (!takes_part[v] || !args.sends_weights || reason != kNothing) continue;
         uint64_t seen;
         const auto stamp = [](uint64_t word) { return static_cast<uint32_t>(word >> 32); };
-        reason = low_latency::await_word(
-            session.call, &weights(args.rank, sources[v])[token * args.num_topk + k], sources[v], seen,
-            [&](uint64_t word) {
-                return stamp(word) >> 1 == static_cast<uint32_t>(session.call.epoch) << 1 >> 1;
-            });
+        reason = low_latency::await_word(session, &weights(args.rank, sources[v])[token * args.num_topk + k],
+                                         sources[v], seen, [&](uint64_t word) {
+                                             return stamp(word) >> 1 ==
+                                                    static_cast<uint32_t>(session.call.epoch) << 1 >> 1;
+                                         });
         takes_part[v] = reason == kNothing && (stamp(seen) & 1) != 0;
         routes[v].weight = __uint_as_float(static_cast<uint32_t>(seen));
         reason = low_latency::settle(session, shared.found, reason, sources[v]);

@@ -18,9 +18,8 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_counts(int32_t first_src, 
                                : which == -1 ? &own->num_tokens[args.zone][src]
                                              : &own->digests[args.zone][src];
         uint64_t seen = 0;
-        reason = low_latency::await_word(session.call, word, src, seen, [&](uint64_t value) {
-            return is_stamped(value, session.call.epoch);
-        });
+        reason = low_latency::await_word(
+            session, word, src, seen, [&](uint64_t value) { return is_stamped(value, session.call.epoch); });
         const auto value = static_cast<uint32_t>(seen);
         if (reason == kNothing && which == -2 && value != args.digest) reason = kDisagreed;
         if (reason != kNothing) {
@@ -146,9 +145,9 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::list(int32_t src) const {
 #pragma unroll 1
     for (int32_t j = threadIdx.x; j < num_entries && reason == kNothing; j += blockDim.x) {
         uint64_t entry, weight = 0;
-        reason = low_latency::await_word(session.call, &entries[j], src, entry, is_there);
+        reason = low_latency::await_word(session, &entries[j], src, entry, is_there);
         if (reason == kNothing && args.has_weights)
-            reason = low_latency::await_word(session.call, &weights[j], src, weight, is_there);
+            reason = low_latency::await_word(session, &weights[j], src, weight, is_there);
         if (reason != kNothing) break;
         const int32_t e = low_latency::find(first_entry, num_local_experts, j);
         int32_t row = j - first_entry[e];
@@ -206,9 +205,8 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::copy_row(int32_t number, int32_
     if (lane == 0) {
         const uint64_t* word = words(args.entries_offset, args.rank, src) +
                                receive.entries[src * num_local_experts + e] + within;
-        reason = low_latency::await_word(session.call, word, src, entry, [&](uint64_t value) {
-            return is_stamped(value, session.call.epoch);
-        });
+        reason = low_latency::await_word(
+            session, word, src, entry, [&](uint64_t value) { return is_stamped(value, session.call.epoch); });
         if (reason != kNothing) atomicOr(&shared.found.missing, 1u << src);
     }
     reason = static_cast<Reason>(__shfl_sync(kFullWarp, static_cast<uint32_t>(reason), 0));
@@ -228,7 +226,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::copy_row(int32_t number, int32_
         const uint64_t* flag =
             &session.own()->flags[args.zone][src][(token * num_pieces + piece) % num_blocks];
         uint64_t seen;
-        reason = low_latency::await_word(session.call, flag, src, seen,
+        reason = low_latency::await_word(session, flag, src, seen,
                                          [&](uint64_t word) { return is_stamped(word, session.call.epoch); });
         if (reason == kNothing) ptx::ld_acquire_sys(flag);
     }

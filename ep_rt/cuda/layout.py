@@ -162,6 +162,7 @@ LOCAL_WORKSPACE: Final[Struct] = np.dtype(
 LOW_LATENCY_AREA: Final[Struct] = np.dtype(
     [
         ("freed", "<u8", (LOW_LATENCY_ZONES, MAX_LOCAL_RANKS)),
+        ("beats", "<u8", (MAX_LOCAL_RANKS,)),
         ("digests", "<u8", (LOW_LATENCY_ZONES, MAX_LOCAL_RANKS)),
         ("num_tokens", "<u8", (LOW_LATENCY_ZONES, MAX_LOCAL_RANKS)),
         ("flags", "<u8", (LOW_LATENCY_ZONES, MAX_LOCAL_RANKS, MAX_SEND_BLOCKS)),
