@@ -11,7 +11,9 @@
 // Phases     Sending and receiving may be two kernels, with anything between them. The first one leaves the
 //            epoch and the use in the record of the call, where the second one finds them.
 // Left out   With `masks` a rank that does not arrive in time is masked and the call goes on. The blocks of a
-//            receive phase must agree on who is there: the first one to decide decides for all.
+//            receive phase must agree on who is there: the first one to decide decides for all. A rank that
+//            was masked while it still stores, late and not lost, may store over rows of others where calls
+//            of bfloat16 and of FP8 take turns, whose rows differ in size.
 // Words      All stamped with the epoch of the call, in a zone that is free, so none is cleared.
 #pragma once
 #include "sync.cuh"
@@ -79,29 +81,32 @@ struct Patience {
     uint64_t deadline_ns, next_beat_ns, beat;
     bool is_over;  // the deadline has passed once
 };
-__device__ __noinline__ static Reason trouble_beside(const Session& session, int32_t peer,
+// Its arguments are values: a session of which a function takes the address would not stay in registers.
+__device__ __noinline__ static Reason trouble_beside(const SlabHeader* own, const uint64_t* masks,
+                                                     uint8_t* const* areas, int32_t rank, int32_t num_ranks,
+                                                     int32_t peer, uint64_t word, uint64_t timeout_ns,
                                                      Patience& patience) {
     constexpr uint64_t kBeats = 8;  // while a peer waits
-    const sync::Call& call = session.call;
-    const Reason reason = trouble_with(call.header(call.rank), peer, call.word, patience.deadline_ns);
+    const auto area = [&](int32_t of) { return reinterpret_cast<LowLatencyArea*>(areas[of]); };
+    const Reason reason = trouble_with(own, peer, word, patience.deadline_ns);
     const uint64_t now_ns = ptx::globaltimer_ns();
     if (now_ns >= patience.next_beat_ns) {
-        patience.next_beat_ns = now_ns + session.timeout_ns / kBeats;
-        for (int32_t rank = 0; rank < call.num_ranks; ++rank)
-            if (!session.is_masked(rank)) ptx::st_relaxed_sys(&session.area(rank)->beats[call.rank], now_ns);
+        patience.next_beat_ns = now_ns + timeout_ns / kBeats;
+        for (int32_t dst = 0; dst < num_ranks; ++dst)
+            if (ptx::ld_relaxed_gpu(&masks[dst]) == 0) ptx::st_relaxed_sys(&area(dst)->beats[rank], now_ns);
     }
-    const uint64_t beat = ptx::ld_relaxed_sys(&session.own()->beats[peer]);
+    const uint64_t beat = ptx::ld_relaxed_sys(&area(rank)->beats[peer]);
     const bool is_waiting = beat != patience.beat;
     patience.beat = beat;
     if (is_waiting) {
         patience.is_over = false;
-        patience.deadline_ns = now_ns + session.timeout_ns;
+        patience.deadline_ns = now_ns + timeout_ns;
     }
     if (reason != kExpired || is_waiting) return reason == kExpired ? kNothing : reason;
     // The peer may be about to beat for the first time, as this thread was.
     if (patience.is_over) return kExpired;
     patience.is_over = true;
-    patience.deadline_ns = now_ns + session.timeout_ns / kBeats;
+    patience.deadline_ns = now_ns + timeout_ns / kBeats;
     return kNothing;
 }
 
@@ -118,8 +123,11 @@ __device__ inline Reason await_word(const Session& session, const uint64_t* word
 #pragma unroll 1
     for (uint32_t polls = 1; !is_there(seen = ptx::ld_relaxed_sys(word)); ++polls) {
         if (polls % 64 != 0) continue;
-        const Reason reason = session.masks == nullptr ? trouble_in(session.call, peer)
-                                                       : trouble_beside(session, peer, patience);
+        const Reason reason = session.masks == nullptr
+                                  ? trouble_in(session.call, peer)
+                                  : trouble_beside(session.call.header(session.call.rank), session.masks,
+                                                   session.areas, session.call.rank, session.call.num_ranks,
+                                                   peer, session.call.word, session.timeout_ns, patience);
         if (reason != kNothing) return reason;
     }
     return kNothing;
