@@ -211,6 +211,26 @@ def draw_mistaken(rng: np.random.Generator, ranks: Ranks, *, mistake: str) -> No
     ranks.barrier()
 
 
+def draw_kept(rng: np.random.Generator, ranks: Ranks) -> None:
+    """Results that stay where they landed, read while the next dispatch is sent and before it is received."""
+    num_ranks = ranks.num_ranks
+    shape = AreaShape(num_ranks=num_ranks, num_max_tokens=2, hidden=64, num_experts=num_ranks, num_topk=2)
+    mode = LowLatency(ranks, shape, with_masks=False, num_blocks=1)
+
+    def dispatch(**options: Any) -> Dispatched:
+        ids = [draw_ids(rng, shape, 2, np.int64) for _ in range(num_ranks)]
+        x = [rng.standard_normal((2, shape.hidden)).astype(BF16) for _ in ids]
+        return mode.dispatch(x, ids, layout="rank", **options)
+
+    for _ in range(2):
+        kept, sent = dispatch(), dispatch(is_split=True)
+        for rank in range(num_ranks):
+            kept.compare(rank)
+            sent.receive(rank)
+            sent.compare(rank)
+    ranks.check_epoch()
+
+
 def compare_left(left: list[Dispatched], num_ranks: int) -> None:
     """The last moment for these."""
     for handle in left:

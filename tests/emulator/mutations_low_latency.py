@@ -66,8 +66,7 @@ LOW_LATENCY: Final = (
         "low_latency.cuh",
         "        if (zone < kFirstCombineZone && zone != released_zone) return;\n",
         "",
-        "low-latency-r2",
-        320,
+        "low-latency-kept-r2",
     ),
     Mutation(
         "low latency: the epoch is not advanced for every block",

@@ -209,6 +209,9 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         )
         for mistake in ("call", "arguments", "rows")
     },
+    "low-latency-kept-r2": Scenario(
+        num_ranks=2, draw=low_latency_cases.draw_kept, kernels=_low_latency_kernels, max_grid=8
+    ),
     "low-latency-engine-r2": Scenario(
         num_ranks=2,
         draw=partial(low_latency_cases.draw_engine, num_rounds=3, max_tokens=3),
