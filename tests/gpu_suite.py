@@ -45,9 +45,12 @@ def main() -> int:
     pytest += ["-o", "faulthandler_timeout=60"]
     barrier = [sys.executable, "tests/gpu/barrier_latency.py"]
     bench = [sys.executable, "-m", "ep_rt", "bench", "--dtype", "both", "--repeat", "3", "--tokens"]
-    parts = {"threads on one GPU": [*pytest, "tests", "-k", "not gpus"]}
-    if num_ranks > 1:
-        parts["threads with a GPU each"] = [*pytest, "tests", "-k", "gpus"]
+    parts = {"threads": [*pytest, "tests"]}
+    if num_ranks > 1:  # names of files count, too
+        parts = {
+            "threads on one GPU": [*pytest, "tests", "-k", "virtual or not gpus"],
+            "threads with a GPU each": [*pytest, "tests", "-k", "gpus and not virtual"],
+        }
     if shutil.which("mpirun") and num_ranks > 1:
         mpirun = _mpirun(num_ranks)
         parts[f"mpirun -n {num_ranks}"] = [*mpirun, *pytest, "tests/gpu"]

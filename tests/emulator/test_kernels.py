@@ -1,12 +1,10 @@
 """Every kernel of the product under random schedules: seeds that are always run, and new ones each time.
 
-``EP_RT_EMULATOR_SEED`` fixes the new ones, which are printed with every failure.
+``EP_RT_EMULATOR_SEED`` fixes the new ones, which are printed at the end and with every failure.
 """
 
 from __future__ import annotations
 
-import os
-import secrets
 import time
 
 import pytest
@@ -14,13 +12,12 @@ import pytest
 from .command import report
 from .machine import FoundError
 from .scenarios import SCENARIOS, SCHEDULES, Runner
-from .support import needs_emulator
+from .support import FIRST_NEW, needs_emulator
 
 pytestmark = needs_emulator
 
 FIXED_PROGRAMS = 3
 NEW_SECONDS = 1.5  # for each scenario
-FIRST_NEW = int(os.environ.get("EP_RT_EMULATOR_SEED") or secrets.randbelow(1 << 40))
 
 
 def run(runner: Runner, seed: int) -> None:
@@ -40,4 +37,3 @@ def test_scenario(name: str) -> None:
     while time.monotonic() < until:
         run(runner, seed)
         seed += 1
-    print(f"{name}: {seed - FIRST_NEW} new seeds from {FIRST_NEW}")

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ep_rt import Buffer, arrays
+from ep_rt.cuda.inputs import is_contiguous
 from ep_rt.cuda.layout import PAYLOAD_OFFSET
 from ep_rt.exchange import Group
 
@@ -53,8 +54,7 @@ def fetch(array: Any, dtype: Any = None) -> Array:
     # A copy to ordinary host memory waits inside the driver, where the process's other ranks would wait too.
     stream.synchronize()
     if raw.size:
-        expected_strides = np.empty(seen.shape, kind).strides
-        assert tuple(stride * kind.itemsize for stride in seen.strides) == expected_strides
+        assert is_contiguous(seen)
         cupy.cuda.runtime.memcpyAsync(
             raw.ctypes.data, seen.pointer, raw.nbytes, cupy.cuda.runtime.memcpyDeviceToHost, stream.ptr
         )

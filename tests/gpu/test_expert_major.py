@@ -248,7 +248,7 @@ def test_asynchronous_calls_and_kept_results(place: str) -> None:
 def test_graph_with_changing_routing(place: str) -> None:
     def body(group: Group) -> None:
         num_local_experts, hidden, num_tokens, alignment = 4, 512, 64, 8
-        num_experts, capacity = num_local_experts * group.size, 60 * group.size
+        num_experts, capacity = num_local_experts * group.size, 184 * group.size
         rng = np.random.default_rng(5)
 
         def draw() -> tuple[list[Any], list[Any], list[Any]]:
