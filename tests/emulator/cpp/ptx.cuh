@@ -29,8 +29,9 @@ __device__ __forceinline__ void st_relaxed_sys(uint4* addr, uint4 v) {
     emu::store(&addr->w, v.w, Order::kRelaxed, Scope::kSys);
 }
 __device__ __forceinline__ uint4 ld_relaxed_sys(const uint4* addr) {
-    return {emu::load(&addr->x, Order::kRelaxed, Scope::kSys), emu::load(&addr->y, Order::kRelaxed, Scope::kSys),
-            emu::load(&addr->z, Order::kRelaxed, Scope::kSys), emu::load(&addr->w, Order::kRelaxed, Scope::kSys)};
+    return {
+        emu::load(&addr->x, Order::kRelaxed, Scope::kSys), emu::load(&addr->y, Order::kRelaxed, Scope::kSys),
+        emu::load(&addr->z, Order::kRelaxed, Scope::kSys), emu::load(&addr->w, Order::kRelaxed, Scope::kSys)};
 }
 __device__ __forceinline__ uint64_t ld_relaxed_gpu(const uint64_t* addr) {
     return emu::load(addr, Order::kRelaxed, Scope::kGpu);
