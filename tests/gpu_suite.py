@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# Every kernel, with and without peers.
+# Every kernel of the normal mode, with and without peers.
 SANITIZED = (
     "tests/gpu/test_normal.py::test_any_number_of_ranks[1-virtual]",
     "tests/gpu/test_normal.py::test_any_number_of_ranks[2-virtual]",
@@ -25,8 +25,6 @@ SANITIZED = (
     "tests/gpu/test_normal.py::test_any_strides[virtual]",
     "tests/gpu/test_normal.py::test_quantized_rows_equal_the_oracle[128-1-virtual]",
     "tests/gpu/test_expert_major.py::test_random_layers_equal_the_oracle[True-2-virtual]",
-    "tests/gpu/test_low_latency.py::test_any_number_of_ranks[1-virtual]",
-    "tests/gpu/test_low_latency.py::test_any_number_of_ranks[2-virtual]",
 )
 SUMMARY = re.compile(r"((?:\d+ (?:passed|failed|skipped|errors?|deselected|warnings?)(?:, )?)+) in [\d.]+s")
 

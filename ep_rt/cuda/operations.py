@@ -23,9 +23,6 @@ class Operations:
     Args:
         hang, slabs, rank, num_ranks, timeout_ns: as the kernels take them.
         max_blocks: the most that a call may ask for; all of them must be resident.
-
-    Attributes:
-        common: fields of every collective kernel.
     """
 
     def __init__(
@@ -43,7 +40,7 @@ class Operations:
         self._max_blocks = max_blocks
         self._workspace = cupy.cuda.alloc(WORKSPACE.itemsize)
         self.reset()
-        self.common = {
+        self._common = {
             "hang": hang,
             "workspace": self._workspace.ptr,
             "timeout_ns": timeout_ns,
@@ -53,7 +50,7 @@ class Operations:
         }
         self._dispatch = [Kernel(kernels.intranode_dispatch(quantizes=each)) for each in (False, True)]
         self._combine = {element: Kernel(kernels.intranode_combine(element)) for element in ELEMENTS}
-        self._layout = bind(Kernel(kernels.dispatch_layout()), _LOCAL_BLOCKS, self.common)
+        self._layout = bind(Kernel(kernels.dispatch_layout()), _LOCAL_BLOCKS, self._common)
         self._contiguous = bind(Kernel(kernels.contiguous()), _LOCAL_BLOCKS)
 
     def reset(self) -> None:
@@ -67,11 +64,11 @@ class Operations:
 
     def dispatch(self, *, quantizes: bool, **fields: int) -> Launch:
         """Of intranode_dispatch.cu."""
-        return bind(self._dispatch[quantizes], self._max_blocks, fields, self.common)
+        return bind(self._dispatch[quantizes], self._max_blocks, fields, self._common)
 
     def combine(self, element: str, **fields: int) -> Launch:
         """Of intranode_combine.cu, for rows of one of `ELEMENTS`."""
-        return bind(self._combine[element], self._max_blocks, fields, self.common)
+        return bind(self._combine[element], self._max_blocks, fields, self._common)
 
     def dispatch_layout(self, stream: int, **fields: int) -> None:
         """Enqueue layout.cu."""
