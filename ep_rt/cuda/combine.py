@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any
 
 from ..arrays import ArrayView
 from ..cuda_arrays import Column, ResultArrays, glance
@@ -19,9 +19,8 @@ from .inputs import Inputs, row_bytes
 from .launch import Launch
 from .layout import OFFSET_UNIT, align_up
 from .operations import Operations
+from .plans import Plans, seen
 from .pool import Lease
-
-_MAX_PLANS: Final = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +69,7 @@ class Combine:
         self._expert_major = expert_major
         self._inputs = inputs
         self._owner = owner
-        self._plans: dict[Hashable, _Plan] = {}
+        self._plans: Plans[_Plan] = Plans()
         self.num_calls = 0
 
     def __call__(
@@ -87,20 +86,14 @@ class Combine:
         key: Hashable = None
         found = None
         is_mine = type(handle) is CudaDispatchHandle and handle.owner is self._owner
-        if is_mine and (seen := glance(objects)) is not None:
-            facts, pointers = seen
+        if is_mine and (glanced := glance(objects)) is not None:
+            facts, pointers = glanced
             key = (facts, schedule.num_sms, handle.facts)
-            found = self._plans.get(key)
+            found = self._plans.find(key)
         if found is None:
             request = build(*given)
-            views = (request.x, request.topk_weights, *request.biases)
-            pointers = [0 if view is None else view.pointer for view in views]
-            objects = [None if view is None else view.owner for view in views]
-            found = self._prepare(request, schedule.num_sms)
-            if key is not None:
-                if len(self._plans) >= _MAX_PLANS:
-                    self._plans.clear()
-                self._plans[key] = found
+            pointers, objects = seen(request.x, request.topk_weights, *request.biases)
+            found = self._plans.keep(key, self._prepare(request, schedule.num_sms))
         return self._run(found, pointers, objects, handle, schedule)
 
     def _prepare(self, request: CombineRequest, num_sms: int) -> _Plan:
@@ -139,14 +132,12 @@ class Combine:
             num_stagers=plan.num_stagers(num_blocks, x.shape[0] * row_bytes(x), max_blocks=domain.max_blocks),
             out_bytes=weights_offset + 4 * num_tokens * num_topk,
             weights_offset=weights_offset,
-            arrays=ResultArrays(
+            arrays=domain.results(
                 [
                     Column(x.dtype, x.shape[1:]),
                     None if summed is None else Column(summed.dtype, summed.shape[1:]),
                 ],
-                device=domain.device,
-                framework=frameworks[0],
-                stream=domain.comm.pointer if frameworks[0] == "jax" else None,
+                frameworks[0],
             ),
             places=((0, num_tokens), (weights_offset, num_tokens)),
             digest=combine_digest(request),

@@ -37,11 +37,11 @@ from .launch import Launch
 from .layout import MAX_LOCAL_EXPERTS, MAX_LOCAL_RANKS, ReceivedRow, ReceiveLayout
 from .memory import device_errors
 from .operations import Operations
+from .plans import Plans, seen
 from .pool import Lease
 from .told import HostResult, exchanged_expert_counts
 
 _MAX_ROWS: Final = 2**31 - 1
-_MAX_PLANS: Final = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +113,7 @@ class Dispatch:
         self._expert_major = expert_major
         self._inputs = inputs
         self._owner = owner
-        self._plans: dict[Hashable, _Plan] = {}
+        self._plans: Plans[_Plan] = Plans()
         self._told = HostResult(domain)
         self._scratch: list[Block] = []
         self._scratch_tokens = -1
@@ -146,20 +146,16 @@ class Dispatch:
         # What decides everything but addresses. None where the arguments must be looked at each time.
         key: Hashable = None
         found = None
-        if is_plannable and (seen := glance(objects)) is not None:
-            facts, pointers = seen
+        if is_plannable and (glanced := glance(objects)) is not None:
+            facts, pointers = glanced
             key = (facts, options, schedule.num_sms, None if handle is None else handle.facts)
-            found = self._plans.get(key)
+            found = self._plans.find(key)
         if found is None:
             request = build(*given, *options)
-            views = (request.x, request.sf, request.topk_idx, request.topk_weights, request.is_token_in_rank)
-            pointers = [0 if view is None else view.pointer for view in views]
-            objects = [None if view is None else view.owner for view in views]
-            found = self._prepare(request, schedule.num_sms)
-            if key is not None:
-                if len(self._plans) >= _MAX_PLANS:
-                    self._plans.clear()
-                self._plans[key] = found
+            pointers, objects = seen(
+                request.x, request.sf, request.topk_idx, request.topk_weights, request.is_token_in_rank
+            )
+            found = self._plans.keep(key, self._prepare(request, schedule.num_sms))
         return self._run(found, pointers, objects, handle, schedule)
 
     def _prepare(self, request: DispatchRequest, num_sms: int) -> _Plan:
@@ -193,12 +189,7 @@ class Dispatch:
         assert handle is None or isinstance(handle, CudaDispatchHandle)  # its owner is this buffer
         is_cached = handle is not None
         num_rows = request.num_worst_tokens if handle is None else handle.num_landed_rows
-        results = ResultArrays(
-            columns,
-            device=domain.device,
-            framework=frameworks[0],
-            stream=domain.comm.pointer if frameworks[0] == "jax" else None,
-        )
+        results = domain.results(columns, frameworks[0])
         return _Plan(
             launch=self._operations.dispatch(
                 quantizes=request.quantize is not None,

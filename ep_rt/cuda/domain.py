@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import arrays
-from ..cuda_arrays import current_stream
+from ..cuda_arrays import Column, ResultArrays, current_stream
 from ..errors import BackendError, ClosedError, ConfigError, EpError, TopologyError, on_all_ranks
 from ..events import CompletedEvent, EventOverlap
 from ..exchange import Group
@@ -237,6 +237,11 @@ class Domain:
                 self.comm.release(call.streams)
             return self._done
         return EventOverlap(self.comm.event(call.framework), extra_tensors=tuple(call.inputs))
+
+    def results(self, columns: Sequence[Column | None], framework: str) -> ResultArrays:
+        """What makes results of calls. JAX waits for the communication stream, where its calls run."""
+        stream = self.comm.pointer if framework == "jax" else None
+        return ResultArrays(columns, device=self.device, framework=framework, stream=stream)
 
     def let_wait(self, streams: Sequence[int]) -> None:
         """Later work on `streams` comes after the calls so far."""

@@ -142,8 +142,8 @@ class CudaEngine:
         """Start again after an error of the ranks. Collective; see `HangWatch.reset`."""
         domain = self._domain
         domain.on_device(domain.runtime.deviceSynchronize)
-        domain.on_device(self._operations.reset)
-        domain.on_device(self._expert_major.reset)
+        domain.on_device(self._operations.workspace.reset)
+        domain.on_device(self._expert_major.workspace.reset)
         domain.watch.reset(timeout_s=domain.timeout_s)
         calls = domain.group.allgather(self._dispatch.num_calls, op="reset calls", timeout_s=domain.timeout_s)
         self._dispatch.reset(max(calls))
@@ -236,11 +236,8 @@ class CudaEngine:
         )
         call.keep_with(block)
         event = domain.finish(call)
-        per_rank, per_expert, in_rank = ResultArrays(
-            [Column("int32", ()), Column("int32", ()), Column("bool", (num_ranks,))],
-            device=domain.device,
-            framework=ids.framework,
-            stream=call.stream if ids.framework == "jax" else None,
+        per_rank, per_expert, in_rank = domain.results(
+            [Column("int32", ()), Column("int32", ()), Column("bool", (num_ranks,))], ids.framework
         ).over(
             block.pointer,
             num_bytes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..cuda_arrays import Column, ResultArrays
+from ..cuda_arrays import Column
 from .domain import Call, Domain
 from .expert_major import ExpertMajor, PlacesLayout, expert_row_bytes, num_expert_rows
 from .handle import CudaDispatchHandle
@@ -83,8 +83,8 @@ class Expansion:
             is_cached=is_cached,
         )
         weights = Column("float32", ()) if row.weights_bytes else None
-        self._arrays = self._results([x, sf, None, weights], frameworks[0])
-        self._psum = self._results([Column("int32", ())], frameworks[1])
+        self._arrays = domain.results([x, sf, None, weights], frameworks[0])
+        self._psum = domain.results([Column("int32", ())], frameworks[1])
 
     def run(
         self, call: Call, landed: Landed, counts: Sequence[int] | None, handle: CudaDispatchHandle | None
@@ -135,11 +135,3 @@ class Expansion:
             return Made(arrays, num_rows)
         psum = self._psum.over(places.pointer, at.end, places, [(at.psum, self._num_local_experts)])[0]
         return Made(arrays, num_rows, places, psum)
-
-    def _results(self, columns: Sequence[Column | None], framework: str) -> ResultArrays:
-        return ResultArrays(
-            columns,
-            device=self._domain.device,
-            framework=framework,
-            stream=self._domain.comm.pointer if framework == "jax" else None,
-        )

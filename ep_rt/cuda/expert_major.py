@@ -12,6 +12,7 @@ from typing import Final
 
 from ..errors import ConfigError
 from . import kernels, plan
+from .heap import Workspace
 from .kernels import ELEMENTS
 from .launch import Kernel, Launch, bind
 from .layout import LOCAL_WORKSPACE, MAX_EXPAND_TOPK, OFFSET_UNIT, ReceivedRow, align_up
@@ -80,31 +81,22 @@ class ExpertMajor:
         header: of this rank's slab, as this rank sees it.
         hang, timeout_ns: as the kernels take them.
         max_blocks: the most that a call may ask for; all of them must be resident.
+
+    Attributes:
+        workspace: of the kernels.
     """
 
     def __init__(self, *, header: int, hang: int, timeout_ns: int, max_blocks: int) -> None:
-        import cupy
-
         self._max_blocks = max_blocks
-        self._workspace = cupy.cuda.alloc(LOCAL_WORKSPACE.itemsize)
-        self.reset()
+        self.workspace = Workspace(LOCAL_WORKSPACE.itemsize)
         self._common = {
             "header": header,
             "hang": hang,
-            "workspace": self._workspace.ptr,
+            "workspace": self.workspace.pointer,
             "timeout_ns": timeout_ns,
         }
         self._expand = Kernel(kernels.expand())
         self._collapse = {element: Kernel(kernels.collapse(element)) for element in ELEMENTS}
-
-    def reset(self) -> None:
-        """Forget what calls left that were given up. No kernel is running on this device."""
-        import cupy
-
-        runtime = cupy.cuda.runtime
-        stream = cupy.cuda.Stream(non_blocking=True)
-        runtime.memsetAsync(self._workspace.ptr, 0, LOCAL_WORKSPACE.itemsize, stream.ptr)
-        stream.synchronize()
 
     def expand(self, **fields: int) -> Launch:
         """Of expand.cu."""

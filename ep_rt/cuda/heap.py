@@ -1,4 +1,4 @@
-"""Device memory that only its own rank touches: results of combine, handles, copies of strided inputs."""
+"""Device memory that only its own rank touches: results of combine, handles, copies of inputs, workspaces."""
 
 from __future__ import annotations
 
@@ -27,6 +27,30 @@ class Block:
     def __del__(self) -> None:
         # Before the memory, which this object still holds, can be handed out again.
         self._heap.num_released += 1
+
+
+class Workspace:
+    """Control words that the kernels of one rank share, zero before the first of them. The device is current.
+
+    Attributes:
+        pointer: their address.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        import cupy
+
+        self._memory = cupy.cuda.alloc(num_bytes)
+        self._num_bytes = num_bytes
+        self.pointer: int = self._memory.ptr
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what calls left that were given up. No kernel is running on this device."""
+        import cupy
+
+        stream = cupy.cuda.Stream(non_blocking=True)
+        cupy.cuda.runtime.memsetAsync(self.pointer, 0, self._num_bytes, stream.ptr)
+        stream.synchronize()
 
 
 class Heap:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from . import kernels
+from .heap import Workspace
 from .kernels import ELEMENTS
 from .launch import Kernel, Launch, bind
 from .layout import WORKSPACE
@@ -23,6 +24,9 @@ class Operations:
     Args:
         hang, slabs, rank, num_ranks, timeout_ns: as the kernels take them.
         max_blocks: the most that a call may ask for; all of them must be resident.
+
+    Attributes:
+        workspace: of the kernels.
     """
 
     def __init__(
@@ -35,14 +39,11 @@ class Operations:
         timeout_ns: int,
         max_blocks: int,
     ) -> None:
-        import cupy
-
         self._max_blocks = max_blocks
-        self._workspace = cupy.cuda.alloc(WORKSPACE.itemsize)
-        self.reset()
+        self.workspace = Workspace(WORKSPACE.itemsize)
         self._common = {
             "hang": hang,
-            "workspace": self._workspace.ptr,
+            "workspace": self.workspace.pointer,
             "timeout_ns": timeout_ns,
             "rank": rank,
             "num_ranks": num_ranks,
@@ -52,15 +53,6 @@ class Operations:
         self._combine = {element: Kernel(kernels.intranode_combine(element)) for element in ELEMENTS}
         self._layout = bind(Kernel(kernels.dispatch_layout()), _LOCAL_BLOCKS, self._common)
         self._contiguous = bind(Kernel(kernels.contiguous()), _LOCAL_BLOCKS)
-
-    def reset(self) -> None:
-        """Forget what calls left that were given up. No kernel is running on this device."""
-        import cupy
-
-        runtime = cupy.cuda.runtime
-        stream = cupy.cuda.Stream(non_blocking=True)
-        runtime.memsetAsync(self._workspace.ptr, 0, WORKSPACE.itemsize, stream.ptr)
-        stream.synchronize()
 
     def dispatch(self, *, quantizes: bool, **fields: int) -> Launch:
         """Of intranode_dispatch.cu."""

@@ -1,0 +1,38 @@
+"""Plans of an operation by what decides them: made for the first call of a kind, found by others. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Final, Generic, TypeVar
+
+from ..arrays import ArrayView
+
+PlanT = TypeVar("PlanT")
+
+MAX_PLANS: Final = 512
+
+
+class Plans(Generic[PlanT]):
+    """Bounded, so that shapes that never come again do not stay for ever."""
+
+    def __init__(self) -> None:
+        self._plans: dict[Hashable, PlanT] = {}
+
+    def find(self, key: Hashable) -> PlanT | None:
+        """The plan kept for a key."""
+        return self._plans.get(key)
+
+    def keep(self, key: Hashable, plan: PlanT) -> PlanT:
+        """The plan, which later calls find; None as key keeps nothing."""
+        if key is not None:
+            if len(self._plans) >= MAX_PLANS:
+                self._plans.clear()
+            self._plans[key] = plan
+        return plan
+
+
+def seen(*views: ArrayView | None) -> tuple[list[int], list[object]]:
+    """Addresses and owners of arrays that were looked at; 0 and None where there is none."""
+    return [0 if view is None else view.pointer for view in views], [
+        None if view is None else view.owner for view in views
+    ]
