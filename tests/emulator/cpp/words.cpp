@@ -149,15 +149,21 @@ uint64_t load_word(const void* address, int size, Order order, Scope scope) {
     }
 }
 
-void store_word(void* address, uint64_t value, int size, Order order, Scope scope) {
-    const uint32_t pc = EMU_PC();
+// What comes before a strong store, of whatever kind.
+static Fiber* begin_store(void* address, int size, Scope scope, uint32_t pc) {
     begin(pc);
     Fiber* fiber = current;
     meet_others();
     acts();
-    auto* bytes = static_cast<uint8_t*>(address);
+    const auto* bytes = static_cast<const uint8_t*>(address);
     check(accessor(fiber, scope, pc), bytes, size, true);
     force(bytes, size, fiber->known, fiber);
+    return fiber;
+}
+
+void store_word(void* address, uint64_t value, int size, Order order, Scope scope) {
+    Fiber* fiber = begin_store(address, size, scope, EMU_PC());
+    auto* bytes = static_cast<uint8_t*>(address);
     PendingStore store{fiber, fiber->clock,       bytes, static_cast<uint8_t>(size), {},
                        true,  fiber->fence_scope, {}};
     memcpy(store.data, &value, size);
@@ -173,14 +179,8 @@ void store_word(void* address, uint64_t value, int size, Order order, Scope scop
 
 uint64_t change_word(void* address, uint64_t operand, uint64_t other, int size, Rmw rmw, Order order,
                      Scope scope) {
-    const uint32_t pc = EMU_PC();
-    begin(pc);
-    Fiber* fiber = current;
-    meet_others();
-    acts();
+    Fiber* fiber = begin_store(address, size, scope, EMU_PC());
     auto* bytes = static_cast<uint8_t*>(address);
-    check(accessor(fiber, scope, pc), bytes, size, true);
-    force(bytes, size, fiber->known, fiber);
     const uint64_t mask = size < 8 ? (uint64_t{1} << 8 * size) - 1 : ~uint64_t{0};
     operand &= mask;
     other &= mask;
