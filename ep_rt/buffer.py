@@ -63,10 +63,11 @@ class Buffer:
     wrong with its own arguments it raises alone, and its peers wait for its part of the call. Arguments that
     must agree and do not, ranks making different calls, and late ranks raise on every rank, at the latest
     by its next call; `reset` then makes the buffer usable again. Expert ids out of range count as -1, and
-    routing given beside `topk_idx` is not compared with it. The work runs on `get_comm_stream`, ordered with
-    the stream that is current for the arrays given. A result is memory of that stream: work on another one
-    that reads it must come before what that stream does once the result has been dropped. Ranks that are
-    threads on one GPU each need a non-blocking stream of their own, made current.
+    routing given beside `topk_idx` is not compared with it. The work runs on the stream that is current for
+    the arrays given or, with `previous_event`, `async_finish`, JAX arrays or those of two frameworks, on
+    `get_comm_stream`, ordered with it. Calls come one after the other whatever their streams. The memory of a
+    result that was dropped goes to later calls: what reads it on a stream other than theirs must come before
+    them. Ranks that are threads on one GPU each need a non-blocking stream of their own, made current.
 
     Args:
         group: the peers: an mpi4py communicator, a torch process group, an `ep_rt.Group`, or None for
@@ -554,7 +555,7 @@ class Buffer:
         return capture()
 
     def get_comm_stream(self) -> Any:
-        """The stream communication runs on: a CuPy stream, which other frameworks understand too.
+        """The communication stream, see `Buffer`: a CuPy stream, which other frameworks understand too.
 
         Raises:
             BackendError: the host backend has none.
