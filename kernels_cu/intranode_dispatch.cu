@@ -1,9 +1,8 @@
 // Normal-mode dispatch within one NVLink domain: layout, counts, rows and their metadata in one launch.
 //
 // Protocol   every rank offers every peer its row of the count matrix, the place in its slab where its own
-// rows
-//            are to land and how many fit. From the matrix every rank knows the final row of each of its
-//            tokens at every destination (source rank, then source token) and stores it there, once per
+//            rows are to land and how many fit. From the matrix every rank knows the final row of each of
+//            its tokens at every destination (source rank, then source token) and stores it there, once per
 //            destination. When all its rows have landed it says so to every peer, and waits until all say so.
 // Order      the place is offered by release stores: a peer's earlier reads of it go before our stores to it.
 //            Rows leave by bulk stores that are waited for by the thread that issued them, or by ordinary

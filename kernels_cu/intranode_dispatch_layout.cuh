@@ -8,9 +8,8 @@
 //            positions. Positions are complete when all blocks have arrived; the last one offers the counts
 //            of the experts.
 // Memory     positions of a block's own slice go to send_row, for the handle, and to send_token, which the
-// same
-//            block reads again after a barrier. Those of other slices are read after an acquire of `arrived`,
-//            or from this block's shared memory.
+//            same block reads again after a barrier. Those of other slices are read after an acquire of
+//            `arrived`, or from this block's shared memory.
 #pragma once
 #include "intranode_dispatch_block.cuh"
 

@@ -1,7 +1,7 @@
 """Places inside a slab: handed out by the host, given back when the last array over them is gone. Pure.
 
-What the device does with a place is ordered elsewhere: calls come one after the other, whatever their streams,
-and `Buffer` says which readers must come before them.
+What the device does with a place is ordered elsewhere: calls come one after the other, whatever their
+streams, and `Buffer` says which readers must come before them.
 """
 
 from __future__ import annotations
