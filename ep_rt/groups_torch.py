@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import sys
 import time
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
 from .config import DEFAULT_TIMEOUT_S
 from .errors import PeerFailedError
 from .exchange import ByteArray, Message, PeerGroup, Pending, pickled, unpickled
+
+_log = logging.getLogger("ep_rt")
 
 
 class TorchGroup(PeerGroup):
@@ -110,14 +113,15 @@ class _TorchTransfer:
                 warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
                 return torch.from_numpy(array)
 
+        # None: gloo knew already that the peer is gone, so this never completes.
         self._recv = {
-            src: dist.irecv(tensor(array), src=ranks[src], group=gloo, tag=tag)
+            src: _unless_gone(dist.irecv, tensor(array), src=ranks[src], group=gloo, tag=tag)
             for src, array in enumerate(recv)
             if array.size and src != rank
         }
         self.sources = frozenset(self._recv)
         self._send = {
-            dst: dist.isend(tensor(array), dst=ranks[dst], group=gloo, tag=tag)
+            dst: _unless_gone(dist.isend, tensor(array), dst=ranks[dst], group=gloo, tag=tag)
             for dst, array in enumerate(send)
             if array.size and dst != rank
         }
@@ -132,14 +136,24 @@ class _TorchTransfer:
 
     def unsent(self, deadline: float | None) -> list[int]:
         if deadline is None:
-            self._send = {dst: work for dst, work in self._send.items() if not work.is_completed()}
+            self._send = {
+                dst: work for dst, work in self._send.items() if work is None or not work.is_completed()
+            }
         else:
             _wait_each(self._send, deadline)
         return list(self._send)
 
 
+def _unless_gone(start: Callable[..., Any], tensor: Any, **where: Any) -> Any:
+    try:
+        return start(tensor, **where)
+    except RuntimeError as error:
+        _log.debug("gloo starts no transfer: %s", error)
+        return None
+
+
 def _wait_each(works: dict[int, Any], deadline: float) -> None:
-    for peer in list(works):
+    for peer in [peer for peer, work in works.items() if work is not None]:
         with contextlib.suppress(RuntimeError):
             remaining_s = min(deadline - time.monotonic(), 1e6)  # timedelta refuses math.inf
             works[peer].wait(timedelta(seconds=max(1e-3, remaining_s)))

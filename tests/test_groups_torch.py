@@ -197,6 +197,31 @@ def test_ranks_that_die_or_fail(tmp_path: Path) -> None:
     assert codes == [-9, -9, 0], outputs
 
 
+def test_a_peer_that_gloo_knows_to_be_gone_is_late(tmp_path: Path) -> None:
+    script = """
+    def refuse(*args, **kwargs):
+        raise RuntimeError("Connection closed by peer")
+
+    other = as_group(dist.group.WORLD)
+    group.barrier()
+    if rank == 0:  # has the store, so it is the last to leave
+        caught(PeerFailedError, lambda: other.barrier(timeout_s=20))
+        os._exit(0)
+    dist.isend = dist.irecv = refuse
+    transfer = group.ialltoallv(arrays(8), arrays(8))
+    error = caught(PeerTimeoutError, lambda: transfer.receive(timeout_s=0.3))
+    assert error.peers == (0,), error
+    error = caught(PeerTimeoutError, lambda: transfer.finish(timeout_s=0.3))
+    assert error.peers == (0,), error
+    assert not transfer.finished
+    other.abort(KeyError("done"))
+    os._exit(0)
+    """
+    codes, outputs = run(tmp_path, script, 2)
+    assert codes == [0, 0], outputs
+    assert outputs[1].count("PeerTimeoutError: rank 1: rank 0 did not arrive") == 2
+
+
 def test_an_exception_that_ends_the_program_reaches_the_peers(tmp_path: Path) -> None:
     script = """
     group.barrier()
