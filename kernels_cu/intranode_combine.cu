@@ -362,6 +362,7 @@ __device__ void intranode_combine(const IntranodeCombineArgs<kCfg>& args) {
         ptx::mbarrier_init(&copied[block.warp][block.lane]);
     }
     ptx::fence_mbarrier_init();
+    __syncwarp();  // for racecheck alone, which takes these lanes for one thread
 #endif
     uint8_t* ring = stages + block.warp * kCfg.num_stages * kCfg.stage_bytes;
     if (block.stager() >= 0) {
