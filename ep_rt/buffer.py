@@ -13,7 +13,8 @@ from . import backend as backends
 from .config import DEFAULT_TIMEOUT_S, Config
 from .cuda import plan
 from .cuda.engine import CudaEngine, CudaStats, MemoryReport
-from .cuda.low_latency import NoLowLatency
+from .cuda.low_latency import CudaLowLatency, NoLowLatency
+from .cuda.low_latency_plan import area_bytes_hint
 from .cuda.streams import capture
 from .errors import BackendError, ClosedError, ConfigError, EpError
 from .events import EventOverlap
@@ -74,13 +75,15 @@ class Buffer:
             ``MPI.COMM_WORLD`` under an MPI launcher and a single rank otherwise.
         num_nvl_bytes: memory on this GPU that the peers write results to: enough for all results held at a
             time. 0: from the sizes of `for_moe`, else 1 GiB. The host backend needs none.
-        num_rdma_bytes: as in DeepEP; not used yet.
-        low_latency_mode, num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl,
-            explicitly_destroy: as in DeepEP; every value means the same.
+        num_rdma_bytes: memory besides for the landing zones of low-latency calls. 0: from the sizes of
+            `for_moe`, else taken from `num_nvl_bytes`.
+        low_latency_mode: on GPUs, load the kernels of the low-latency calls, which raise without.
+        num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, explicitly_destroy: as in DeepEP;
+            every value means the same.
         enable_shrink: in low-latency mode, mask a late rank and go on without it instead of raising.
-        backend: "host"; "cuda", which so far has the normal mode within one node; or "auto": what
-            ``EP_RT_BACKEND`` says, else "cuda" if the ranks are on one node, the current GPU of each is its
-            own, and `low_latency_mode` is not asked for, else "host". The attribute `backend` tells.
+        backend: "host"; "cuda", which so far serves the ranks of one node; or "auto": what
+            ``EP_RT_BACKEND`` says, else "cuda" if the ranks are on one node and the current GPU of each is
+            its own, else "host". The attribute `backend` tells.
         ranks_per_node: split the ranks into nodes of this size instead of asking the machine.
         timeout_s: how long to wait for a peer.
         moe: sizes to check calls against, see `for_moe`.
@@ -118,8 +121,7 @@ class Buffer:
         self._moe = moe
         peers = Peers(self.group, timeout_s)
         requested = attempt(lambda: self._check_construction(backend, num_nvl_bytes, num_rdma_bytes))
-        # Low-latency calls are the host backend's alone so far.
-        may_choose = requested == "auto" and not low_latency_mode
+        may_choose = requested == "auto"
         announced = peers.agree(
             "Buffer",
             requested
@@ -146,7 +148,7 @@ class Buffer:
             )
         self._identity = object()
         self._engine: HostEngine | CudaEngine
-        self._low_latency: HostLowLatency | NoLowLatency
+        self._low_latency: HostLowLatency | CudaLowLatency | NoLowLatency
         if self.backend == "host":
             self._engine = HostEngine(peers, self.topology, owner=self._identity)
             self._low_latency = HostLowLatency(peers, owner=self._identity, enable_shrink=enable_shrink)
@@ -155,10 +157,12 @@ class Buffer:
                 self.group,
                 self.topology,
                 owner=self._identity,
-                num_bytes=self._slab_bytes(num_nvl_bytes),
+                num_bytes=self._slab_bytes(num_nvl_bytes, num_rdma_bytes, low_latency_mode),
                 timeout_s=timeout_s,
+                with_low_latency=low_latency_mode,
+                enable_shrink=enable_shrink,
             )
-            self._low_latency = NoLowLatency(self._engine.close)
+            self._low_latency = self._engine.low_latency or NoLowLatency(self._engine.close)
 
     @classmethod
     def for_moe(
@@ -383,8 +387,15 @@ class Buffer:
         use_ue8m0: bool = False,
         async_finish: bool = False,
         return_recv_hook: bool = False,
+        *,
+        topk_weights: Any = None,
+        layout: str = "expert",
     ) -> LowLatencyDispatched:
         """Send every token to its experts, which receive them padded and ordered by expert.
+
+        A row travels once to each rank that owns an expert of its token. With layout "expert" the receiver
+        copies it to the rows of its experts; with "rank" the result is where it landed, and lists say which
+        rows each expert takes: no copy, and the fastest.
 
         Below, El is num_experts / num_ranks, R num_ranks and M num_max_dispatch_tokens_per_rank.
 
@@ -399,13 +410,25 @@ class Buffer:
             round_scale: round scale factors up to powers of two.
             use_ue8m0: deliver those as packed exponents, four in an int32.
             return_recv_hook: return once this rank's rows are on their way; ``hook()`` receives and fills the
-                results. It waits for the peers' dispatch calls, not for their hooks. Not for JAX arrays.
+                results. It waits for the peers' dispatch calls, not for their hooks. Not for JAX arrays. On
+                GPUs at most two dispatches may be without their hooks; a third one takes the place of the
+                first, whose hook then raises.
+            topk_weights: float32 [num_tokens, num_topk], to travel along: a combine with ``reduce="rank"``
+                then uses these, and need not send any first.
+            layout: "expert" or "rank".
 
         Returns:
             LowLatencyDispatched: ``recv_x`` [El, R*M, hidden], or a tuple with scale factors float32
             [El, R*M, hidden/128] or int32 [El, R*M, ceil(hidden/512)], contiguous along R*M; ``recv_count``
             int32 [El]; ``handle``; ``event``; ``hook``, None without `return_recv_hook`. An expert's
             rows come first, by source rank, token and column of `topk_idx`; the others are unspecified.
+
+            With layout "rank" ``recv_x`` is [R, M, hidden] and scale factors [R, M, ..], C-contiguous: the
+            row of each (source rank, token), unspecified where no expert of the token is here;
+            ``handle.expert_rows`` lists those of each expert in the same order. On GPUs this is landing
+            memory, valid until the next low-latency dispatch of this shape receives (without a hook: is
+            called), or until the combine with its handle. A replay of a captured call lands where the
+            capture did.
 
         Raises:
             ArrayError, ConfigError: on every rank; nothing moved.
@@ -415,24 +438,24 @@ class Buffer:
         Collective. Source: reference.low_latency_dispatch.
         """
         self._enter()
-
-        def build() -> LowLatencyDispatchRequest:
-            _check_finish(async_finish, return_recv_hook)
-            return LowLatencyDispatchRequest.of(
-                x,
-                topk_idx,
-                self._num_max_tokens(num_max_dispatch_tokens_per_rank),
-                self._num_experts(num_experts),
-                cumulative_local_expert_recv_stats,
-                dispatch_wait_recv_cost_stats,
-                use_fp8,
-                round_scale,
-                use_ue8m0,
-                num_ranks=self.num_ranks,
-                place=self._engine.place,
-            )
-
-        return self._low_latency.dispatch(build, with_hook=return_recv_hook)
+        given = (x, topk_idx, cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats, topk_weights)
+        options = (
+            num_max_dispatch_tokens_per_rank,
+            num_experts,
+            use_fp8,
+            round_scale,
+            use_ue8m0,
+            layout,
+            async_finish,
+            return_recv_hook,
+        )
+        return self._low_latency.dispatch(
+            given,
+            options,
+            self._low_latency_dispatch_request,
+            with_hook=return_recv_hook,
+            schedule=self._schedule(None, None, async_finish),
+        )
 
     def low_latency_combine(
         self,
@@ -446,15 +469,26 @@ class Buffer:
         return_recv_hook: bool = False,
         out: Any = None,
         combine_wait_recv_cost_stats: Any = None,
+        *,
+        use_fp8: bool = False,
+        reduce: str = "rank",
     ) -> LowLatencyCombined:
         """Return the expert rows of every token to its source rank, weighted and summed.
 
+        With reduce "rank" each rank sums the rows of its own experts before they travel, so a token gets one
+        row from each rank. That sum is rounded to bfloat16, which is one rounding more than with "source",
+        where every row travels and is weighted at the token's rank, as in DeepEP.
+
         Args:
-            x: [El, R*M, hidden], bfloat16, rows as `low_latency_dispatch` delivered them.
+            x: [El, R*M, hidden], bfloat16, a row for each row of an expert that `low_latency_dispatch`
+                delivered, or listed.
             topk_idx: as dispatched; entries set to -1 since then are left out of the sum.
-            topk_weights: float32 [num_tokens, num_topk].
+            topk_weights: float32 [num_tokens, num_topk]. With reduce "rank", if the dispatch took weights,
+                those are used and neither these nor `topk_idx` are looked at.
             handle: of that dispatch.
             use_logfmt: rows travel as LogFMT-10, with its rounding.
+            use_fp8: rows travel as float8_e4m3fn with a float32 scale factor for 128 channels.
+            reduce: "rank" or "source".
             zero_copy: the rows are already in `get_next_low_latency_combine_buffer`; `x` gives the shape.
             return_recv_hook: as in `low_latency_dispatch`; JAX needs `out` in another framework.
             out: [num_tokens, hidden], bfloat16, to write the result to.
@@ -462,31 +496,22 @@ class Buffer:
 
         Returns:
             LowLatencyCombined: ``combined_x`` [num_tokens, hidden], bfloat16: weight times row, summed in
-            float32 in the order of the columns of `topk_idx`, rounded once; ``event``; ``hook``.
+            float32 in the order of the columns of `topk_idx`, rounded once; with reduce "rank" so on each
+            rank, and then over the ranks in ascending order; ``event``; ``hook``.
 
         Raises: as `low_latency_dispatch`, and HandleError.
 
         Collective. Source: reference.low_latency_combine.
         """
         self._enter()
-
-        def build() -> LowLatencyCombineRequest:
-            _check_finish(async_finish, return_recv_hook)
-            return LowLatencyCombineRequest.of(
-                x,
-                topk_idx,
-                topk_weights,
-                handle,
-                use_logfmt,
-                zero_copy,
-                out,
-                combine_wait_recv_cost_stats,
-                owner=self._identity,
-                num_ranks=self.num_ranks,
-                place=self._engine.place,
-            )
-
-        return self._low_latency.combine(build, with_hook=return_recv_hook)
+        return self._low_latency.combine(
+            (x, topk_idx, topk_weights, out, combine_wait_recv_cost_stats),
+            handle,
+            (use_logfmt, zero_copy, use_fp8, reduce, async_finish, return_recv_hook),
+            self._low_latency_combine_request,
+            with_hook=return_recv_hook,
+            schedule=self._schedule(None, None, async_finish),
+        )
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> Any:
         """The bfloat16 [El, R*M, hidden] array that the next combine with ``zero_copy`` reads. Local."""
@@ -510,7 +535,7 @@ class Buffer:
     def low_latency_query_mask_buffer(self, mask_status: Any) -> None:
         """Fill int32 [num_ranks] with 1 for masked ranks, 0 for others. Local; needs `enable_shrink`."""
         self._enter()
-        arrays.host(mask_status, name="mask_status", writable=True)[...] = self._low_latency.query_mask()
+        self._low_latency.query_mask(mask_status)
 
     def low_latency_clean_mask_buffer(self) -> None:
         """Unmask every rank. Local; needs `enable_shrink`."""
@@ -542,12 +567,12 @@ class Buffer:
     ) -> int:
         """Bytes to pass as ``num_rdma_bytes`` for low-latency mode.
 
-        Two landing zones, of one bfloat16 row for each (source rank, token), for each direction.
+        Two landing zones, of one bfloat16 row for each (source rank, token), for each direction. Combines
+        with ``reduce="source"``, LogFMT or FP8 need two more of their own, larger ones with more than
+        `num_ranks` columns of ``topk_idx``; the error says how much.
         """
         local_experts(num_experts, num_ranks)
-        row_bytes = 2 * hidden + 16
-        words = 16 * num_ranks * (num_experts + num_max_dispatch_tokens_per_rank)
-        return 2 * (2 * num_ranks * num_max_dispatch_tokens_per_rank * row_bytes + words)
+        return area_bytes_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
 
     @staticmethod
     def capture() -> EventOverlap:
@@ -653,11 +678,19 @@ class Buffer:
             raise BackendError("the host backend has no streams and no communication memory")
         return self._engine
 
-    def _slab_bytes(self, num_nvl_bytes: int) -> int:
+    def _slab_bytes(self, num_nvl_bytes: int, num_rdma_bytes: int, low_latency_mode: bool) -> int:
         moe = self._moe
+        zones_bytes = num_rdma_bytes
         if moe is None:
-            return plan.slab_bytes(num_nvl_bytes)
-        return plan.slab_bytes(
+            # As DeepEP's users write it: all memory is for the low-latency calls.
+            if low_latency_mode and zones_bytes and not num_nvl_bytes:
+                return plan.slab_bytes(zones_bytes)
+            return plan.slab_bytes(num_nvl_bytes) + plan.rounded(zones_bytes)
+        if low_latency_mode and not zones_bytes:
+            zones_bytes = area_bytes_hint(
+                moe.num_max_tokens_per_rank, moe.hidden, self.num_ranks, moe.num_experts, moe.num_topk
+            )
+        return plan.rounded(zones_bytes) + plan.slab_bytes(
             num_nvl_bytes,
             row_bytes=moe.hidden * arrays.np_dtype(moe.dtype).itemsize,
             num_topk=moe.num_topk,
@@ -704,6 +737,71 @@ class Buffer:
                     f"num_max_tokens_per_rank={moe.num_max_tokens_per_rank}"
                 )
         return request
+
+    def _low_latency_dispatch_request(
+        self,
+        x: Any,
+        topk_idx: Any,
+        recv_stats: Any,
+        wait_stats: Any,
+        topk_weights: Any,
+        num_max_tokens: int | None,
+        num_experts: int | None,
+        use_fp8: bool,
+        round_scale: bool,
+        use_ue8m0: bool,
+        layout: str,
+        async_finish: bool,
+        with_hook: bool,
+    ) -> LowLatencyDispatchRequest:
+        _check_finish(async_finish, with_hook)
+        return LowLatencyDispatchRequest.of(
+            x,
+            topk_idx,
+            self._num_max_tokens(num_max_tokens),
+            self._num_experts(num_experts),
+            recv_stats,
+            wait_stats,
+            use_fp8,
+            round_scale,
+            use_ue8m0,
+            topk_weights,
+            layout,
+            num_ranks=self.num_ranks,
+            place=self._engine.place,
+        )
+
+    def _low_latency_combine_request(
+        self,
+        x: Any,
+        topk_idx: Any,
+        topk_weights: Any,
+        out: Any,
+        wait_stats: Any,
+        handle: LowLatencyHandle,
+        use_logfmt: bool,
+        zero_copy: bool,
+        use_fp8: bool,
+        reduce: str,
+        async_finish: bool,
+        with_hook: bool,
+    ) -> LowLatencyCombineRequest:
+        _check_finish(async_finish, with_hook)
+        return LowLatencyCombineRequest.of(
+            x,
+            topk_idx,
+            topk_weights,
+            handle,
+            use_logfmt,
+            zero_copy,
+            out,
+            wait_stats,
+            use_fp8,
+            reduce,
+            owner=self._identity,
+            num_ranks=self.num_ranks,
+            place=self._engine.place,
+        )
 
     def _combine_request(self, x: Any, handle: DispatchHandle, weights: Any, bias: Any) -> CombineRequest:
         return CombineRequest.of(x, handle, weights, bias, owner=self._identity, place=self._engine.place)

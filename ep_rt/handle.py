@@ -103,30 +103,53 @@ class HostDispatchHandle(DispatchHandle):
         return self.num_recv_tokens if self.expert_rows is None else self.expert_rows.num_needed_rows
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, eq=False, kw_only=True)
 class LowLatencyHandle:
     """The routing of one low-latency dispatch. Unpacks like DeepEP's tuple.
+
+    Never changed once made; not frozen, because that takes longer than the rest of making it.
 
     Attributes:
         src_info: int32 [num_local_experts, num_ranks * num_max_tokens_per_rank], source token of each row,
             -1 where there is none.
         layout_range: int64 [num_local_experts, num_ranks], (first row << 32) | number of rows of a source.
-        topk_idx: int32 [num_tokens, num_topk], as given to the dispatch.
-        num_max_tokens_per_rank, hidden, num_experts: as given to the dispatch.
+        expert_rows: int32, shape of `src_info`, with layout "rank": which row of ``recv_x``, counted over
+            its first two axes, is each row of an expert, -1 where there is none. None with "expert".
+        num_tokens, num_topk: shape of ``topk_idx``.
+        num_max_tokens_per_rank, hidden, num_experts, layout: as given to the dispatch.
+        has_weights: whether the dispatch took ``topk_weights``.
 
-    With a receive hook, `src_info` and `layout_range` are filled by the hook.
+    The arrays are in the framework of ``x`` and, on a GPU, lie there. With a receive hook the hook fills
+    them.
     """
 
     owner: Any = field(repr=False)
-    src_info: NDArray[np.int32] = field(repr=False)
-    layout_range: NDArray[np.int64] = field(repr=False)
-    topk_idx: NDArray[np.int32] = field(repr=False)
+    src_info: Any = field(repr=False)
+    layout_range: Any = field(repr=False)
+    expert_rows: Any = field(repr=False, default=None)
+    num_tokens: int
+    num_topk: int
     num_max_tokens_per_rank: int
     hidden: int
     num_experts: int
     framework: str
+    layout: str = "expert"
+    has_weights: bool = False
 
     def __iter__(self) -> Any:
         return iter(
             (self.src_info, self.layout_range, self.num_max_tokens_per_rank, self.hidden, self.num_experts)
         )
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class HostLowLatencyHandle(LowLatencyHandle):
+    """Of the host backend, where the arrays are NumPy's.
+
+    Attributes:
+        topk_idx: int32 [num_tokens, num_topk], as given to the dispatch.
+        topk_weights: float32, the same; None if it had none.
+    """
+
+    topk_idx: NDArray[np.int32] = field(repr=False)
+    topk_weights: NDArray[np.float32] | None = field(repr=False, default=None)

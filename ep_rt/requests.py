@@ -22,6 +22,7 @@ SF_DTYPES = ("float32", "int32")
 INDEX_DTYPES = ("int64", "int32")
 LAYOUTS = ("rank", "expert")
 QUANTIZERS = (None, "fp8")
+REDUCTIONS = ("rank", "source")
 
 ROW_ALIGN_BYTES = 16
 FP8_BLOCK = 128
@@ -303,6 +304,8 @@ class LowLatencyDispatchRequest:
     use_fp8: bool
     round_scale: bool
     use_ue8m0: bool
+    topk_weights: ArrayView | None
+    layout: str
 
     @classmethod
     def of(
@@ -316,6 +319,8 @@ class LowLatencyDispatchRequest:
         use_fp8: bool,
         round_scale: bool,
         use_ue8m0: bool,
+        topk_weights: object = None,
+        layout: str = "expert",
         *,
         num_ranks: int,
         place: Place,
@@ -331,9 +336,16 @@ class LowLatencyDispatchRequest:
             raise ArrayError(f"x has hidden={hidden}; with use_fp8 it must be a multiple of {FP8_BLOCK}")
         if use_ue8m0 and not (use_fp8 and round_scale):
             raise ConfigError("use_ue8m0 needs use_fp8 and round_scale: its scales are powers of two")
+        if layout not in LAYOUTS:
+            raise ConfigError(f"layout={layout!r}; one of {', '.join(LAYOUTS)}")
+        ids = load(topk_idx, "topk_idx", dtypes=INDEX_DTYPES, shape=(num_tokens, None), place=place)
         return cls(
             x=rows,
-            topk_idx=load(topk_idx, "topk_idx", dtypes=INDEX_DTYPES, shape=(num_tokens, None), place=place),
+            topk_idx=ids,
+            topk_weights=None
+            if topk_weights is None
+            else load(topk_weights, "topk_weights", dtypes=("float32",), shape=ids.shape, place=place),
+            layout=layout,
             num_max_tokens_per_rank=num_max_tokens_per_rank,
             num_experts=num_experts,
             recv_stats=_load_stats(
@@ -348,17 +360,22 @@ class LowLatencyDispatchRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LowLatencyCombineRequest:
-    """`out_array` is the caller's object, which `out` views."""
+    """`out_array` is the caller's object, which `out` views.
+
+    `topk_weights` is None where those of the dispatch are used; then `topk_idx` is not looked at either.
+    """
 
     x: ArrayView
     topk_idx: ArrayView
-    topk_weights: ArrayView
+    topk_weights: ArrayView | None
     handle: LowLatencyHandle
     use_logfmt: bool
     zero_copy: bool
     out: ArrayView | None
     out_array: object
     wait_stats: ArrayView | None
+    use_fp8: bool
+    reduce: str
 
     @classmethod
     def of(
@@ -371,6 +388,8 @@ class LowLatencyCombineRequest:
         zero_copy: bool,
         out: object,
         wait_stats: object,
+        use_fp8: bool = False,
+        reduce: str = "rank",
         *,
         owner: object,
         num_ranks: int,
@@ -386,14 +405,27 @@ class LowLatencyCombineRequest:
             shape=(num_local_experts, num_rows, handle.hidden),
             place=place,
         )
-        if use_logfmt and handle.hidden % FP8_BLOCK:
-            raise ArrayError(f"x has hidden={handle.hidden}; use_logfmt needs a multiple of {FP8_BLOCK}")
-        shape = handle.topk_idx.shape
+        if (use_logfmt or use_fp8) and handle.hidden % FP8_BLOCK:
+            name = "use_fp8" if use_fp8 else "use_logfmt"
+            raise ArrayError(f"x has hidden={handle.hidden}; {name} needs a multiple of {FP8_BLOCK}")
+        if use_logfmt and use_fp8:
+            raise ConfigError("use_logfmt and use_fp8 exclude each other: rows travel in one way")
+        if reduce not in REDUCTIONS:
+            raise ConfigError(f"reduce={reduce!r}; one of {', '.join(REDUCTIONS)}")
+        shape = (handle.num_tokens, handle.num_topk)
         ids = load(topk_idx, "topk_idx", dtypes=INDEX_DTYPES, shape=shape, place=place)
-        weights = load(topk_weights, "topk_weights", dtypes=("float32",), shape=shape, place=place)
+        weights = None
+        if topk_weights is not None:
+            weights = load(topk_weights, "topk_weights", dtypes=("float32",), shape=shape, place=place)
+        if reduce == "rank" and handle.has_weights:
+            weights = None
+        elif weights is None:
+            raise ConfigError(
+                "low_latency_combine needs topk_weights, unless the dispatch took them and reduce='rank'"
+            )
         target = None
         if out is not None:
-            shape = (handle.topk_idx.shape[0], handle.hidden)
+            shape = (handle.num_tokens, handle.hidden)
             target = load(out, "out", dtypes=("bfloat16",), shape=shape, place=place)
         return cls(
             x=rows,
@@ -404,6 +436,8 @@ class LowLatencyCombineRequest:
             zero_copy=zero_copy,
             out=target,
             out_array=out,
+            use_fp8=use_fp8,
+            reduce=reduce,
             wait_stats=_load_stats(wait_stats, "combine_wait_recv_cost_stats", "int64", num_ranks, place),
         )
 

@@ -49,8 +49,8 @@ __device__ void barrier(const BarrierArgs<kCfg>& args) {
     if (reason != kNothing) {
         sync::give_up(own, args.hang, peer_signal, reason, kPhase, word, seen,
                       arrival == sync::Arrival::kArrived);
-    } else if (threadIdx.x == 0) {
-        own->epoch = epoch;
+    } else {
+        sync::advance_epoch(own, epoch);
     }
 }
 

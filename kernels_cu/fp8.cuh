@@ -87,4 +87,44 @@ __device__ __forceinline__ float cast(const uint4 (&from)[kVectors], uint2 (&to)
     return __fmul_rn(amax_of_lane, kE4m3MaxInv);
 }
 
+// The same with 16 neighbouring channels in every lane, so that 8 lanes share a scale factor.
+constexpr int kLanesPerPair = kLanesPerScale / 2;
+
+// Casts them, as a warp, and gives the scale factor of this lane's channels; with `rounds` a power of two.
+__device__ __forceinline__ uint4 cast_pair(const uint4 (&from)[2], bool rounds, float& factor) {
+    float amax = kAmaxMin;  // fmaxf ignores NaN
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const uint32_t word = rows::word_of(from[i / 4], i % 4);
+        amax = fmaxf(amax, fmaxf(fabsf(low_channel(word)), fabsf(high_channel(word))));
+    }
+#pragma unroll
+    for (int shift = kLanesPerPair / 2; shift > 0; shift /= 2)
+        amax = fmaxf(amax, __shfl_xor_sync(kFullWarp, amax, shift));
+    factor = __fmul_rn(amax, kE4m3MaxInv);
+    float scale = __fdiv_rn(kE4m3Max, amax);  // an infinity gives 0
+    if (rounds) {
+        const uint32_t bits = __float_as_uint(factor);
+        const uint32_t exponent = (bits >> 23) + ((bits & 0x7fffff) != 0);
+        factor = __uint_as_float(exponent << 23);
+        scale = __uint_as_float(exponent == 255 ? 0 : (254 - exponent) << 23);
+    }
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        words[i] = scaled(rows::word_of(from[i / 2], 2 * i % 4), scale) |
+                   scaled(rows::word_of(from[i / 2], (2 * i + 1) % 4), scale) << 16;
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// An e4m3 to float32, exactly.
+__host__ __device__ constexpr uint32_t float_bits_of(uint32_t e4m3) {
+    const uint32_t sign = (e4m3 & 0x80) << 24, exponent = e4m3 >> 3 & 0xf, mantissa = e4m3 & 7;
+    if ((e4m3 & 0x7f) == 0x7f) return sign | 0x7fc00000;
+    if (exponent != 0) return sign | (exponent + 120) << 23 | mantissa << 20;
+    if (mantissa == 0) return sign;
+    const uint32_t shift = mantissa >= 4 ? 0 : mantissa >= 2 ? 1 : 2;  // to a leading one: mantissa * 2^-9
+    return sign | (120 - shift) << 23 | (mantissa << (1 + shift) & 7) << 20;
+}
+
 }  // namespace ep::fp8

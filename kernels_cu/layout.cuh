@@ -12,7 +12,9 @@ enum Operation : uint64_t {
     kBarrier = 1,
     kDispatch = 2,
     kCombine = 3,
-    kExpand = 4,       // of one rank alone: never in a signal
+    kExpand = 4,  // of one rank alone: never in a signal
+    kLowLatencyDispatch = 5,
+    kLowLatencyCombine = 6,
     kGaveUp = 0xffff,  // the sender left the call; above every call, so that the word still grows
 };
 
@@ -33,7 +35,8 @@ enum Reason : uint64_t {
     kExpired = 1,       // the deadline passed
     kContradicted = 2,  // a peer's signal says that it gave up, or that it is in another call
     kDisagreed = 3,     // a peer's arguments are not those of this rank
-    kLeft = 4           // another block of this rank gave up; never recorded
+    kLeft = 4,          // another block of this rank gave up; never recorded
+    kOverfull = 5       // more rows for one expert than there is room for
 };
 
 // What a rank saw of one peer when it gave up. expected 0: it was not waiting for this peer.
@@ -48,6 +51,8 @@ struct HangRecord {
     PeerWait waits[kMaxRanks];
 };
 
+constexpr int kMaxGridBlocks = 640;  // of any kernel that advances the epoch
+
 struct SlabHeader {
     uint64_t signals[kMaxRanks];  // [src_rank]: stored by that rank; only grows
 
@@ -55,6 +60,10 @@ struct SlabHeader {
     uint64_t epoch;   // calls completed; advanced by the kernels, so that a graph can be replayed
     uint64_t failed;  // 1: a call was given up, and kernels that start leave at once; cleared by reset alone
     HangRecord hang;
+
+    // The same epoch once for every block, for calls whose blocks never meet: each reads its own word and
+    // advances its share of them, so none is written while another block may still read it.
+    uint64_t block_epochs[kMaxGridBlocks];
 };
 
 // Normal mode within one NVLink domain.
@@ -160,6 +169,45 @@ struct LocalWorkspace {
     uint64_t finished[2];                            // blocks whose work is done
     uint32_t tickets[2];                             // pieces handed out to warps
     uint64_t counts[kMaxBlocks * kMaxLocalExperts];  // [block][expert], stamped with the call
+};
+
+// Low-latency mode within one NVLink domain.
+
+// Where rows land. A zone takes those of one call at a time; the host says which one, alternating.
+constexpr int kLowLatencyZones = 4;  // two of dispatch, then two of combine
+constexpr int kFirstCombineZone = 2;
+constexpr int kMaxSendBlocks = 256;
+
+// Of calls of one shape, in the slab of every rank. Written by the peers. Uses of a zone are counted from 1;
+// what is stamped carries the epoch of the call.
+struct LowLatencyArea {
+    uint64_t freed[kLowLatencyZones]
+                  [kMaxLocalRanks];  // [zone][peer]: uses that the peer no longer needs; only grows
+    uint64_t beats[kMaxLocalRanks];  // [src_rank]: changes now and then while that rank waits in a kernel
+    uint64_t digests[kLowLatencyZones][kMaxLocalRanks];                // [zone][src_rank]: stamped
+    uint64_t num_tokens[kLowLatencyZones][kMaxLocalRanks];             // [zone][src_rank]: stamped
+    uint64_t flags[kLowLatencyZones][kMaxLocalRanks][kMaxSendBlocks];  // [zone][src_rank][its block]: stamped
+    uint64_t counts[kFirstCombineZone][kMaxLocalRanks][kMaxLocalExperts];  // [zone][src_rank]: stamped
+};
+
+// Of the calls of one shape on one rank, in its own memory.
+struct LowLatencyState {
+    uint64_t uses[kLowLatencyZones][kMaxGridBlocks];  // of the zone so far, once for every block as above
+    uint64_t received[kLowLatencyZones];              // the last use whose receive phase has ended
+    uint64_t decisions[kLowLatencyZones][kMaxLocalRanks];  // [zone][src_rank]: stamped; 1 present, 2 absent
+};
+
+// Of one call, kept by its handle: written by its send phase.
+struct LowLatencyRecord {
+    uint64_t epoch, use;
+    int64_t max_tokens;  // of any rank; written by the receive phase of a dispatch
+};
+
+// Where the row of a (source rank, token, column) lies among the rows of this rank's experts; row -1:
+// elsewhere.
+struct Route {
+    int32_t row;
+    float weight;
 };
 
 }  // namespace ep

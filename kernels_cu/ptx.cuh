@@ -30,6 +30,21 @@ __device__ __forceinline__ uint64_t ld_relaxed_sys(const uint64_t* addr) {
     return value;
 }
 
+// Four words at once, each by itself: visible to every GPU, in any order. Order nothing.
+__device__ __forceinline__ void st_relaxed_sys(uint4* addr, uint4 v) {
+    asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(addr), "r"(v.x), "r"(v.y),
+                 "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+__device__ __forceinline__ uint4 ld_relaxed_sys(const uint4* addr) {
+    uint4 v;
+    asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(addr)
+                 : "memory");
+    return v;
+}
+
 // Relaxed load and store among the blocks of one GPU. Order nothing.
 __device__ __forceinline__ uint64_t ld_relaxed_gpu(const uint64_t* addr) {
     uint64_t value;
@@ -54,6 +69,17 @@ __device__ __forceinline__ uint64_t atom_add_acq_rel_gpu(uint64_t* addr, uint64_
     asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;"
                  : "=l"(old)
                  : "l"(addr), "l"(value)
+                 : "memory");
+    return old;
+}
+
+// Compare-and-swap among the blocks of one GPU: releases what came before, acquires what was released with
+// the word. Returns what was there.
+__device__ __forceinline__ uint64_t atom_cas_acq_rel_gpu(uint64_t* addr, uint64_t expected, uint64_t value) {
+    uint64_t old;
+    asm volatile("atom.acq_rel.gpu.global.cas.b64 %0, [%1], %2, %3;"
+                 : "=l"(old)
+                 : "l"(addr), "l"(expected), "l"(value)
                  : "memory");
     return old;
 }

@@ -35,6 +35,12 @@ __device__ inline Reason wait_for_signals(const uint64_t* word, uint64_t expecte
     }
 }
 
+// One block, when no other one of the kernel reads the epoch any more.
+__device__ inline void advance_epoch(SlabHeader* own, uint64_t epoch) {
+    if (threadIdx.x == 0) own->epoch = epoch;
+    for (int32_t i = threadIdx.x; i < kMaxGridBlocks; i += blockDim.x) own->block_epochs[i] = epoch;
+}
+
 // Stores everything of a record but its reason. One thread per peer; thread 0 is among them.
 __device__ inline void fill_hang(HangRecord* hang, uint64_t phase, uint64_t expected, uint64_t seen,
                                  bool has_arrived) {
@@ -215,9 +221,9 @@ __device__ inline void finish(const Call& call, uint64_t phase) {
         leave(call, reason, phase, [&](int32_t src) {
             return signal_epoch(ptx::ld_relaxed_sys(&own->arrivals[src])) >= call.epoch;
         });
-    } else if (threadIdx.x == 0) {
-        call.header(call.rank)->epoch = call.epoch;
-        call.workspace->calls += 1;
+    } else {
+        advance_epoch(call.header(call.rank), call.epoch);
+        if (threadIdx.x == 0) call.workspace->calls += 1;
     }
 }
 

@@ -366,7 +366,14 @@ def check_low_latency(buffer: Buffer, seed: int, *, hook: bool = False) -> None:
     ]
     num_max_tokens = max([1, *(ids.size for ids in case.topk_idx)])
     x = [random_values(rng, (count, case.hidden), ml_dtypes.bfloat16) for count in case.num_tokens]
-    options = {"use_fp8": use_fp8, "round_scale": round_scale, "use_ue8m0": use_ue8m0}
+    layout = ("expert", "rank")[int(rng.integers(2))]
+    options: dict[str, Any] = {
+        "use_fp8": use_fp8,
+        "round_scale": round_scale,
+        "use_ue8m0": use_ue8m0,
+        "layout": layout,
+    }
+    sends_weights = bool(rng.integers(2))
     expected = reference.low_latency_dispatch(
         x,
         case.topk_idx,
@@ -385,6 +392,7 @@ def check_low_latency(buffer: Buffer, seed: int, *, hook: bool = False) -> None:
         waited,
         **options,
         return_recv_hook=hook,
+        topk_weights=case.topk_weights[rank] if sends_weights else None,
     )
     if hook:
         assert out.hook is not None
@@ -397,20 +405,12 @@ def check_low_latency(buffer: Buffer, seed: int, *, hook: bool = False) -> None:
     assert same_bits(out.handle.src_info, mine.src_info)
     assert same_bits(out.handle.layout_range, mine.layout_range)
     assert recv_x.shape == mine.recv_x.shape
-    for expert, count in enumerate(mine.recv_count):
-        assert same_bits(recv_x[expert, :count], mine.recv_x[expert, :count])
-        if recv_sf is not None and mine.sf is not None:
-            assert same_bits(recv_sf[expert, :count], mine.sf[expert, :count])
-            assert recv_sf.strides[1] == recv_sf.itemsize
+    check_low_latency_rows(recv_x, recv_sf, mine, out.handle.expert_rows)
 
-    y = [
-        (random_values(rng, each.recv_x.shape, np.float32) / 64).astype(ml_dtypes.bfloat16)
-        for each in expected
-    ]
-    use_logfmt = bool(rng.integers(2))
-    combined = reference.low_latency_combine(
-        y, expected, case.topk_idx, case.topk_weights, use_logfmt=use_logfmt
-    )
+    shape = (*mine.src_info.shape, case.hidden)
+    y = [(random_values(rng, shape, np.float32) / 64).astype(ml_dtypes.bfloat16) for _ in expected]
+    back_options = low_latency_combine_options(rng)
+    combined = reference.low_latency_combine(y, expected, case.topk_idx, case.topk_weights, **back_options)
     zero_copy = bool(rng.integers(2))
     target = np.zeros((case.num_tokens[rank], case.hidden), ml_dtypes.bfloat16) if rng.integers(2) else None
     if zero_copy:
@@ -420,7 +420,7 @@ def check_low_latency(buffer: Buffer, seed: int, *, hook: bool = False) -> None:
         case.topk_idx[rank],
         case.topk_weights[rank],
         out.handle,
-        use_logfmt=use_logfmt,
+        **back_options,
         zero_copy=zero_copy,
         return_recv_hook=hook,
         out=target,
@@ -430,3 +430,34 @@ def check_low_latency(buffer: Buffer, seed: int, *, hook: bool = False) -> None:
         back.hook()
     assert same_bits(back.combined_x, combined[rank])
     assert target is None or back.combined_x is target
+
+
+def check_low_latency_rows(
+    recv_x: Array, recv_sf: Array | None, mine: reference.LowLatencyDispatched, expert_rows: Array | None
+) -> None:
+    """The rows that count, in either layout."""
+    if mine.expert_rows is not None:
+        assert expert_rows is not None
+        assert same_bits(expert_rows, mine.expert_rows)
+        here = np.unique(mine.expert_rows[mine.expert_rows >= 0])
+        num_rows = mine.src_info.shape[1]
+        assert same_bits(recv_x.reshape(num_rows, -1)[here], mine.recv_x.reshape(num_rows, -1)[here])
+        if recv_sf is not None and mine.sf is not None:
+            assert same_bits(recv_sf.reshape(num_rows, -1)[here], mine.sf.reshape(num_rows, -1)[here])
+        return
+    assert expert_rows is None
+    for expert, count in enumerate(mine.recv_count):
+        assert same_bits(recv_x[expert, :count], mine.recv_x[expert, :count])
+        if recv_sf is not None and mine.sf is not None:
+            assert same_bits(recv_sf[expert, :count], mine.sf[expert, :count])
+            assert recv_sf.strides[1] == recv_sf.itemsize
+
+
+def low_latency_combine_options(rng: np.random.Generator) -> dict[str, Any]:
+    """How rows come back."""
+    wire = int(rng.integers(3))
+    return {
+        "reduce": ("rank", "source")[int(rng.integers(2))],
+        "use_logfmt": wire == 1,
+        "use_fp8": wire == 2,
+    }

@@ -20,7 +20,7 @@ from ep_rt import reference
 from ep_rt.bench import machine, options, places, plot, report, run, wire
 from ep_rt.bench.check import CheckError, check_against_reference
 from ep_rt.bench.measure import Times
-from ep_rt.bench.options import OPERATIONS, Options
+from ep_rt.bench.options import LOW_LATENCY, OPERATIONS, Options
 from ep_rt.bench.workload import BF16, ELEMENTS, FP8, Payload, Routing, Traffic
 from ep_rt.errors import ConfigError
 from ep_rt.host.engine import HostEngine
@@ -255,6 +255,25 @@ def test_options_that_cannot_work(arguments: tuple[str, ...]) -> None:
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ep_rt", "bench", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_the_low_latency_mode_is_measured_when_named(dtype: str) -> None:
+    arguments = [
+        "bench",
+        "--backend=host",
+        "--ranks=2",
+        "--tokens=5",
+        "--hidden=256",
+        "--experts=8",
+        "--topk=2",
+    ]
+    arguments += ["--repeat=1", f"--dtype={dtype}", "--json=-", "--operations", *LOW_LATENCY]
+    ran = subprocess.run(
+        [sys.executable, "-m", "ep_rt", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    found = [result["operation"] for result in json.loads(ran.stdout)["results"]]
+    assert found == [name for name in LOW_LATENCY if dtype == "bf16" or name != "ll-combine"]
 
 
 def test_a_run_of_threads_with_json_on_stdout() -> None:

@@ -97,7 +97,9 @@ def test_torch_arrays_come_back_as_torch_arrays() -> None:
             assert scales.stride(1) == 1
             y = torch.ones(rows.shape, dtype=torch.bfloat16)
             buffer.get_next_low_latency_combine_buffer(low.handle).copy_(y)
-            sums = buffer.low_latency_combine(y, ids, weights, low.handle, zero_copy=True).combined_x
+            sums = buffer.low_latency_combine(
+                y, ids, weights, low.handle, zero_copy=True, reduce="source"
+            ).combined_x
             assert torch.equal(sums[:, :1], weights.sum(dim=1, keepdim=True).to(torch.bfloat16))
 
     ep_rt.run_local(run, 2, timeout_s=20)
@@ -311,12 +313,15 @@ def shrunk_round(buffer: Buffer, *, lost: int | None, alone: bool = False) -> No
     }
     expected = reference.low_latency_dispatch(x, ids, use_fp8=False, **options)
     y = [random_values(case.rng, each.recv_x.shape, BF16) for each in expected]
-    combined = reference.low_latency_combine(y, expected, ids, case.topk_weights)
+    reduce = ("rank", "source")[int(alone)]
+    combined = reference.low_latency_combine(y, expected, ids, case.topk_weights, reduce=reduce)
     me = buffer.rank
     out = buffer.low_latency_dispatch(x[me], case.topk_idx[me], use_fp8=False, **options)
     assert same_bits(out.recv_count, expected[me].recv_count)
     assert same_bits(out.handle.layout_range, expected[me].layout_range)
-    back = buffer.low_latency_combine(y[me], case.topk_idx[me], case.topk_weights[me], out.handle)
+    back = buffer.low_latency_combine(
+        y[me], case.topk_idx[me], case.topk_weights[me], out.handle, reduce=reduce
+    )
     assert same_bits(back.combined_x, combined[me])
 
 

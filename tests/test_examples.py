@@ -270,6 +270,16 @@ def test_gradients_are_those_of_the_loss(example: Callable[[str], Any], num_rank
             np.testing.assert_allclose(numerical, analytical, rtol=1e-3, atol=2e-5, err_msg=name)
 
 
+# decode_overlap.py
+
+
+def test_decode_overlap_without_gpus(run_on_4_ranks: RunExample) -> None:
+    arguments = "--backend=host --tokens=5 --hidden=128 --num-experts=8 --topk=2 --rounds=3"
+    code, printed = run_on_4_ranks("decode_overlap.py", *arguments.split())
+    assert code == 0, printed
+    assert printed.count("all as without hooks") == 1
+
+
 # overlap.py
 
 

@@ -130,3 +130,26 @@ def test_a_rank_that_waited_for_its_own_blocks_blames_nobody() -> None:
         error = verdict(reports, rank=rank, timeout_s=1.0)
         assert isinstance(error, DeviceError)
         assert "rank 1 did not all run" in str(error)
+
+
+def test_a_call_that_is_not_named_contradicts_nobody() -> None:
+    # Rank 0 never came. Rank 2 had sent in call 5 without an answer, and says in call 6 that rank 0 completed
+    # call 5: it does not know.
+    dispatch = Operation.LOW_LATENCY_DISPATCH
+    reports = [
+        None,
+        report(1, {0: (4, Operation.NO_OPERATION)}, operation=dispatch),
+        report(2, {0: (5, Operation.NO_OPERATION)}, operation=dispatch, epoch=6),
+    ]
+    assert named(verdict(reports, rank=1, timeout_s=1.0)) == (0,)
+
+
+def test_too_many_rows_are_said_by_every_rank() -> None:
+    reports = [
+        report(0, {1: (5, GAVE_UP)}, reason=Reason.CONTRADICTED, operation=Operation.LOW_LATENCY_DISPATCH),
+        report(1, {}, reason=Reason.OVERFULL, operation=Operation.LOW_LATENCY_DISPATCH),
+    ]
+    for rank in range(2):
+        error = verdict(reports, rank=rank, timeout_s=1.0)
+        assert isinstance(error, ConfigError)
+        assert "rank 1 sends more" in str(error)

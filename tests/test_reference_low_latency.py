@@ -225,3 +225,75 @@ def refuse(**changes: Any) -> None:
 def test_bad_input_is_refused(error: type[Exception], call: Callable[[], object]) -> None:
     with pytest.raises(error):
         call()
+
+
+@given(cases())
+def test_layouts_hold_the_same_rows(case: Case) -> None:
+    x = [rows.astype(np.float32) for rows in case.origins()]
+    by_expert, by_rank = dispatch(case, x), dispatch(case, x, layout="rank")
+    for packed, native in zip(by_expert, by_rank, strict=True):
+        assert packed.expert_rows is None
+        assert native.expert_rows is not None
+        assert native.recv_x.shape == (case.num_ranks, CAPACITY, x[0].shape[1])
+        assert np.array_equal(packed.src_info, native.src_info)
+        assert np.array_equal(packed.layout_range, native.layout_range)
+        rows = native.recv_x.reshape(-1, x[0].shape[1])
+        for expert, count in enumerate(native.recv_count):
+            listed = native.expert_rows[expert]
+            assert (listed[count:] == -1).all()
+            assert np.array_equal(rows[listed[:count]], packed.recv_x[expert, :count])
+
+
+@given(cases(), st.sampled_from(["rank", "source"]))
+def test_identity_experts_give_the_weighted_token_back(case: Case, reduce: str) -> None:
+    x = [np.ones((count, 8), np.float32) for count in case.num_tokens]
+    dispatched = dispatch(case, x)
+    y = [each.recv_x.astype(BF16) for each in dispatched]
+    weights = [np.full(ids.shape, 0.5, np.float32) for ids in case.topk_idx]
+    combined = reference.low_latency_combine(y, dispatched, case.topk_idx, weights, reduce=reduce)
+    for ids, rows in zip(case.topk_idx, combined, strict=True):
+        expected = 0.5 * (ids >= 0).sum(axis=1, keepdims=True)
+        assert np.array_equal(rows.astype(np.float32), np.broadcast_to(expected, rows.shape))
+
+
+@given(cases(), st.integers(0, 1000))
+def test_sums_on_the_experts_ranks_cost_one_rounding(case: Case, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = [np.zeros((count, 8), np.float32) for count in case.num_tokens]
+    dispatched = dispatch(case, x)
+    shape = (*dispatched[0].src_info.shape, 8)
+    y = [rng.standard_normal(shape, np.float32).astype(BF16) for _ in dispatched]
+    weights = [rng.random(ids.shape, np.float32) for ids in case.topk_idx]
+    at_source, on_rank = (
+        reference.low_latency_combine(y, dispatched, case.topk_idx, weights, reduce=reduce)
+        for reduce in ("source", "rank")
+    )
+    magnitude = reference.low_latency_combine(
+        [np.abs(each.astype(np.float32)) for each in y], dispatched, case.topk_idx, weights
+    )
+    for exact, rounded, most in zip(at_source, on_rank, magnitude, strict=True):
+        difference = np.abs(exact.astype(np.float32) - rounded.astype(np.float32))
+        # Of each rank's sum by half a last place, and of both results.
+        assert (difference <= 2**-8 * most + 2 * 2**-8 * np.abs(exact.astype(np.float32)) + 1e-6).all()
+
+
+def test_rows_may_travel_as_fp8() -> None:
+    ids = [np.array([[0, 1]])]
+    case = Case(num_ranks=1, num_local_experts=2, topk_idx=ids, seed=0)
+    dispatched = dispatch(case, [np.zeros((1, 128), np.float32)])
+    rng = np.random.default_rng(0)
+    y = [rng.standard_normal((2, CAPACITY, 128), np.float32).astype(BF16)]
+    weights = [np.array([[0.25, 0.5]], np.float32)]
+    rows = [y[0][expert, :1] for expert in range(2)]
+    seen = [reference.dequantize_fp8(*reference.quantize_fp8(row)) for row in rows]
+    at_source = reference.low_latency_combine(y, dispatched, ids, weights, use_fp8=True)[0]
+    assert same_bits(at_source, (np.float32(0.25) * seen[0] + np.float32(0.5) * seen[1]).astype(BF16))
+    partial = (
+        np.float32(0.25) * rows[0].astype(np.float32) + np.float32(0.5) * rows[1].astype(np.float32)
+    ).astype(BF16)
+    on_rank = reference.low_latency_combine(y, dispatched, ids, weights, use_fp8=True, reduce="rank")[0]
+    assert same_bits(on_rank, reference.dequantize_fp8(*reference.quantize_fp8(partial)).astype(BF16))
+    with pytest.raises(ConfigError, match="exclude"):
+        reference.low_latency_combine(y, dispatched, ids, weights, use_fp8=True, use_logfmt=True)
+    with pytest.raises(ConfigError, match="reduce="):
+        reference.low_latency_combine(y, dispatched, ids, weights, reduce="tree")

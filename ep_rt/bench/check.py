@@ -12,6 +12,7 @@ from ..buffer import Buffer
 from ..errors import EpError, on_all_ranks
 from ..exchange import Group
 from .layer import Call, Layer
+from .low_latency import LowLatencyLayer
 from .options import Options
 from .places import TIMEOUT_S, Place, fetch
 from .workload import BF16, Array
@@ -50,6 +51,22 @@ def check_call(layer: Layer, call: Call) -> None:
     group.barrier()
     check = _combined if call.name.startswith("combine") else _dispatched
     problem = check(layer, call, out)
+    agree(group, None if problem is None else f"{call.name}, {len(layer.tokens)} tokens: {problem}")
+
+
+def check_low_latency_call(layer: LowLatencyLayer, call: Call) -> None:
+    """The same for a call of the low-latency mode.
+
+    Raises:
+        CheckError: on every rank.
+    """
+    group, place = layer.group, layer.place
+    layer.renew()
+    group.barrier()
+    out = call.run()
+    place.synchronize()
+    group.barrier()
+    problem = layer.problem(call, out)
     agree(group, None if problem is None else f"{call.name}, {len(layer.tokens)} tokens: {problem}")
 
 

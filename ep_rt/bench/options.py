@@ -10,6 +10,8 @@ from ..errors import ConfigError
 
 OPERATIONS: Final = ("dispatch", "dispatch-cached", "dispatch-exact", "combine", "combine-copied")
 
+LOW_LATENCY: Final = ("ll-dispatch", "ll-dispatch-packed", "ll-dispatch-split", "ll-combine", "ll-pair")
+
 _EPILOG: Final = """\
 operations:
   dispatch         with num_worst_tokens for the worst case: the host waits for nothing
@@ -17,6 +19,12 @@ operations:
   dispatch-exact   results of exactly the rows received: the host waits for their number
   combine          rows in communication memory (Buffer.empty)
   combine-copied   rows in an ordinary array, which are copied there first; GPUs only
+  ll-dispatch         low-latency mode, rows stay where they land (layout "rank"); weights travel along
+  ll-dispatch-packed  rows are copied to their experts (layout "expert")
+  ll-dispatch-split   as ll-dispatch, in two kernels: the send phase, and the receive hook at once
+  ll-combine          one row for each rank (reduce "rank")
+  ll-pair             ll-dispatch and ll-combine
+Those of the low-latency mode are measured when they are named; they take the SMs that they need.
 Combine sums bfloat16 rows, also after a dispatch of FP8: it is measured with --dtype bf16 or both.
 
 Every result is compared with what it must be, byte by byte, before it is timed. The status is 1 if one
@@ -66,12 +74,18 @@ class Options:
         """Of the popularity of the experts."""
         return self.zipf_exponent if self.routing == "zipf" else 0.0
 
+    def low_latency_of(self, dtype: str) -> tuple[str, ...]:
+        """Those of the low-latency mode. A combine by itself does not depend on the dtype of the dispatch."""
+        names = tuple(name for name in self.operations if name in LOW_LATENCY)
+        return tuple(name for name in names if name != "ll-combine" or dtype == "bf16")
+
     def operations_of(self, dtype: str, backend: str) -> tuple[str, ...]:
         """Those of `operations` that there are for a dtype on a backend."""
         return tuple(
             name
             for name in self.operations
-            if not (name.startswith("combine") and dtype != "bf16")
+            if name not in LOW_LATENCY
+            and not (name.startswith("combine") and dtype != "bf16")
             and not (name == "combine-copied" and backend == "host")
         )
 
@@ -105,7 +119,9 @@ def add_parser(commands: Any) -> None:
     work.add_argument("--zipf-exponent", type=float, default=_DEFAULTS.zipf_exponent, metavar="S")
     work.add_argument("--seed", type=int, default=_DEFAULTS.seed)
     what = parser.add_argument_group("what is measured")
-    what.add_argument("--operations", nargs="+", choices=OPERATIONS, default=OPERATIONS, metavar="OP")
+    what.add_argument(
+        "--operations", nargs="+", choices=OPERATIONS + LOW_LATENCY, default=OPERATIONS, metavar="OP"
+    )
     what.add_argument(
         "--sms", type=_positive, nargs="+", default=_DEFAULTS.sms, help="SMs that an operation may use"
     )
@@ -152,7 +168,7 @@ def options_of(parsed: argparse.Namespace) -> Options:
         routing=parsed.routing,
         zipf_exponent=parsed.zipf_exponent,
         seed=parsed.seed,
-        operations=tuple(name for name in OPERATIONS if name in parsed.operations),
+        operations=tuple(name for name in OPERATIONS + LOW_LATENCY if name in parsed.operations),
         repeat=parsed.repeat,
         backend=parsed.backend,
         num_ranks=parsed.ranks,

@@ -11,9 +11,10 @@ from ..errors import ConfigError, EpError, on_all_ranks
 from ..exchange import Group
 from ..groups import as_group
 from . import first_call, machine, nccl, plot, report, wire
-from .check import CheckError, check_against_reference, check_call
+from .check import CheckError, check_against_reference, check_call, check_low_latency_call
 from .console import Console, say
 from .layer import Layer, open_buffer
+from .low_latency import LowLatencyLayer, open_low_latency_buffer
 from .measure import CudaTimer, HostTimer, Times, open_timer
 from .options import Options
 from .places import CudaPlace, Place, on_every_rank
@@ -57,6 +58,7 @@ def _on_rank(group: Group, place: Place, options: Options) -> Report | None:
     backend = place.setting.backend
     steps = len(options.tokens) * (len(options.sms) if backend == "cuda" else 1)
     steps *= sum(len(options.operations_of(name, backend)) for name in options.dtypes)
+    steps += len(options.tokens) * sum(len(options.low_latency_of(name)) for name in options.dtypes)
     with Console(_stream(options) if group.rank == 0 else None, steps) as console:
         console.lines(report.header(found))
         if options.is_first_call:
@@ -72,7 +74,10 @@ def _on_rank(group: Group, place: Place, options: Options) -> Report | None:
             element = ELEMENTS[name]
             console.lines(report.title(name, element.row_bytes(options.hidden)))
             for routing in routings.values():
-                _measure(group, place, timer, element, routing, found, console)
+                if options.operations_of(name, backend):
+                    _measure(group, place, timer, element, routing, found, console)
+                if options.low_latency_of(name):
+                    _measure_low_latency(group, place, timer, element, routing, found, console)
         if isinstance(timer, CudaTimer):
             timer.close()
         if options.compare == "nccl":
@@ -125,6 +130,36 @@ def _measure(
     with open_buffer(group, place, routing, element, found.options) as buffer:
         layer = Layer(group, buffer, place, element, routing, found.options)
         _measure_layer(layer, timer, found, console)
+        del layer  # its arrays, before the buffer that they lie in
+        group.barrier()
+
+
+def _measure_low_latency(
+    group: Group,
+    place: Place,
+    timer: CudaTimer | HostTimer,
+    element: Element,
+    routing: Routing,
+    found: Report,
+    console: Console,
+) -> None:
+    """The operations of the low-latency mode, for one element and number of tokens."""
+    with open_low_latency_buffer(group, place, routing, found.options) as buffer:
+        layer = LowLatencyLayer(group, buffer, place, element, routing, found.options)
+        for call in layer.calls():
+            console.step(f"{element.name} {len(layer.tokens)} {call.name}")
+            check_low_latency_call(layer, call)
+            result = Result.of(
+                _gathered(group, timer.measure(call)),
+                element=element.name,
+                num_tokens=len(layer.tokens),
+                num_sms=None,
+                operation=call.name,
+                row_bytes=element.row_bytes(found.options.hidden),
+                traffic=routing.traffic(),
+            )
+            found.results.append(result)
+            console.lines([report.line(found, result)])
         del layer  # its arrays, before the buffer that they lie in
         group.barrier()
 

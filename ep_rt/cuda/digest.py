@@ -5,7 +5,12 @@ from __future__ import annotations
 import zlib
 from typing import Final
 
-from ..requests import CombineRequest, DispatchRequest
+from ..requests import (
+    CombineRequest,
+    DispatchRequest,
+    LowLatencyCombineRequest,
+    LowLatencyDispatchRequest,
+)
 
 _ODD: Final = 0x9E3779B1  # spreads small numbers over 32 bits
 
@@ -33,6 +38,28 @@ def combine_digest(request: CombineRequest) -> int:
     is_summed = weights is not None and request.handle.layout == "rank"
     num_columns = weights.shape[1] if weights is not None and is_summed else None
     return _digest("combine", request.x.dtype, request.x.shape[1], num_columns)
+
+
+def low_latency_digest(request: LowLatencyDispatchRequest, zone: int, max_send_blocks: int) -> int:
+    """Of a low-latency dispatch. Sizes are compared when an area is made."""
+    return _digest(
+        "low-latency dispatch",
+        request.use_fp8,
+        request.round_scale,
+        request.use_ue8m0,
+        request.topk_weights is not None,
+        zone,
+        max_send_blocks,
+    )
+
+
+def low_latency_combine_digest(
+    request: LowLatencyCombineRequest, wire: str, zone: int, max_send_blocks: int
+) -> int:
+    """Of a low-latency combine."""
+    return _digest(
+        "low-latency combine", wire, request.reduce, request.topk_weights is None, zone, max_send_blocks
+    )
 
 
 def along(digest: int, handle_call: int) -> int:

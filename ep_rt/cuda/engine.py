@@ -31,6 +31,8 @@ from .hang import timeout_ns
 from .heap import Block
 from .inputs import Inputs, itemsize
 from .launch import current_architecture
+from .low_latency import CudaLowLatency
+from .low_latency_calls import LowLatencyKernels
 from .memory import device_errors
 from .operations import Operations
 from .pool import Lease, PoolStats
@@ -46,6 +48,7 @@ class CudaStats:
         num_staged_inputs: inputs of combine that were copied into the slab, because they lay elsewhere.
         num_copied_results: results of dispatch that were copied out of the slab, to leave room there.
         num_arrays_elsewhere: arrays of `Buffer.empty` that found no room in the slab.
+        num_low_latency_dispatches, num_low_latency_combines: calls, however often a graph replays them.
     """
 
     slab: PoolStats
@@ -55,6 +58,8 @@ class CudaStats:
     num_staged_inputs: int
     num_copied_results: int
     num_arrays_elsewhere: int
+    num_low_latency_dispatches: int = 0
+    num_low_latency_combines: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,11 +68,13 @@ class MemoryReport:
 
     Attributes:
         slab: the payload of the slab: results, and inputs on their way.
+        low_latency: of that, what low-latency calls land in.
         control: words in the slab besides.
         local: what only this rank touches: handles, results of combine, copies. `local_used` of them in use.
     """
 
     slab: PoolStats
+    low_latency_bytes: int
     control_bytes: int
     local_bytes: int
     local_used_bytes: int
@@ -77,6 +84,7 @@ class MemoryReport:
         lines = {
             "slab": slab.num_bytes,
             "  in use": slab.used_bytes,
+            "  for low-latency calls": self.low_latency_bytes,
             "  most in use so far": slab.most_used_bytes,
             "  largest free piece": slab.largest_free_bytes,
             "control words": self.control_bytes,
@@ -89,10 +97,11 @@ class MemoryReport:
 class CudaEngine:
     """Dispatch and combine by kernels. A call returns when its work is enqueued.
 
-    Args: see `Domain`.
+    Args: see `Domain` and, for `enable_shrink`, `CudaLowLatency`.
 
     Attributes:
         place: the device that is current at construction.
+        low_latency: its low-latency calls; None if they were not asked for.
 
     Raises:
         TopologyError: the ranks are not those of one NVLink domain.
@@ -102,34 +111,59 @@ class CudaEngine:
     """
 
     def __init__(
-        self, group: Group, topology: Topology, *, owner: object, num_bytes: int, timeout_s: float
+        self,
+        group: Group,
+        topology: Topology,
+        *,
+        owner: object,
+        num_bytes: int,
+        timeout_s: float,
+        with_low_latency: bool = False,
+        enable_shrink: bool = False,
     ) -> None:
         domain = Domain(group, topology, num_bytes=num_bytes, timeout_s=timeout_s)
         self._domain = domain
         self.place = domain.place
-        self._operations, self._expert_major = domain.together("kernels", self._load)
+        self._operations, self._expert_major, low_latency = domain.together(
+            "kernels", lambda: self._load(with_low_latency)
+        )
         self._inputs = Inputs(domain, self._operations)
         parts = domain, self._operations, self._expert_major, self._inputs
         self._dispatch = Dispatch(*parts, owner=owner)
         self._combine = Combine(*parts, owner=owner)
         self._num_elsewhere = 0
+        self.low_latency: CudaLowLatency | None = None
+        if low_latency is not None:
+            self.low_latency = CudaLowLatency(
+                domain,
+                low_latency,
+                self._inputs,
+                owner=owner,
+                enable_shrink=enable_shrink,
+                close=self.close,
+            )
 
-    def _load(self) -> tuple[Operations, ExpertMajor]:
+    def _load(self, with_low_latency: bool) -> tuple[Operations, ExpertMajor, LowLatencyKernels | None]:
         domain = self._domain
-        jit.prepare(kernels.normal_mode_specs(), current_architecture())
+        specs = kernels.normal_mode_specs()
+        if with_low_latency:
+            specs += kernels.low_latency_specs()
+        jit.prepare(specs, current_architecture())
         hang, max_blocks = domain.watch.record_pointer, domain.max_blocks
         deadline_ns = timeout_ns(domain.timeout_s)
         rank, slabs = domain.group.rank, domain.slab.pointers
+        operations = Operations(
+            hang=hang,
+            slabs=slabs,
+            rank=rank,
+            num_ranks=domain.group.size,
+            timeout_ns=deadline_ns,
+            max_blocks=max_blocks,
+        )
         return (
-            Operations(
-                hang=hang,
-                slabs=slabs,
-                rank=rank,
-                num_ranks=domain.group.size,
-                timeout_ns=deadline_ns,
-                max_blocks=max_blocks,
-            ),
+            operations,
             ExpertMajor(header=slabs[rank], hang=hang, timeout_ns=deadline_ns, max_blocks=max_blocks),
+            LowLatencyKernels(operations, max_blocks=max_blocks) if with_low_latency else None,
         )
 
     # Life time.
@@ -144,13 +178,20 @@ class CudaEngine:
         domain.on_device(domain.runtime.deviceSynchronize)
         domain.on_device(self._operations.workspace.reset)
         domain.on_device(self._expert_major.workspace.reset)
-        domain.watch.reset(timeout_s=domain.timeout_s)
+        low_latency = self.low_latency
+        domain.watch.reset(
+            timeout_s=domain.timeout_s,
+            meanwhile=(lambda: None) if low_latency is None else low_latency.reset,
+        )
         calls = domain.group.allgather(self._dispatch.num_calls, op="reset calls", timeout_s=domain.timeout_s)
         self._dispatch.reset(max(calls))
 
     @property
     def stats(self) -> CudaStats:
+        low_latency = (0, 0) if self.low_latency is None else self.low_latency.num_calls
         return CudaStats(
+            num_low_latency_dispatches=low_latency[0],
+            num_low_latency_combines=low_latency[1],
             slab=self._domain.pool.stats,
             num_dispatches=self._dispatch.num_calls,
             num_combines=self._combine.num_calls,
@@ -165,6 +206,7 @@ class CudaEngine:
         domain = self._domain
         return MemoryReport(
             slab=domain.pool.stats,
+            low_latency_bytes=0 if self.low_latency is None else self.low_latency.num_bytes,
             control_bytes=domain.slab.num_bytes - domain.pool.num_bytes,
             local_bytes=domain.heap.num_bytes,
             local_used_bytes=domain.heap.used_bytes,

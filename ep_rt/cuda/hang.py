@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -139,6 +139,14 @@ def verdict(reports: Sequence[Report | None], *, rank: int, timeout_s: float) ->
         return CollectiveMismatchError(
             [operation_name(operations[peer]) if peer in operations else None for peer in range(len(reports))]
         )
+    overfull = ", ".join(str(report.rank) for report in known if report.reason == Reason.OVERFULL)
+    if overfull:
+        return on_all_ranks(
+            ConfigError(
+                f"rank {overfull} sends more than num_max_dispatch_tokens_per_rank rows to one expert, which "
+                "takes an expert that is repeated in a row of topk_idx"
+            )
+        )
     if any(report.epoch == epoch and report.reason == Reason.DISAGREED for report in known):
         return _disagreement(
             [report for report in known if report.epoch == epoch and report.reason == Reason.DISAGREED],
@@ -169,13 +177,23 @@ def _disagreement(reports: Sequence[Report], *, num_ranks: int) -> EpError:
     if len(alike) == 1:
         alike.add(differing)
     listing = "; ".join(", ".join(map(str, ranks)) for ranks in sorted(alike) if ranks)
+    facts = _COMPARED.get(
+        reports[0].operation,
+        "dtype, hidden, scale factors, columns of topk_idx, topk_weights, num_experts, num_worst_tokens or "
+        "handle",
+    )
     return on_all_ranks(
         ConfigError(
-            f"{operation_name(reports[0].operation)} (call {reports[0].epoch}): ranks differ in dtype, "
-            "hidden, scale factors, columns of topk_idx, topk_weights, num_experts, num_worst_tokens or "
-            f"handle. Ranks that agree among each other: {listing}"
+            f"{operation_name(reports[0].operation)} (call {reports[0].epoch}): ranks differ in {facts}. "
+            f"Ranks that agree among each other: {listing}"
         )
     )
+
+
+_COMPARED: Final[Mapping[int, str]] = {
+    Operation.LOW_LATENCY_DISPATCH: "use_fp8, round_scale, use_ue8m0, topk_weights or earlier calls",
+    Operation.LOW_LATENCY_COMBINE: "use_logfmt, use_fp8, reduce, topk_weights or earlier calls",
+}
 
 
 def _operations_at(epoch: int, reports: Sequence[Report]) -> dict[int, int]:
@@ -183,7 +201,10 @@ def _operations_at(epoch: int, reports: Sequence[Report]) -> dict[int, int]:
     operations = {report.rank: report.operation for report in reports if report.epoch == epoch}
     for report in reports:
         for peer, (_, seen) in report.waits.items():
-            if signal_epoch(seen) == epoch and not _gave_up(seen):
+            # A rank that is said to have completed this call may have left it without an answer: nothing is
+            # known of which one it was.
+            is_named = signal_operation(seen) != Operation.NO_OPERATION and not _gave_up(seen)
+            if signal_epoch(seen) == epoch and is_named:
                 operations.setdefault(peer, signal_operation(seen))
     return operations
 
@@ -226,8 +247,11 @@ class HangWatch:
                 self._error = self._explain()
             raise self._error
 
-    def reset(self, *, timeout_s: float | None = None) -> None:
+    def reset(self, *, timeout_s: float | None = None, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Let the ranks start again after an error. Collective; waits for this rank's device.
+
+        Args:
+            meanwhile: called while no rank has any work.
 
         Raises:
             PeerTimeoutError, PeerFailedError: a peer did not come; build the slab anew over the others.
@@ -243,10 +267,11 @@ class HangWatch:
         base = max(epochs) + 2
         header[:] = 0
         header["signals"] = signal_word(base, Operation.NO_OPERATION)
-        header["epoch"] = base
+        header["epoch"] = header["block_epochs"] = base
         self._slab.write(0, header)
         self._record[:] = 0
         self._error = None
+        meanwhile()
         group.allgather(None, op="reset done", timeout_s=timeout_s)
 
     def _explain(self) -> EpError:

@@ -61,7 +61,7 @@ def render(spec: KernelSpec, *, sources: Path | None = None) -> Source:
         f"constexpr {prefix}Cfg {spec.name}_cfg{{{spec.cfg_initializer}}};",
         f"using {args} = {prefix}Args<{spec.name}_cfg>;",
         *twin_asserts(args, spec.args),
-        f'extern "C" __global__ void __launch_bounds__({num_threads}, 1)',
+        f'extern "C" __global__ void __launch_bounds__({num_threads}, {spec.blocks_per_sm})',
         f"{spec.name}(const __grid_constant__ {args} args) {{",
         f"    ep::{spec.function}<{spec.name}_cfg>(args);",
         "}",

@@ -19,6 +19,10 @@ ELEMENTS: Final = ("float32", "float16", "bfloat16")
 """What `combine` sums, in the order of `IntranodeCombineCfg.element`."""
 
 
+WIRES: Final = ("bfloat16", "fp8", "logfmt")
+"""How rows of the low-latency combine travel, in the order of `LowLatencyCombineCfg.wire`."""
+
+
 class Cfg(Protocol):
     """A dataclass of ints: what shapes the code of a kernel. Twin of the C++ struct of the same name."""
 
@@ -70,6 +74,18 @@ class CollapseCfg:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LowLatencyDispatchCfg:
+    num_threads: int
+    quantizes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowLatencyCombineCfg:
+    num_threads: int
+    wire: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchLayoutCfg:
     num_threads: int
 
@@ -97,6 +113,7 @@ class KernelSpec:
         args: the argument struct.
         shared_bytes: dynamic shared memory from Hopper on, where rows pass through it.
         shared_bytes_sm80: before.
+        blocks_per_sm: that are to be resident together, which bounds their registers.
     """
 
     source: str
@@ -105,6 +122,7 @@ class KernelSpec:
     args: Struct
     shared_bytes: int = 0
     shared_bytes_sm80: int = 0
+    blocks_per_sm: int = 1
 
     @property
     def name(self) -> str:
@@ -277,6 +295,63 @@ def collapse(element: str) -> KernelSpec:
     )
 
 
+def low_latency_dispatch(*, quantizes: bool) -> KernelSpec:
+    """Dispatch of the low-latency mode, for every shape.
+
+    Args:
+        quantizes: rows travel as float8_e4m3fn with scale factors; else as bfloat16.
+    """
+    return KernelSpec(
+        source="low_latency_dispatch.cu",
+        function="low_latency_dispatch",
+        cfg=LowLatencyDispatchCfg(num_threads=plan.LOW_LATENCY_DISPATCH_THREADS, quantizes=int(quantizes)),
+        blocks_per_sm=plan.LOW_LATENCY_BLOCKS_PER_SM,
+        args=np.dtype(
+            [
+                *_pointers("hang", "workspace", "state", "record", "masks"),
+                *_pointers("x", "topk_idx", "topk_weights", "sent_ids"),
+                *_pointers("recv_x", "recv_sf", "recv_count", "src_info", "expert_rows", "layout_range"),
+                *_pointers("routes", "recv_stats", "wait_stats"),
+                ("timeout_ns", "<u8"),
+                *_offsets("entries_offset", "weights_offset", "rows_offset", "sf_offset"),
+                ("digest", "<u4"),
+                *_ints("rank", "num_ranks", "num_tokens", "num_topk", "num_experts"),
+                *_ints("num_max_tokens", "hidden", "idx_bytes"),
+                *_ints("scale_mode", "has_weights", "zone", "phases", "max_send_blocks", "num_copy_blocks"),
+                ("slabs", "<u8", (MAX_LOCAL_RANKS,)),
+                ("areas", "<u8", (MAX_LOCAL_RANKS,)),
+            ],
+            align=True,
+        ),
+    )
+
+
+def low_latency_combine(wire: str) -> KernelSpec:
+    """Combine of the low-latency mode, for every shape; rows travel as one of `WIRES`."""
+    return KernelSpec(
+        source="low_latency_combine.cu",
+        function="low_latency_combine",
+        cfg=LowLatencyCombineCfg(num_threads=plan.LOW_LATENCY_COMBINE_THREADS, wire=WIRES.index(wire)),
+        blocks_per_sm=plan.LOW_LATENCY_BLOCKS_PER_SM,
+        args=np.dtype(
+            [
+                *_pointers("hang", "workspace", "state", "record", "dispatch_record", "masks"),
+                *_pointers("y", "routes", "topk_idx", "topk_weights", "sent_ids", "out", "wait_stats"),
+                ("timeout_ns", "<u8"),
+                *_offsets("weights_offset", "rows_offset"),
+                ("digest", "<u4"),
+                *_ints("rank", "num_ranks", "num_tokens", "num_topk", "num_experts"),
+                *_ints("num_max_tokens", "hidden", "idx_bytes"),
+                *_ints("sends_weights", "sums_at_source", "polls_data", "num_slots"),
+                *_ints("zone", "dispatch_zone", "phases", "max_send_blocks", "num_sum_blocks"),
+                ("slabs", "<u8", (MAX_LOCAL_RANKS,)),
+                ("areas", "<u8", (MAX_LOCAL_RANKS,)),
+            ],
+            align=True,
+        ),
+    )
+
+
 def dispatch_layout() -> KernelSpec:
     """Counts and destinations of one rank's tokens."""
     return KernelSpec(
@@ -344,9 +419,15 @@ def normal_mode_specs() -> list[KernelSpec]:
     return [*dispatches, *combines, expand(), *collapses, dispatch_layout(), contiguous()]
 
 
+def low_latency_specs() -> list[KernelSpec]:
+    """What an engine of the low-latency mode loads besides."""
+    dispatches = [low_latency_dispatch(quantizes=quantizes) for quantizes in (False, True)]
+    return [*dispatches, *(low_latency_combine(wire) for wire in WIRES)]
+
+
 def all_specs() -> list[KernelSpec]:
     """Every instance that can be asked for."""
-    return [barrier(8), barrier(MAX_RANKS), *normal_mode_specs(), wire_limit()]
+    return [barrier(8), barrier(MAX_RANKS), *normal_mode_specs(), *low_latency_specs(), wire_limit()]
 
 
 # The best shape of the prototype, which had no tickets: on H200 325 GB/s with 8 SMs, 342 with all.
@@ -355,6 +436,10 @@ _WIRE_STAGES: Final = plan.Stages(num_data_warps=24, num_other_warps=0, num_stag
 
 def _pointers(*names: str) -> list[tuple[str, str]]:
     return [(name, "<u8") for name in names]
+
+
+def _offsets(*names: str) -> list[tuple[str, str]]:
+    return [(name, "<i8") for name in names]
 
 
 def _ints(*names: str) -> list[tuple[str, str]]:

@@ -34,6 +34,17 @@ MAX_CHUNKS: Final = 512
 OFFSET_UNIT: Final = 256
 """Bytes; slab offsets travel as 32-bit multiples."""
 
+MAX_GRID_BLOCKS: Final = 640
+"""Most blocks of any kernel that advances the epoch."""
+
+LOW_LATENCY_ZONES: Final = 4
+"""Landing zones of a low-latency area: two of dispatch, then two of combine."""
+
+FIRST_COMBINE_ZONE: Final = 2
+
+MAX_SEND_BLOCKS: Final = 256
+"""Most blocks that send rows in a low-latency call."""
+
 Struct = np.dtype[Any]
 """A C struct: fields by name, aligned as C++ aligns them."""
 
@@ -46,6 +57,8 @@ class Operation(IntEnum):
     DISPATCH = 2
     COMBINE = 3
     EXPAND = 4
+    LOW_LATENCY_DISPATCH = 5
+    LOW_LATENCY_COMBINE = 6
     GAVE_UP = 0xFFFF
 
 
@@ -57,6 +70,7 @@ class Reason(IntEnum):
     CONTRADICTED = 2
     DISAGREED = 3
     LEFT = 4
+    OVERFULL = 5
 
 
 PEER_WAIT: Final[Struct] = np.dtype([("expected", "<u8"), ("seen", "<u8")], align=True)
@@ -73,7 +87,14 @@ HANG_RECORD: Final[Struct] = np.dtype(
 )
 
 SLAB_HEADER: Final[Struct] = np.dtype(
-    [("signals", "<u8", (MAX_RANKS,)), ("epoch", "<u8"), ("failed", "<u8"), ("hang", HANG_RECORD)], align=True
+    [
+        ("signals", "<u8", (MAX_RANKS,)),
+        ("epoch", "<u8"),
+        ("failed", "<u8"),
+        ("hang", HANG_RECORD),
+        ("block_epochs", "<u8", (MAX_GRID_BLOCKS,)),
+    ],
+    align=True,
 )
 
 
@@ -136,6 +157,34 @@ LOCAL_WORKSPACE: Final[Struct] = np.dtype(
     ],
     align=True,
 )
+
+
+LOW_LATENCY_AREA: Final[Struct] = np.dtype(
+    [
+        ("freed", "<u8", (LOW_LATENCY_ZONES, MAX_LOCAL_RANKS)),
+        ("beats", "<u8", (MAX_LOCAL_RANKS,)),
+        ("digests", "<u8", (LOW_LATENCY_ZONES, MAX_LOCAL_RANKS)),
+        ("num_tokens", "<u8", (LOW_LATENCY_ZONES, MAX_LOCAL_RANKS)),
+        ("flags", "<u8", (LOW_LATENCY_ZONES, MAX_LOCAL_RANKS, MAX_SEND_BLOCKS)),
+        ("counts", "<u8", (FIRST_COMBINE_ZONE, MAX_LOCAL_RANKS, MAX_LOCAL_EXPERTS)),
+    ],
+    align=True,
+)
+
+LOW_LATENCY_STATE: Final[Struct] = np.dtype(
+    [
+        ("uses", "<u8", (LOW_LATENCY_ZONES, MAX_GRID_BLOCKS)),
+        ("received", "<u8", (LOW_LATENCY_ZONES,)),
+        ("decisions", "<u8", (LOW_LATENCY_ZONES, MAX_LOCAL_RANKS)),
+    ],
+    align=True,
+)
+
+LOW_LATENCY_RECORD: Final[Struct] = np.dtype(
+    [("epoch", "<u8"), ("use", "<u8"), ("max_tokens", "<i8")], align=True
+)
+
+ROUTE: Final[Struct] = np.dtype([("row", "<i4"), ("weight", "<f4")], align=True)
 
 
 def align_up(value: int, alignment: int) -> int:
@@ -243,6 +292,10 @@ def layout_asserts() -> list[str]:
         "kMaxChunks": MAX_CHUNKS,
         "kMaxExpandTopk": MAX_EXPAND_TOPK,
         "kOffsetUnit": OFFSET_UNIT,
+        "kMaxGridBlocks": MAX_GRID_BLOCKS,
+        "kLowLatencyZones": LOW_LATENCY_ZONES,
+        "kFirstCombineZone": FIRST_COMBINE_ZONE,
+        "kMaxSendBlocks": MAX_SEND_BLOCKS,
         "kExchangeOffset": EXCHANGE_OFFSET,
         "kPayloadOffset": PAYLOAD_OFFSET,
     }
@@ -257,6 +310,10 @@ def layout_asserts() -> list[str]:
         "SendPlan": SEND_PLAN,
         "Workspace": WORKSPACE,
         "LocalWorkspace": LOCAL_WORKSPACE,
+        "LowLatencyArea": LOW_LATENCY_AREA,
+        "LowLatencyState": LOW_LATENCY_STATE,
+        "LowLatencyRecord": LOW_LATENCY_RECORD,
+        "Route": ROUTE,
     }
     return [
         *(f"static_assert(ep::{name} == {value});" for name, value in constants.items()),

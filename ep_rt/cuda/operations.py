@@ -27,6 +27,7 @@ class Operations:
 
     Attributes:
         workspace: of the kernels.
+        common: fields of every collective kernel.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Operations:
     ) -> None:
         self._max_blocks = max_blocks
         self.workspace = Workspace(WORKSPACE.itemsize)
-        self._common = {
+        self.common = {
             "hang": hang,
             "workspace": self.workspace.pointer,
             "timeout_ns": timeout_ns,
@@ -51,16 +52,16 @@ class Operations:
         }
         self._dispatch = [Kernel(kernels.intranode_dispatch(quantizes=each)) for each in (False, True)]
         self._combine = {element: Kernel(kernels.intranode_combine(element)) for element in ELEMENTS}
-        self._layout = bind(Kernel(kernels.dispatch_layout()), _LOCAL_BLOCKS, self._common)
+        self._layout = bind(Kernel(kernels.dispatch_layout()), _LOCAL_BLOCKS, self.common)
         self._contiguous = bind(Kernel(kernels.contiguous()), _LOCAL_BLOCKS)
 
     def dispatch(self, *, quantizes: bool, **fields: int) -> Launch:
         """Of intranode_dispatch.cu."""
-        return bind(self._dispatch[quantizes], self._max_blocks, fields, self._common)
+        return bind(self._dispatch[quantizes], self._max_blocks, fields, self.common)
 
     def combine(self, element: str, **fields: int) -> Launch:
         """Of intranode_combine.cu, for rows of one of `ELEMENTS`."""
-        return bind(self._combine[element], self._max_blocks, fields, self._common)
+        return bind(self._combine[element], self._max_blocks, fields, self.common)
 
     def dispatch_layout(self, stream: int, **fields: int) -> None:
         """Enqueue layout.cu."""

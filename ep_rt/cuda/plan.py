@@ -47,6 +47,13 @@ EXPAND_STAGES: Final = DISPATCH_STAGES
 COLLAPSE_STAGES: Final = COMBINE_STAGES
 
 
+# Two blocks of a low-latency kernel share an SM: one sends while the other receives. Not measured: 14 warps
+# of 128 blocks have one piece each of 128 tokens of 7168 channels; sums want registers.
+LOW_LATENCY_DISPATCH_THREADS: Final = 448
+LOW_LATENCY_COMBINE_THREADS: Final = 256
+LOW_LATENCY_BLOCKS_PER_SM: Final = 2
+
+
 MAX_REDUNDANT_TOKENS: Final = DISPATCH_STAGES.num_threads
 """Up to so many tokens every block of a dispatch makes the whole layout for itself.
 
@@ -108,6 +115,11 @@ def slab_bytes(num_nvl_bytes: int, *, row_bytes: int = 0, num_topk: int = 0, num
     # A result, and an expert's output or the next result; scale factors take a 32nd of an FP8 row.
     metadata_bytes = 12 * num_topk + row_bytes // 32
     return max(_MIN_MODEL_SLAB_BYTES, align_up(2 * num_rows * (row_bytes + metadata_bytes), OFFSET_UNIT))
+
+
+def rounded(num_bytes: int) -> int:
+    """To whole units of the slab."""
+    return align_up(num_bytes, OFFSET_UNIT)
 
 
 def scratch_bytes(num_tokens: int) -> int:

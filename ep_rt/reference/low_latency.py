@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from .checks import (
     check_topk_idx,
     local_experts,
 )
-from .fp8 import quantize_fp8
+from .fp8 import dequantize_fp8, quantize_fp8
 from .logfmt import logfmt10_decode, logfmt10_encode
 from .numerics import BFLOAT16, FLOAT32, MOVED_DTYPES, SUMMED_DTYPES, Array, RowSum, multiply
 
@@ -30,10 +31,14 @@ class LowLatencyDispatched:
 
     recv_x: [El, R*M, H], dtype of x, or float8_e4m3fn with use_fp8.
     sf: float32 [El, R*M, H/128], or int32 [El, R*M, ceil(H/512)] with use_ue8m0; None without use_fp8.
+        With layout "rank" recv_x and sf are [R, M, ...]: a row for each (source rank, token), unspecified
+        where that token has no expert here.
     recv_count: int32 [El], rows of each expert.
     src_info: int32 [El, R*M], the token's index at its source rank.
     layout_range: int64 [El, R], (begin << 32) | count of the rows that came from each source rank; begin is
         the running count also where count is 0.
+    expert_rows: int32 [El, R*M], with layout "rank": source rank * M + token of each row, -1 for none; else
+        None.
     """
 
     recv_x: Array
@@ -41,6 +46,7 @@ class LowLatencyDispatched:
     recv_count: Array
     src_info: Array
     layout_range: Array
+    expert_rows: Array | None = None
 
 
 def low_latency_dispatch(
@@ -52,6 +58,7 @@ def low_latency_dispatch(
     use_fp8: bool = True,
     round_scale: bool = False,
     use_ue8m0: bool = False,
+    layout: str = "expert",
 ) -> list[LowLatencyDispatched]:
     """Send a row to the expert of every (token, k), cast on the way.
 
@@ -62,6 +69,7 @@ def low_latency_dispatch(
             payload dtype, bits unchanged. H and dtype agree between ranks.
         topk_idx: int64 or int32 [T, K] per rank, -1 sends nothing. K agrees between ranks.
         use_fp8, round_scale, use_ue8m0: rows and scales are those of quantize_fp8.
+        layout: "expert", or "rank" for one row of each token, with a list of them for each expert.
 
     Raises:
         ArrayError: shapes, dtypes or ids; more than M tokens on a rank; more than M rows from one rank to
@@ -120,8 +128,38 @@ def low_latency_dispatch(
                 layout_range[local, src] = (begin << 32) | count
                 begin += count
             recv_count[local] = begin
-        received.append(LowLatencyDispatched(recv_x, recv_sf, recv_count, src_info, layout_range))
+        mine = LowLatencyDispatched(recv_x, recv_sf, recv_count, src_info, layout_range)
+        received.append(mine if layout == "expert" else _by_rank(mine, sent_x, sent_sf, num_max_tokens))
     return received
+
+
+def _by_rank(
+    mine: LowLatencyDispatched, sent_x: list[Array], sent_sf: list[Array] | None, num_max_tokens: int
+) -> LowLatencyDispatched:
+    """The same with layout "rank"."""
+    num_ranks = len(sent_x)
+    expert_rows = np.full_like(mine.src_info, -1)
+    for local, count in enumerate(mine.recv_count):
+        src = np.repeat(np.arange(num_ranks), mine.layout_range[local] & 0xFFFFFFFF)
+        expert_rows[local, :count] = src * num_max_tokens + mine.src_info[local, :count]
+    here = np.unique(expert_rows[expert_rows >= 0])
+    src, token = here // num_max_tokens, here % num_max_tokens
+
+    def placed(sent: list[Array]) -> Array:
+        rows = np.zeros((num_ranks, num_max_tokens, *sent[0].shape[1:]), sent[0].dtype)
+        for rank in range(num_ranks):
+            mine_of = src == rank
+            rows[rank, token[mine_of]] = sent[rank][token[mine_of]]
+        return rows
+
+    return LowLatencyDispatched(
+        recv_x=placed(sent_x),
+        sf=None if sent_sf is None else placed(sent_sf),
+        recv_count=mine.recv_count,
+        src_info=mine.src_info,
+        layout_range=mine.layout_range,
+        expert_rows=expert_rows,
+    )
 
 
 def low_latency_combine(
@@ -131,26 +169,38 @@ def low_latency_combine(
     topk_weights: Sequence[Array],
     *,
     use_logfmt: bool = False,
+    use_fp8: bool = False,
+    reduce: str = "source",
 ) -> list[Array]:
     """Return the expert rows of every token to its source rank, weighted and summed.
 
-    out[t] = round(float32 sum over k ascending of topk_weights[t, k] * y(row of (t, k))), each product and
-    each addition rounded to float32, starting from the first product; a k with id -1 is skipped, whatever
-    its weight; +0.0 for a token without experts. A weight of 0 is a term like any other (0 * inf is NaN).
+    With reduce "source" out[t] = round(float32 sum over k ascending of topk_weights[t, k] * y(row of (t,
+    k))), each product and each addition rounded to float32, starting from the first product; a k with id -1
+    is skipped, whatever its weight; +0.0 for a token without experts. A weight of 0 is a term like any other
+    (0 * inf is NaN).
+
+    With "rank" each rank makes that sum over its own experts and rounds it to the dtype of y, and out[t] is
+    the float32 sum of those over the ranks in ascending order, starting from the first one, rounded once. A
+    rank with no k of the token gives no term. What travels is a row for each rank that has an expert of it.
 
     Args:
         y: [El, R*M, H] per rank, float32, float16 or bfloat16; rows as in recv_x, unused rows are ignored.
         topk_idx: as given to the dispatch that made `dispatched`.
         topk_weights: float32 [T, K] per rank.
-        use_logfmt: every row of y goes through logfmt10_decode(logfmt10_encode(row)) first; bfloat16 only.
+        use_logfmt: every row that travels (of y, or of the ranks' sums) goes through
+            logfmt10_decode(logfmt10_encode(row)) first; bfloat16 only.
+        use_fp8: it goes through dequantize_fp8(*quantize_fp8(row)), which is float32; bfloat16 or float32.
+        reduce: "source" or "rank".
 
     Returns:
         [T, H] per rank, dtype of y.
 
     Raises:
         ArrayError: shapes, dtypes or ids; topk_idx is not the one that was dispatched.
+        ConfigError: both use_logfmt and use_fp8; another reduce.
 
-    Source: DeepEP Buffer.low_latency_combine, which adds with a fused multiply-add starting from +0.
+    Source: DeepEP Buffer.low_latency_combine, which reduces at the source and adds with a fused multiply-add
+    starting from +0.
     """
     num_ranks = len(y)
     check_same_length(num_ranks, dispatched=dispatched, topk_idx=topk_idx, topk_weights=topk_weights)
@@ -163,20 +213,41 @@ def low_latency_combine(
             topk_weights[rank], f"topk_weights[{rank}]", dtypes=(FLOAT32,), shape=topk_idx[rank].shape
         )
     check_agreement(y, "y")
+    if reduce not in ("source", "rank"):
+        raise ConfigError(f"reduce={reduce!r}; 'source' or 'rank'")
+    if use_logfmt and use_fp8:
+        raise ConfigError("use_logfmt and use_fp8 exclude each other")
+
+    def travelled(rows: Array) -> Array:
+        if use_fp8:
+            return dequantize_fp8(*quantize_fp8(rows))
+        return logfmt10_decode(logfmt10_encode(rows)) if use_logfmt else rows
 
     combined = []
     for rank in range(num_ranks):
         row = _rows_of(topk_idx[rank], dispatched, rank=rank)
-        total = RowSum(len(row), y[rank].shape[2])
-        for k in range(row.shape[1]):
-            expert = topk_idx[rank][:, k]
+        shape, dtype = (len(row), y[rank].shape[2]), y[rank].dtype
+        owners = np.where(topk_idx[rank] >= 0, topk_idx[rank] // num_local_experts, -1)
+
+        def terms_of(owner: int, k: int, row: Array = row, rank: int = rank, owners: Array = owners) -> Any:
+            here = np.flatnonzero(owners[:, k] == owner)
+            return here, y[owner][topk_idx[rank][here, k] % num_local_experts, row[here, k]]
+
+        total = RowSum(*shape)
+        if reduce == "source":
+            for k in range(row.shape[1]):
+                for owner in range(num_ranks):
+                    here, terms = terms_of(owner, k)
+                    total.add(here, multiply(topk_weights[rank][here, k], travelled(terms)))
+        else:
             for owner in range(num_ranks):
-                here = np.flatnonzero((expert >= 0) & (expert // num_local_experts == owner))
-                terms = y[owner][expert[here] % num_local_experts, row[here, k]]
-                if use_logfmt:
-                    terms = logfmt10_decode(logfmt10_encode(terms))
-                total.add(here, multiply(topk_weights[rank][here, k], terms))
-        combined.append(total.rounded(y[rank].dtype))
+                partial = RowSum(*shape)
+                for k in range(row.shape[1]):
+                    here, terms = terms_of(owner, k)
+                    partial.add(here, multiply(topk_weights[rank][here, k], terms))
+                here = np.flatnonzero((owners == owner).any(axis=1))
+                total.add(here, travelled(partial.rounded(dtype)[here]))
+        combined.append(total.rounded(dtype))
     return combined
 
 

@@ -41,7 +41,13 @@ def small(spec: KernelSpec, *, num_data_warps: int = 1, stage_bytes: int = 64) -
         cfg = replace(cfg, num_threads=32 * (num_data_warps + 1), num_stages=2, stage_bytes=512)
     elif isinstance(cfg, kernels.WireLimitCfg):
         cfg = replace(cfg, num_threads=64, num_stages=3, stage_bytes=512)
-    elif isinstance(cfg, kernels.DispatchLayoutCfg | kernels.ContiguousCfg):
+    elif isinstance(
+        cfg,
+        kernels.LowLatencyDispatchCfg
+        | kernels.LowLatencyCombineCfg
+        | kernels.DispatchLayoutCfg
+        | kernels.ContiguousCfg,
+    ):
         cfg = replace(cfg, num_threads=64)
     return replace(spec, cfg=cfg, shared_bytes=_shared_bytes(spec, cfg))
 

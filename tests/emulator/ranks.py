@@ -40,6 +40,7 @@ class Ranks:
         epoch: calls that the slabs have completed before.
         num_places: of a slab: results and inputs of calls take them in turn.
         place_bytes: size of each.
+        max_grid: blocks of the largest kernel, if that is not of the normal mode.
         is_failing: calls will be given up. Then nobody looks at results, which peers may still write to, and
             nothing is copied into the slabs.
     """
@@ -57,8 +58,10 @@ class Ranks:
         timeout_ns: int = TIMEOUT_NS,
         conditions: Conditions | None = None,
         is_failing: bool = False,
+        max_grid: int = 0,
     ) -> None:
         self.is_failing = is_failing
+        self.dead: int | None = None  # that never comes, in programs that go on without it
         self.num_ranks, self.num_blocks, self.load = num_ranks, num_blocks, load
         self.num_places, self.place_bytes = num_places, place_bytes
         self.timeout_ns = timeout_ns
@@ -67,7 +70,7 @@ class Ranks:
             num_ranks,
             specs,
             [
-                *((rank, num_blocks + MAX_STAGERS) for rank in range(num_ranks)),
+                *((rank, max(num_blocks + MAX_STAGERS, max_grid)) for rank in range(num_ranks)),
                 *((rank, 1) for rank in range(num_ranks)),  # of the hosts
             ],
             conditions=replace(conditions or Conditions(), timeout_ns=timeout_ns),
@@ -79,7 +82,7 @@ class Ranks:
         self.workspaces = [self.machine.allocate(r, WORKSPACE.itemsize, "workspace") for r in ranks]
         for slab in self.slabs:
             header = slab.array(SLAB_HEADER, (1,))
-            header["epoch"] = epoch
+            header["epoch"] = header["block_epochs"] = epoch
             header["signals"] = signal_word(epoch, Operation.NO_OPERATION)
             self._leave_words(slab, epoch)
         for workspace in self.workspaces:

@@ -18,7 +18,7 @@ from ep_rt.cuda.hang import Report, verdict
 from ep_rt.cuda.layout import HANG_RECORD
 from ep_rt.errors import CollectiveMismatchError, ConfigError, EpError, PeerTimeoutError
 
-from . import cases
+from . import cases, low_latency_cases
 from .kernels import Kernels, host_reads
 from .machine import TIMEOUT_NS, Conditions, EmulatedKernel, FoundError
 from .ranks import Ranks
@@ -53,6 +53,11 @@ def _local(load: Kernels, num_ranks: int) -> list[EmulatedKernel]:
     return [load.barrier(num_ranks), *map(load.small, specs)]
 
 
+def _low_latency_kernels(load: Kernels, num_ranks: int) -> list[EmulatedKernel]:
+    beside = [load.barrier(num_ranks), load(host_reads()), load.dispatch()]
+    return [*beside, *map(load.small, kernels.low_latency_specs())]
+
+
 def _barrier(load: Kernels, num_ranks: int) -> list[EmulatedKernel]:
     return [load.barrier(num_ranks)]
 
@@ -71,6 +76,8 @@ class Scenario:
         mistake: what every rank must say, of programs that are wrong.
         expires: deadlines are so short that they pass here and there.
         max_dead_step: the latest step at which a rank dies.
+        dies_midway: the rank without which a program goes on stops at a random step.
+        max_grid: blocks of the largest kernel, beside those of the normal mode.
     """
 
     num_ranks: int
@@ -87,6 +94,8 @@ class Scenario:
     mistake: type[EpError] | None = None
     expires: bool = False
     max_dead_step: int = 60_000
+    dies_midway: bool = False
+    max_grid: int = 0
 
     @property
     def is_failing(self) -> bool:
@@ -109,6 +118,34 @@ def _each_path(name: str, **fields: Any) -> dict[str, Scenario]:
         f"{name}-sm{architecture // 10}": Scenario(architecture=architecture, **fields)
         for architecture in (900, 800)
     }
+
+
+def _low_latency(
+    num_ranks: int,
+    num_rounds: int,
+    max_tokens: int,
+    *,
+    with_masks: bool = False,
+    has_dead: bool = False,
+    dies_midway: bool = False,
+    **fields: Any,
+) -> Scenario:
+    draw = partial(
+        low_latency_cases.draw_low_latency,
+        num_rounds=num_rounds,
+        max_tokens=max_tokens,
+        with_masks=with_masks,
+        has_dead=has_dead,
+        dies_midway=dies_midway,
+    )
+    return Scenario(
+        num_ranks=num_ranks,
+        draw=draw,
+        kernels=_low_latency_kernels,
+        dies_midway=dies_midway,
+        max_grid=2 * num_ranks + 4,
+        **fields,
+    )
 
 
 # Beyond 2^32 the epochs that words carry begin again.
@@ -150,6 +187,37 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         epochs=(0, *_NEAR_WRAP),
     ),
     **_each_path("local-r2", num_ranks=2, draw=partial(cases.draw_local, max_tokens=40), kernels=_local),
+    "low-latency-r1": _low_latency(1, 2, 3),
+    "low-latency-r2": _low_latency(2, 3, 3),
+    "low-latency-r2-sm80": _low_latency(2, 2, 3, architecture=800),
+    "low-latency-r3": _low_latency(3, 2, 3, epochs=(0, *_NEAR_WRAP)),
+    "low-latency-r8": _low_latency(8, 1, 2),
+    "low-latency-masks-r3": _low_latency(3, 2, 3, with_masks=True),
+    "low-latency-masked-r3": _low_latency(3, 2, 2, with_masks=True, has_dead=True),
+    "low-latency-dying-r3": _low_latency(
+        3, 2, 2, with_masks=True, has_dead=True, dies_midway=True, max_dead_step=120_000
+    ),
+    "low-latency-dead-r3": _low_latency(3, 2, 3, dies=True),
+    "low-latency-expiring-r2": _low_latency(2, 3, 3, expires=True),
+    **{
+        f"low-latency-other-{mistake}-r3": Scenario(
+            num_ranks=3,
+            draw=partial(low_latency_cases.draw_mistaken, mistake=mistake),
+            kernels=_low_latency_kernels,
+            max_grid=10,
+            mistake=CollectiveMismatchError if mistake == "call" else ConfigError,
+        )
+        for mistake in ("call", "arguments", "rows")
+    },
+    "low-latency-kept-r2": Scenario(
+        num_ranks=2, draw=low_latency_cases.draw_kept, kernels=_low_latency_kernels, max_grid=8
+    ),
+    "low-latency-engine-r2": Scenario(
+        num_ranks=2,
+        draw=partial(low_latency_cases.draw_engine, num_rounds=3, max_tokens=3),
+        kernels=_low_latency_kernels,
+        max_grid=16,
+    ),
     **_each_path("dead-r2", num_ranks=2, draw=_normal(3, 4), dies=True),
     **_each_path("dead-r4", num_ranks=4, draw=_normal(2, 4), dies=True, max_dead_step=150_000),
     "other-call-r3": Scenario(
@@ -211,6 +279,10 @@ class Runner:
             step = int(rng.integers(scenario.max_dead_step)) if rng.integers(3) else 0
             result = ranks.machine.run(seed, dead_rank=dead, dead_step=step, **changes)
             _check_blame(ranks, dead, result.steps)
+        elif ranks.dead is not None:
+            rng = np.random.default_rng((seed, 1))
+            step = int(rng.integers(scenario.max_dead_step)) if scenario.dies_midway else 0
+            result = ranks.machine.run(seed, dead_rank=ranks.dead, dead_step=step, **changes)
         else:
             result = ranks.machine.run(seed, **changes)
             if scenario.mistake is not None:
@@ -233,6 +305,7 @@ class Runner:
             timeout_ns=int(2.0 ** rng.uniform(8, 17)) if scenario.expires else TIMEOUT_NS,
             conditions=Conditions(checks_uninitialised=scenario.checks_uninitialised),
             is_failing=scenario.is_failing,
+            max_grid=scenario.max_grid,
         )
         scenario.draw(rng, self.ranks)
         return self.ranks

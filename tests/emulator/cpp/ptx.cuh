@@ -22,6 +22,17 @@ __device__ __forceinline__ void st_relaxed_sys(uint64_t* addr, uint64_t value) {
 __device__ __forceinline__ uint64_t ld_relaxed_sys(const uint64_t* addr) {
     return emu::load(addr, Order::kRelaxed, Scope::kSys);
 }
+__device__ __forceinline__ void st_relaxed_sys(uint4* addr, uint4 v) {
+    emu::store(&addr->x, v.x, Order::kRelaxed, Scope::kSys);
+    emu::store(&addr->y, v.y, Order::kRelaxed, Scope::kSys);
+    emu::store(&addr->z, v.z, Order::kRelaxed, Scope::kSys);
+    emu::store(&addr->w, v.w, Order::kRelaxed, Scope::kSys);
+}
+__device__ __forceinline__ uint4 ld_relaxed_sys(const uint4* addr) {
+    return {
+        emu::load(&addr->x, Order::kRelaxed, Scope::kSys), emu::load(&addr->y, Order::kRelaxed, Scope::kSys),
+        emu::load(&addr->z, Order::kRelaxed, Scope::kSys), emu::load(&addr->w, Order::kRelaxed, Scope::kSys)};
+}
 __device__ __forceinline__ uint64_t ld_relaxed_gpu(const uint64_t* addr) {
     return emu::load(addr, Order::kRelaxed, Scope::kGpu);
 }
@@ -33,6 +44,9 @@ __device__ __forceinline__ uint64_t ld_acquire_gpu(const uint64_t* addr) {
 }
 __device__ __forceinline__ uint64_t atom_add_acq_rel_gpu(uint64_t* addr, uint64_t value) {
     return emu::change(Rmw::kAdd, addr, value, Order::kAcqRel, Scope::kGpu);
+}
+__device__ __forceinline__ uint64_t atom_cas_acq_rel_gpu(uint64_t* addr, uint64_t expected, uint64_t value) {
+    return emu::change(Rmw::kCompareSwap, addr, expected, Order::kAcqRel, Scope::kGpu, value);
 }
 __device__ __forceinline__ uint32_t atom_inc_relaxed_gpu(uint32_t* addr) {
     return emu::change(Rmw::kIncrement, addr, uint32_t{0xffffffff}, Order::kRelaxed, Scope::kGpu);

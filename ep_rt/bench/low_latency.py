@@ -1,0 +1,167 @@
+"""One rank's arrays and calls of the low-latency mode, and what their results must be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .. import reference
+from ..buffer import Buffer
+from ..exchange import Group
+from .layer import Call
+from .options import Options
+from .places import TIMEOUT_S, Place, fetch
+from .workload import BF16, FP8, Array, Element, Payload, Routing
+
+
+class LowLatencyLayer:
+    """Arrays that live as long as the measurements of one (element, number of tokens).
+
+    Rows are bfloat16 and, for FP8, cast on their way. What the expert with number e returns for a row has
+    salt + e; weights are one, so that sums of eight columns are exact.
+    """
+
+    def __init__(
+        self, group: Group, buffer: Buffer, place: Place, element: Element, routing: Routing, options: Options
+    ) -> None:
+        self.group, self.buffer, self.place = group, buffer, place
+        self.element, self.routing = element, routing
+        self.payload = Payload(BF16, options.hidden)
+        self.salt = 0
+        ids = routing.topk_idx[group.rank]
+        self.tokens = np.arange(len(ids))
+        self._names = options.low_latency_of(element.name)
+        self._sources = [self._received(expert) for expert in range(routing.num_local_experts)]
+        shape = (routing.num_local_experts, group.size * len(ids), options.hidden)
+        group.barrier()
+        self._x = place.put(self.payload.rows(group.rank, self.tokens, self.salt))
+        self._ids = place.put(ids)
+        self._weights = place.put(np.ones(ids.shape, np.float32))
+        self._y_there = np.zeros(shape, BF16.dtype)
+        self._y = place.put(self._y_there)
+        group.barrier()
+        # The first call of a shape sets up memory; the first of each kind are not to be captured.
+        self.handle = self.dispatch("rank").handle
+        self.combine()
+        place.synchronize()
+        group.barrier()
+
+    def _received(self, local_expert: int) -> tuple[Array, Array]:
+        """Source rank and token of the rows of an expert, in order."""
+        expert = self.group.rank * self.routing.num_local_experts + local_expert
+        tokens = [np.nonzero(ids == expert)[0] for ids in self.routing.topk_idx]
+        return np.repeat(np.arange(len(tokens)), [len(each) for each in tokens]), np.concatenate(tokens)
+
+    def calls(self) -> list[Call]:
+        """The operations that were asked for."""
+        runs: dict[str, Callable[[], Any]] = {
+            "ll-dispatch": lambda: self.dispatch("rank"),
+            "ll-dispatch-packed": lambda: self.dispatch("expert"),
+            "ll-dispatch-split": self.dispatch_split,
+            "ll-combine": self.combine,
+            "ll-pair": self.pair,
+        }
+        return [Call(name=name, run=runs[name], can_be_captured=True) for name in self._names]
+
+    # Operations.
+
+    def dispatch(self, layout: str, **options: Any) -> Any:
+        return self.buffer.low_latency_dispatch(
+            self._x,
+            self._ids,
+            len(self.tokens),
+            self.routing.num_experts,
+            use_fp8=self.element is FP8,
+            topk_weights=self._weights,
+            layout=layout,
+            **options,
+        )
+
+    def dispatch_split(self) -> Any:
+        """Its send phase, and at once its receive phase."""
+        out = self.dispatch("rank", return_recv_hook=True)
+        assert out.hook is not None
+        out.hook()
+        return out
+
+    def combine(self, handle: Any = None) -> Any:
+        return self.buffer.low_latency_combine(self._y, self._ids, self._weights, handle or self.handle)
+
+    def pair(self) -> Any:
+        out = self.dispatch("rank")
+        return out, self.combine(out.handle)
+
+    # Contents.
+
+    def renew(self) -> None:
+        """Other rows, so that what an earlier call left is not taken for what this one did."""
+        self.salt += self.routing.num_experts
+        self.place.write(self._x, self.payload.rows(self.group.rank, self.tokens, self.salt))
+        first = self.group.rank * self.routing.num_local_experts
+        for number, (src_rank, src_token) in enumerate(self._sources):
+            rows = self.payload.rows(src_rank, src_token, self.salt + first + number)
+            self._y_there[number, : len(rows)] = rows
+        self.place.write(self._y, self._y_there)
+
+    def problem(self, call: Call, out: Any) -> str | None:
+        """What is wrong with a result; None if nothing is."""
+        if call.name == "ll-pair":
+            return self._dispatched(out[0]) or self._combined(out[1])
+        return self._combined(out) if call.name == "ll-combine" else self._dispatched(out)
+
+    def _dispatched(self, out: Any) -> str | None:
+        recv_x, recv_sf = out.recv_x if self.element is FP8 else (out.recv_x, None)
+        counts = fetch(self.place, out.recv_count, np.int32)
+        expected = [len(tokens) for _, tokens in self._sources]
+        if counts.tolist() != expected:
+            return f"rows of the experts are {counts.tolist()}, expected {expected}"
+        is_packed = out.handle.expert_rows is None
+        kind = self.element.dtype
+        rows = np.concatenate([part.copy() for _, part in self.place.chunks(recv_x)])
+        rows = rows.view(kind).reshape(-1, self.payload.hidden)
+        num_rows = self.group.size * len(self.tokens)
+        for number, (src_rank, src_token) in enumerate(self._sources):
+            at = number * num_rows + np.arange(len(src_token))
+            if not is_packed:
+                at = src_rank * len(self.tokens) + src_token
+            wanted = self.payload.rows(src_rank, src_token, self.salt)
+            if recv_sf is not None:
+                wanted = reference.quantize_fp8(wanted)[0].view(np.uint8)
+            different = np.flatnonzero((rows[at].view(np.uint8) != wanted.view(np.uint8)).any(axis=1))
+            if len(different):
+                row = int(different[0])
+                return (
+                    f"row {row} of local expert {number}, token {src_token[row]} of rank {src_rank[row]}, "
+                    "is not what was sent"
+                )
+        return None
+
+    def _combined(self, out: Any) -> str | None:
+        ids = self.routing.topk_idx[self.group.rank]
+        wanted = np.zeros((len(self.tokens), self.payload.hidden), np.float32)
+        for k in range(ids.shape[1]):
+            for expert in np.unique(ids[:, k]):
+                here = np.flatnonzero(ids[:, k] == expert)
+                wanted[here] += self.payload.rows(
+                    self.group.rank, self.tokens[here], self.salt + int(expert)
+                ).astype(np.float32)
+        got = fetch(self.place, out.combined_x, BF16.dtype).astype(np.float32)
+        different = np.flatnonzero((got != wanted.astype(BF16.dtype).astype(np.float32)).any(axis=1))
+        return f"the sum of token {different[0]} differs" if len(different) else None
+
+
+def open_low_latency_buffer(group: Group, place: Place, routing: Routing, options: Options) -> Buffer:
+    """A buffer with room for the calls of `LowLatencyLayer`."""
+    num_tokens = len(routing.topk_idx[0])
+    num_bytes = Buffer.get_low_latency_rdma_size_hint(
+        num_tokens, options.hidden, group.size, options.num_experts
+    )
+    return Buffer(
+        group,
+        num_rdma_bytes=2 * num_bytes if place.setting.backend == "cuda" else 0,
+        low_latency_mode=True,
+        backend=place.setting.backend,
+        timeout_s=TIMEOUT_S,
+    )

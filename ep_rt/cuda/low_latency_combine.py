@@ -1,0 +1,274 @@
+"""Low-latency combine on one rank: what a call needs, worked out once per shape, and the calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..arrays import ArrayView
+from ..cuda_arrays import Column, ResultArrays, glance
+from ..errors import ArrayError, ConfigError
+from ..requests import LowLatencyCombineRequest, Schedule
+from ..results import LowLatencyCombined
+from . import low_latency_plan as plan
+from .digest import low_latency_combine_digest
+from .domain import Domain
+from .heap import Block
+from .inputs import ROW_ALIGN_BYTES, Inputs, is_contiguous, itemsize
+from .launch import Launch
+from .layout import FIRST_COMBINE_ZONE, LOW_LATENCY_RECORD
+from .low_latency_areas import Area, Areas
+from .low_latency_calls import MAX_PLANS, CudaLowLatencyHandle, LowLatencyKernels, run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """A combine of certain shapes: what holds for every call of it.
+
+    Attributes:
+        launches: by zone, from `FIRST_COMBINE_ZONE` on.
+        inputs: what ids and weights are like.
+        is_zero_copy: the rows are those of `next_buffer`.
+        make: combined_x over an allocation; None where the caller has given an array.
+    """
+
+    area: Area
+    launches: tuple[Launch, Launch]
+    inputs: tuple[ArrayView | None, ArrayView | None]
+    reads_weights: bool
+    frameworks: tuple[str, ...]
+    num_blocks: tuple[int, int]
+    out_bytes: int
+    is_zero_copy: bool
+    make: Callable[[int, int, object], list[Any]] | None
+
+
+class LowLatencyCombine:
+    """The low-latency combines of one rank."""
+
+    def __init__(
+        self, domain: Domain, areas: Areas, load: LowLatencyKernels, inputs: Inputs, *, owner: object
+    ) -> None:
+        self._domain = domain
+        self._areas = areas
+        self._load = load
+        self._inputs = inputs
+        self._owner = owner
+        self._plans: dict[Hashable, _Plan] = {}
+        self._buffers: dict[tuple[int, ...], Block] = {}
+        self.num_calls = 0
+
+    def forget(self) -> None:
+        """The buffer is being closed."""
+        self._plans.clear()
+        self._buffers.clear()
+
+    def __call__(
+        self,
+        given: tuple[Any, ...],
+        handle: Any,
+        options: tuple[Hashable, ...],
+        build: Callable[..., LowLatencyCombineRequest],
+        with_hook: bool,
+        schedule: Schedule,
+    ) -> LowLatencyCombined:
+        """One combine. The device is current.
+
+        Args:
+            given: x, topk_idx, topk_weights, out and statistics; `build` makes a checked request of them, the
+                handle and the options.
+        """
+        key: Hashable = None
+        found = None
+        objects: Sequence[Any] = given
+        is_mine = type(handle) is CudaLowLatencyHandle and handle.owner is self._owner
+        if is_mine and (seen := glance(given)) is not None:
+            facts, pointers = seen
+            key = (facts, options, handle.facts)
+            found = self._plans.get(key)
+        if found is None:
+            request = build(*given, handle, *options)
+            views = (request.x, request.topk_idx, request.topk_weights, request.out, request.wait_stats)
+            pointers = [0 if view is None else view.pointer for view in views]
+            objects = [None if view is None else view.owner for view in views]
+            found = self._prepare(request, schedule)
+            if key is not None:
+                if len(self._plans) >= MAX_PLANS:
+                    self._plans.clear()
+                self._plans[key] = found
+        if with_hook and found.frameworks[0] == "jax" and found.make is not None:
+            raise ConfigError("return_recv_hook fills the result later, and JAX arrays are immutable")
+        return self._run(found, pointers, objects, given[3], handle, with_hook, schedule)
+
+    def _prepare(self, request: LowLatencyCombineRequest, schedule: Schedule) -> _Plan:
+        domain, handle, x = self._domain, request.handle, request.x
+        assert isinstance(handle, CudaLowLatencyHandle)  # its owner is this buffer
+        for view, name in (
+            (x, "x"),
+            (request.out, "out"),
+            (request.wait_stats, "combine_wait_recv_cost_stats"),
+        ):
+            if view is not None and not is_contiguous(view):
+                raise ArrayError(f"{name} must be contiguous")
+        for view, name in ((request.out, "out"), (request.wait_stats, "combine_wait_recv_cost_stats")):
+            if view is not None and view.readonly:
+                raise ArrayError(f"{name} is read-only; it is written to, so pass a writable array")
+        views = (x, request.topk_idx, request.topk_weights, request.out, request.wait_stats)
+        present = [view for view in views if view is not None]
+        frameworks = tuple(dict.fromkeys(view.framework for view in present))
+        call = domain.begin(frameworks, [view.owner for view in present], schedule)
+        at_source = request.reduce == "source"
+        wire = "fp8" if request.use_fp8 else "logfmt" if request.use_logfmt else "bfloat16"
+        is_plain = wire == "bfloat16" and not at_source
+        sizes = handle.sizes
+        area = handle.area if is_plain else self._areas.get(self._areas.others(sizes), call)
+        sends_weights = not at_source and request.topk_weights is not None
+        num_tokens = handle.num_tokens
+        num_sum_blocks = plan.num_sum_blocks(
+            sizes, num_tokens, area.max_send_blocks, max_blocks=domain.max_blocks
+        )
+        results = ResultArrays(
+            [Column("bfloat16", (handle.hidden,))],
+            device=domain.device,
+            framework=frameworks[0],
+            stream=domain.comm.pointer if frameworks[0] == "jax" else None,
+        )
+        return _Plan(
+            area=area,
+            launches=tuple(  # type: ignore[arg-type]
+                self._load.combine(
+                    wire,
+                    state=area.state,
+                    masks=self._areas.masks,
+                    weights_offset=here.weights,
+                    rows_offset=here.rows,
+                    digest=low_latency_combine_digest(
+                        request, wire, FIRST_COMBINE_ZONE + number, area.max_send_blocks
+                    ),
+                    num_tokens=num_tokens,
+                    num_topk=handle.num_topk,
+                    num_experts=handle.num_experts,
+                    num_max_tokens=handle.num_max_tokens_per_rank,
+                    hidden=handle.hidden,
+                    idx_bytes=itemsize(request.topk_idx),
+                    sends_weights=sends_weights,
+                    sums_at_source=at_source,
+                    polls_data=is_plain and not self._areas.masks,
+                    num_slots=area.shape.num_slots,
+                    zone=FIRST_COMBINE_ZONE + number,
+                    max_send_blocks=area.max_send_blocks,
+                    num_sum_blocks=num_sum_blocks,
+                    areas=area.pointers,
+                )
+                for number, here in enumerate(area.layout.combine)
+            ),
+            inputs=(
+                replace(request.topk_idx, pointer=0, owner=None),
+                None
+                if request.topk_weights is None
+                else replace(request.topk_weights, pointer=0, owner=None),
+            ),
+            reads_weights=request.topk_weights is not None,
+            frameworks=frameworks,
+            num_blocks=(
+                area.max_send_blocks + (domain.group.size if sends_weights else 0),
+                num_sum_blocks,
+            ),
+            out_bytes=2 * num_tokens * handle.hidden,
+            is_zero_copy=request.zero_copy,
+            make=None if request.out is not None else results.placed(((0, num_tokens),)),
+        )
+
+    def _run(
+        self,
+        found: _Plan,
+        pointers: Sequence[int],
+        objects: Sequence[Any],
+        out_array: Any,
+        handle: CudaLowLatencyHandle,
+        with_hook: bool,
+        schedule: Schedule,
+    ) -> LowLatencyCombined:
+        domain, area = self._domain, found.area
+        domain.check()
+        handle.check_received()
+        x, ids, weights, out, wait_stats = pointers
+        if found.is_zero_copy:
+            x = self._buffer(handle).pointer
+        call = domain.begin(found.frameworks, objects, schedule)
+        block: Block | None = None
+        if found.make is not None:
+            block = domain.heap.take(found.out_bytes, is_capturing=call.is_capturing)
+            out = block.pointer
+        if (x | out) % ROW_ALIGN_BYTES:
+            raise ArrayError(f"x and out must begin at multiples of {ROW_ALIGN_BYTES} bytes")
+        domain.order(call)
+        ids = self._inputs.readable(found.inputs[0], ids, call)
+        weights = self._inputs.readable(found.inputs[1], weights, call) if found.reads_weights else 0
+        record = domain.heap.take(LOW_LATENCY_RECORD.itemsize, is_capturing=call.is_capturing)
+        zone = area.take_zone(first=FIRST_COMBINE_ZONE)
+        base, at = handle.block.pointer, handle.at
+        fields = {
+            "record": record.pointer,
+            "dispatch_record": base + at.record,
+            "y": x,
+            "routes": base + at.routes,
+            "topk_idx": ids,
+            "topk_weights": weights,
+            "sent_ids": base + at.sent_ids,
+            "out": out,
+            "wait_stats": wait_stats,
+            "dispatch_zone": handle.zone if handle.area is area else -1,
+        }
+        if block is not None:
+            call.keep_with(block, record, handle.block)
+        elif call.is_capturing:
+            # Nothing of this call's is returned, so what replays need lives with the handle.
+            handle.block.kept = (handle.block.kept, record, *call.temporaries)
+        event, hook = run(
+            domain,
+            call,
+            found.launches[zone - FIRST_COMBINE_ZONE],
+            found.num_blocks,
+            fields,
+            pending=area.postpone(zone) if with_hook else None,
+            frameworks=found.frameworks,
+            objects=objects,
+            received=[],
+            kept=(block, record, handle, objects, call.temporaries),
+        )
+        self.num_calls += 1
+        if block is None or found.make is None:
+            return LowLatencyCombined(out_array, event, hook)
+        return LowLatencyCombined(found.make(block.pointer, found.out_bytes, block)[0], event, hook)
+
+    def next_buffer(self, handle: Any) -> Any:
+        """bfloat16 [El, R*M, hidden] that combines with ``zero_copy`` read, in the handle's framework."""
+        if handle.framework == "jax":
+            raise ConfigError("zero_copy writes into an array, and JAX arrays are immutable")
+        block = self._buffer(handle, makes=True)
+        shape = self._shape(handle)
+        result = ResultArrays(
+            [Column("bfloat16", shape[1:])], device=self._domain.device, framework=handle.framework
+        )
+        num_bytes = 2 * shape[0] * shape[1] * shape[2]
+        return result.over(block.pointer, num_bytes, block, [(0, shape[0])])[0]
+
+    def _buffer(self, handle: Any, *, makes: bool = False) -> Block:
+        shape = self._shape(handle)
+        block = self._buffers.get(shape)
+        if block is None:
+            if not makes:
+                raise ConfigError("zero_copy needs get_next_low_latency_combine_buffer(handle) first")
+            # It stays, so graphs may read it.
+            block = self._buffers[shape] = self._domain.heap.take(2 * shape[0] * shape[1] * shape[2])
+        return block
+
+    def _shape(self, handle: Any) -> tuple[int, int, int]:
+        num_ranks = self._domain.group.size
+        return (
+            handle.num_experts // num_ranks,
+            num_ranks * handle.num_max_tokens_per_rank,
+            handle.hidden,
+        )

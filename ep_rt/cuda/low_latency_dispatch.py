@@ -1,0 +1,341 @@
+"""Low-latency dispatch on one rank: what a call needs, worked out once per shape, and the calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from .. import arrays
+from ..arrays import ArrayView
+from ..cuda_arrays import Column, ResultArrays, glance
+from ..errors import ArrayError, ConfigError
+from ..requests import LowLatencyDispatchRequest, Schedule
+from ..results import LowLatencyDispatched
+from . import low_latency_plan as plan
+from .digest import low_latency_digest
+from .domain import Call, Domain
+from .heap import Block
+from .inputs import ROW_ALIGN_BYTES, Inputs, is_contiguous, itemsize
+from .launch import Launch
+from .layout import FIRST_COMBINE_ZONE, MAX_LOCAL_EXPERTS, OFFSET_UNIT, align_up
+from .low_latency_areas import Area, Areas
+from .low_latency_calls import MAX_PLANS, CudaLowLatencyHandle, HandleLayout, LowLatencyKernels, run
+from .low_latency_plan import AreaShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """A dispatch of certain shapes: what holds for every call of it.
+
+    Attributes:
+        launches: by zone.
+        inputs: what x, ids and weights are like; None where absent.
+        num_blocks: of the send and of the receive phase.
+        results_bytes: of the packed rows with their scale factors; 0 where they stay in the zone.
+        sf_offset: of the scale factors there, or by zone in the area.
+        arrays, handle_arrays: recv_x and recv_sf; recv_count, src_info, layout_range and expert_rows.
+    """
+
+    area: Area
+    sizes: AreaShape
+    launches: tuple[Launch, Launch]
+    inputs: tuple[ArrayView | None, ...]
+    is_readable: bool
+    frameworks: tuple[str, ...]
+    num_blocks: tuple[int, int]
+    num_tokens: int
+    at: HandleLayout
+    layout: str
+    has_weights: bool
+    results_bytes: int
+    sf_offset: int
+    arrays: ResultArrays
+    make: tuple[Callable[[int, int, object], list[Any]], ...]
+    make_handle: Callable[[int, int, object], list[Any]]
+
+
+class LowLatencyDispatch:
+    """The low-latency dispatches of one rank.
+
+    Args:
+        owner: of the handles.
+    """
+
+    def __init__(
+        self, domain: Domain, areas: Areas, load: LowLatencyKernels, inputs: Inputs, *, owner: object
+    ) -> None:
+        self._domain = domain
+        self._areas = areas
+        self._load = load
+        self._inputs = inputs
+        self._owner = owner
+        self._plans: dict[Hashable, _Plan] = {}
+        self.num_calls = 0
+
+    def forget(self) -> None:
+        """The buffer is being closed."""
+        self._plans.clear()
+
+    def __call__(
+        self,
+        given: tuple[Any, ...],
+        options: tuple[Hashable, ...],
+        build: Callable[..., LowLatencyDispatchRequest],
+        with_hook: bool,
+        schedule: Schedule,
+    ) -> LowLatencyDispatched:
+        """One dispatch. The device is current.
+
+        Args:
+            given, options: the caller's arguments; `build` makes a checked request of all of them.
+        """
+        key: Hashable = None
+        found = None
+        objects: Sequence[Any] = given
+        if (seen := glance(given)) is not None:
+            facts, pointers = seen
+            key = (facts, options)
+            found = self._plans.get(key)
+        if found is None:
+            request = build(*given, *options)
+            views = (
+                request.x,
+                request.topk_idx,
+                request.recv_stats,
+                request.wait_stats,
+                request.topk_weights,
+            )
+            pointers = [0 if view is None else view.pointer for view in views]
+            objects = [None if view is None else view.owner for view in views]
+            found = self._prepare(request, views, schedule)
+            if key is not None:
+                if len(self._plans) >= MAX_PLANS:
+                    self._plans.clear()
+                self._plans[key] = found
+        if with_hook and found.frameworks[0] == "jax":
+            raise ConfigError("return_recv_hook fills the result later, and JAX arrays are immutable")
+        return self._run(found, pointers, objects, with_hook, schedule)
+
+    def _prepare(
+        self, request: LowLatencyDispatchRequest, views: tuple[ArrayView | None, ...], schedule: Schedule
+    ) -> _Plan:
+        domain = self._domain
+        x, ids = request.x, request.topk_idx
+        num_ranks, hidden = domain.group.size, x.shape[1]
+        num_tokens, num_topk = ids.shape
+        num_local_experts = request.num_experts // num_ranks
+        if not 1 <= num_topk <= plan.MAX_TOPK:
+            raise ConfigError(f"topk_idx has {num_topk} columns; low-latency calls take 1 to {plan.MAX_TOPK}")
+        if num_local_experts > MAX_LOCAL_EXPERTS:
+            raise ConfigError(
+                f"num_experts={request.num_experts} on {num_ranks} ranks; at most {MAX_LOCAL_EXPERTS} on each"
+            )
+        for view, name in (
+            (request.recv_stats, "cumulative_local_expert_recv_stats"),
+            (request.wait_stats, "dispatch_wait_recv_cost_stats"),
+        ):
+            if view is not None and (view.readonly or not is_contiguous(view)):
+                raise ArrayError(f"{name} is added to, so it must be contiguous and writable")
+        sizes = AreaShape(
+            num_ranks=num_ranks,
+            num_max_tokens=request.num_max_tokens_per_rank,
+            hidden=hidden,
+            num_experts=request.num_experts,
+            num_topk=num_topk,
+        )
+        present = [view for view in views if view is not None]
+        frameworks = tuple(dict.fromkeys(view.framework for view in present))
+        call = domain.begin(frameworks, [view.owner for view in present], schedule)
+        area = self._areas.get(self._areas.main(sizes), call)
+
+        is_packed = request.layout == "expert"
+        scale_mode = 2 if request.use_ue8m0 else 1 if request.round_scale else 0
+        scale_words = sizes.scale_words(packed=request.use_ue8m0) if request.use_fp8 else 0
+        num_rows = num_ranks * sizes.num_max_tokens
+        element = "float8_e4m3fn" if request.use_fp8 else "bfloat16"
+        row_bytes = hidden * arrays.np_dtype(element).itemsize
+        sf_type = "int32" if request.use_ue8m0 else "float32"
+        # Packed, scale factors are made column-major, and seen with the last two axes swapped.
+        inner = (num_rows, hidden) if is_packed else (sizes.num_max_tokens, hidden)
+        sf_inner = (scale_words, num_rows) if is_packed else (sizes.num_max_tokens, scale_words)
+        num_outer = num_local_experts if is_packed else num_ranks
+        results = ResultArrays(
+            [Column(element, inner), Column(sf_type, sf_inner) if request.use_fp8 else None],
+            device=domain.device,
+            framework=frameworks[0],
+            stream=domain.comm.pointer if frameworks[0] == "jax" else None,
+        )
+        sf_offset = align_up(num_outer * prod(inner[:-1]) * row_bytes, OFFSET_UNIT)
+        at = HandleLayout.of(sizes, num_tokens, with_rows=not is_packed)
+        shape = (num_rows,)
+        columns = [
+            Column("int32", ()),
+            Column("int32", shape),
+            Column("int64", (num_ranks,)),
+            None if is_packed else Column("int32", shape),
+        ]
+        handle_arrays = ResultArrays(
+            columns,
+            device=domain.device,
+            framework=frameworks[0],
+            stream=domain.comm.pointer if frameworks[0] == "jax" else None,
+        )
+        max_blocks = domain.max_blocks
+        num_copy_blocks = 0
+        if is_packed:
+            num_copy_blocks = plan.num_copy_blocks(sizes, area.max_send_blocks, max_blocks=max_blocks)
+        num_senders = num_ranks + plan.num_send_blocks(num_tokens * sizes.num_pieces, area.max_send_blocks)
+        dispatch_zones = area.layout.dispatch
+        return _Plan(
+            area=area,
+            sizes=sizes,
+            launches=tuple(  # type: ignore[arg-type]
+                self._load.dispatch(
+                    quantizes=request.use_fp8,
+                    state=area.state,
+                    masks=self._areas.masks,
+                    entries_offset=here.entries,
+                    weights_offset=here.weights,
+                    rows_offset=here.rows,
+                    sf_offset=here.sf(area.shape),
+                    digest=low_latency_digest(request, zone, area.max_send_blocks),
+                    num_tokens=num_tokens,
+                    num_topk=num_topk,
+                    num_experts=request.num_experts,
+                    num_max_tokens=sizes.num_max_tokens,
+                    hidden=hidden,
+                    idx_bytes=itemsize(ids),
+                    scale_mode=scale_mode,
+                    has_weights=request.topk_weights is not None,
+                    zone=zone,
+                    max_send_blocks=area.max_send_blocks,
+                    num_copy_blocks=num_copy_blocks,
+                    areas=area.pointers,
+                )
+                for zone, here in enumerate(dispatch_zones[:FIRST_COMBINE_ZONE])
+            ),
+            inputs=tuple(
+                None if view is None else replace(view, pointer=0, owner=None)
+                for view in (x, ids, request.topk_weights)
+            ),
+            is_readable=all(
+                is_contiguous(view) and 0 not in view.shape
+                for view in (x, ids, request.topk_weights)
+                if view is not None
+            ),
+            frameworks=frameworks,
+            num_blocks=(num_senders, num_ranks + num_copy_blocks),
+            num_tokens=num_tokens,
+            at=at,
+            layout=request.layout,
+            has_weights=request.topk_weights is not None,
+            results_bytes=sf_offset + 4 * num_outer * prod(sf_inner) if is_packed else 0,
+            sf_offset=sf_offset,
+            arrays=results,
+            make=tuple(
+                results.placed(
+                    ((0, num_outer), (sf_offset if is_packed else here.sf(area.shape) - here.rows, num_outer))
+                )
+                for here in dispatch_zones
+            ),
+            make_handle=handle_arrays.placed(
+                (
+                    (at.recv_count, num_local_experts),
+                    (at.src_info, num_local_experts),
+                    (at.layout_range, num_local_experts),
+                    (at.expert_rows, num_local_experts),
+                )
+            ),
+        )
+
+    def _run(
+        self,
+        found: _Plan,
+        pointers: list[int],
+        objects: Sequence[Any],
+        with_hook: bool,
+        schedule: Schedule,
+    ) -> LowLatencyDispatched:
+        domain, at, area = self._domain, found.at, found.area
+        domain.check()
+        call = domain.begin(found.frameworks, objects, schedule)
+        block = domain.heap.take(at.end, is_capturing=call.is_capturing)
+        results: Block | None = None
+        if found.results_bytes:
+            results = domain.heap.take(found.results_bytes, is_capturing=call.is_capturing)
+        domain.order(call)
+        x, ids, recv_stats, wait_stats, weights = pointers
+        if not found.is_readable or (x | ids | weights) % ROW_ALIGN_BYTES:
+            x, ids, weights = self._readable(found, (x, ids, weights), call)
+        zone = area.take_zone(first=0)
+        here = area.layout.dispatch[zone]
+        base = block.pointer
+        rows = area.pointers[domain.group.rank] + here.rows if results is None else results.pointer
+        fields = {
+            "record": base + at.record,
+            "x": x,
+            "topk_idx": ids,
+            "topk_weights": weights,
+            "sent_ids": base + at.sent_ids,
+            "recv_x": 0 if results is None else rows,
+            "recv_sf": 0 if results is None else rows + found.sf_offset,
+            "recv_count": base + at.recv_count,
+            "src_info": base + at.src_info,
+            "expert_rows": base + at.expert_rows if results is None else 0,
+            "layout_range": base + at.layout_range,
+            "routes": base + at.routes,
+            "recv_stats": recv_stats,
+            "wait_stats": wait_stats,
+        }
+        received: list[bool] = []
+        call.keep_with(block, *(() if results is None else (results,)))
+        event, hook = run(
+            domain,
+            call,
+            found.launches[zone],
+            found.num_blocks,
+            fields,
+            pending=area.postpone(zone) if with_hook else None,
+            frameworks=found.frameworks,
+            objects=objects,
+            received=received,
+            kept=(block, results, area, objects, call.temporaries),
+        )
+        self.num_calls += 1
+        # What lies in the zone belongs to the area, which lives as long as the buffer.
+        owner: object = (area, block) if results is None else results
+        num_bytes = here.end - here.rows if results is None else found.results_bytes
+        recv_x, recv_sf = found.make[zone](rows, num_bytes, owner)
+        if recv_sf is not None:
+            recv_x = recv_x, recv_sf if results is None else recv_sf.swapaxes(1, 2)
+        recv_count, src_info, layout_range, expert_rows = found.make_handle(base, at.end, block)
+        handle = CudaLowLatencyHandle(
+            owner=self._owner,
+            src_info=src_info,
+            layout_range=layout_range,
+            expert_rows=expert_rows,
+            num_tokens=found.num_tokens,
+            num_topk=found.sizes.num_topk,
+            num_max_tokens_per_rank=found.sizes.num_max_tokens,
+            hidden=found.sizes.hidden,
+            num_experts=found.sizes.num_experts,
+            framework=found.frameworks[0],
+            layout=found.layout,
+            has_weights=found.has_weights,
+            block=block,
+            at=at,
+            area=area,
+            zone=zone,
+            sizes=found.sizes,
+            facts=(found.sizes, found.num_tokens, found.has_weights, found.layout),
+            is_received=received,
+        )
+        return LowLatencyDispatched(recv_x, recv_count, handle, event, hook)
+
+    def _readable(self, found: _Plan, pointers: tuple[int, ...], call: Call) -> list[int]:
+        return [
+            self._inputs.readable(view, pointer, call)
+            for view, pointer in zip(found.inputs, pointers, strict=True)
+        ]

@@ -1,0 +1,180 @@
+"""How low-latency calls are laid over memory and blocks: offsets, slots, grids. Pure.
+
+Twin of what `kernels_cu/low_latency.cuh` and `wire.cuh` say of turns and slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from ..errors import ConfigError
+from ..requests import FP8_BLOCK
+from .layout import (
+    FIRST_COMBINE_ZONE,
+    LOW_LATENCY_AREA,
+    MAX_LOCAL_RANKS,
+    MAX_SEND_BLOCKS,
+    OFFSET_UNIT,
+    align_up,
+)
+
+MAX_TOPK: Final = 64
+"""Most columns of ``topk_idx``: two for each lane of a warp."""
+
+PIECE_CHANNELS: Final = 512
+"""Channels of a row that a warp moves in one turn."""
+
+TURNS_PER_BLOCK: Final = 4
+"""Blocks are added until each has so many turns."""
+
+POISON: Final = 0xFF
+"""What zones whose data are polled hold at rest, in every byte."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AreaShape:
+    """What the calls of an area have in common; the same on every rank.
+
+    Attributes:
+        is_main: dispatches land here, and combines of one row for each rank. Where such rows are polled they
+            need zones that nothing else is stored to, so the other combines have an area of their own.
+        has_columns: rows may come back for each column.
+    """
+
+    num_ranks: int
+    num_max_tokens: int
+    hidden: int
+    num_experts: int
+    num_topk: int
+    is_main: bool = True
+    has_columns: bool = False
+
+    @property
+    def num_slots(self) -> int:
+        """Of a token where rows come back: for each rank, or also for each column."""
+        return max(self.num_ranks, self.num_topk) if self.has_columns else self.num_ranks
+
+    @property
+    def num_pieces(self) -> int:
+        """Of a row."""
+        return -(-self.hidden // PIECE_CHANNELS)
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of (token, column) of a rank, at most."""
+        return self.num_max_tokens * self.num_topk
+
+    def scale_words(self, *, packed: bool) -> int:
+        """32-bit words that the scale factors of an FP8 row take."""
+        num_scales = self.hidden // FP8_BLOCK
+        return -(-num_scales // 4) if packed else num_scales
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchZone:
+    """Byte offsets within an area. Rows of FP8 have their scale factors behind all rows; others have none."""
+
+    entries: int
+    weights: int
+    rows: int
+    end: int
+
+    def sf(self, shape: AreaShape) -> int:
+        """Where the scale factors of FP8 rows begin."""
+        return align_up(self.rows + shape.num_ranks * shape.num_max_tokens * shape.hidden, OFFSET_UNIT)
+
+
+@dataclass(frozen=True, slots=True)
+class CombineZone:
+    """Byte offsets within an area."""
+
+    weights: int
+    rows: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class AreaLayout:
+    """Where the parts of an area lie: control words, then two zones of dispatch and two of combine."""
+
+    dispatch: tuple[DispatchZone, DispatchZone]
+    combine: tuple[CombineZone, CombineZone]
+    num_bytes: int
+
+    @classmethod
+    def of(cls, shape: AreaShape) -> AreaLayout:
+        at = align_up(LOW_LATENCY_AREA.itemsize, OFFSET_UNIT)
+        words_bytes = align_up(8 * shape.num_ranks * shape.num_pairs, OFFSET_UNIT)
+        num_rows = shape.num_ranks * shape.num_max_tokens
+        # An FP8 row with its scale factors never takes more than the bfloat16 row, but for the alignment.
+        rows_bytes = align_up(2 * num_rows * shape.hidden, OFFSET_UNIT) + OFFSET_UNIT
+        pairs_bytes = words_bytes
+        if not shape.is_main:
+            rows_bytes = pairs_bytes = 0
+        slots_bytes = align_up(shape.num_max_tokens * shape.num_slots * slot_bytes(shape.hidden), OFFSET_UNIT)
+        dispatches, combines = [], []
+        for _ in range(FIRST_COMBINE_ZONE):
+            rows = at + 2 * pairs_bytes
+            dispatches.append(DispatchZone(at, at + pairs_bytes, rows, rows + rows_bytes))
+            at = rows + rows_bytes
+        for _ in range(FIRST_COMBINE_ZONE):
+            rows = at + words_bytes
+            combines.append(CombineZone(at, rows, rows + slots_bytes))
+            at = rows + slots_bytes
+        return cls((dispatches[0], dispatches[1]), (combines[0], combines[1]), at)
+
+
+def slot_bytes(hidden: int) -> int:
+    """Of one row on its way back: 2 bytes for a channel, and 4 for each block of them. Twin of wire.cuh."""
+    return align_up(2 * hidden + 4 * -(-hidden // FP8_BLOCK), 16)
+
+
+def num_send_blocks(num_turns: int, max_blocks: int) -> int:
+    """Twin of low_latency.cuh."""
+    return min(max_blocks, -(-num_turns // TURNS_PER_BLOCK))
+
+
+def max_send_blocks(shape: AreaShape, *, max_blocks: int) -> int:
+    """Blocks that send rows when every rank has as many tokens as it may; the same on every rank.
+
+    Args:
+        max_blocks: as many of a rank may run at once, one for each SM; of low-latency kernels twice as many.
+
+    Raises:
+        ConfigError: no room for all kinds of blocks that a call has.
+    """
+    room = 2 * max_blocks - 2 * shape.num_ranks
+    if room < 2:
+        raise ConfigError(
+            f"low-latency calls of {shape.num_ranks} ranks need {shape.num_ranks + 1} SMs for each rank, and "
+            f"{max_blocks} are there"
+        )
+    most = max_blocks if room - max_blocks >= max_blocks // 2 else room // 2
+    most = min(most, MAX_SEND_BLOCKS - 1)  # the last flag is that of the metadata
+    return max(1, num_send_blocks(shape.num_max_tokens * shape.num_ranks * shape.num_pieces, most))
+
+
+def num_copy_blocks(shape: AreaShape, num_senders: int, *, max_blocks: int) -> int:
+    """Blocks that copy rows to their experts, beside `num_senders`."""
+    return max(1, 2 * max_blocks - 2 * shape.num_ranks - num_senders)
+
+
+def num_sum_blocks(shape: AreaShape, num_tokens: int, num_senders: int, *, max_blocks: int) -> int:
+    """Blocks that add what came back, beside `num_senders`."""
+    room = 2 * max_blocks - shape.num_ranks - num_senders
+    return max(1, num_send_blocks(num_tokens * shape.num_pieces, room))
+
+
+def area_bytes_hint(
+    num_max_tokens: int, hidden: int, num_ranks: int, num_experts: int, num_topk: int = 32
+) -> int:
+    """Slab bytes for calls of one shape. The columns hardly matter, so more than usual are assumed."""
+    shape = AreaShape(
+        num_ranks=min(num_ranks, MAX_LOCAL_RANKS),
+        num_max_tokens=num_max_tokens,
+        hidden=hidden,
+        num_experts=num_experts,
+        num_topk=num_topk,
+    )
+    return AreaLayout.of(shape).num_bytes

@@ -1,0 +1,352 @@
+// What dispatch and combine of the low-latency mode share: the phases of a call, landing zones and when they
+// are free again, and ranks that are left out.
+//
+// Zones      A call uses one landing zone; the host alternates between the two of its kind. Uses of a zone
+// are
+//            counted in device memory, so that a graph can be replayed. A rank that needs a use no longer
+//            says so to every peer (`freed`) when a later kernel of its own starts; a sender waits for that
+//            of the use before. With two zones in turn the word has always come long ago. A result of a
+//            dispatch that lies in its zone is needed until the next dispatch receives, or until it is
+//            combined.
+// Phases     Sending and receiving may be two kernels, with anything between them. The first one leaves the
+//            epoch and the use in the record of the call, where the second one finds them.
+// Left out   With `masks` a rank that does not arrive in time is masked and the call goes on. The blocks of a
+//            receive phase must agree on who is there: the first one to decide decides for all. A rank that
+//            was masked while it still stores, late and not lost, may store over rows of others where calls
+//            of bfloat16 and of FP8 take turns, whose rows differ in size.
+// Words      All stamped with the epoch of the call, in a zone that is free, so none is cleared.
+#pragma once
+#include "sync.cuh"
+
+namespace ep::low_latency {
+
+enum Phase : int32_t { kSends = 1, kReceives = 2 };
+enum Presence : uint32_t { kPresent = 1, kAbsent = 2 };
+enum WaitPhase : uint64_t { kFreeing = 1, kCounting = 2, kLanding = 3 };  // of the hang record
+
+// Rows travel in pieces of so many bfloat16 channels, one for each turn of a warp: two vectors in every lane.
+constexpr int kVectorChannels = 8;
+constexpr int kPieceVectors = 2 * kWarpSize;
+constexpr int kPieceChannels = kPieceVectors * kVectorChannels;
+// Blocks are added until each has this many turns, for all its warps together; then turns.
+constexpr int kTurnsPerBlock = 4;
+
+// Blocks that send in so many turns. Turn u is that of block u % num_blocks, so receivers know whose flag
+// says that a piece has landed.
+__host__ __device__ constexpr int32_t num_send_blocks(int64_t num_turns, int32_t max_blocks) {
+    const int64_t wanted = (num_turns + kTurnsPerBlock - 1) / kTurnsPerBlock;
+    return static_cast<int32_t>(wanted < max_blocks ? wanted : max_blocks);
+}
+
+// One phase of a call, or both, as a block of it sees it.
+struct Session {
+    sync::Call call;
+    LowLatencyState* state;
+    uint64_t* masks;  // [rank]: 1 to leave it out; nullptr: late ranks fail the call
+    uint8_t* const* areas;
+    uint64_t use, timeout_ns;
+    int32_t zone, phases;
+
+    __device__ LowLatencyArea* area(int32_t rank) const {
+        return reinterpret_cast<LowLatencyArea*>(areas[rank]);
+    }
+    __device__ LowLatencyArea* own() const { return area(call.rank); }
+    __device__ bool is_masked(int32_t rank) const {
+        return masks != nullptr && ptx::ld_relaxed_gpu(&masks[rank]) != 0;
+    }
+};
+
+// Of a block, in shared memory.
+struct Found {
+    uint32_t missing;  // bits of ranks that were waited for in vain
+    uint32_t ranks;    // bits of those that take part
+};
+
+// As those of sync.cuh, but the rare part is not repeated wherever something is polled: these kernels run for
+// microseconds, and their instructions are fetched anew each time.
+__device__ __noinline__ static Reason trouble_with(const SlabHeader* own, int32_t peer, uint64_t word,
+                                                   uint64_t deadline_ns) {
+    if (ptx::ld_relaxed_gpu(&own->failed) != 0) return kLeft;
+    const uint64_t seen = ptx::ld_acquire_sys(&own->signals[peer]);
+    if (sync::arrival_of(seen, word) == sync::Arrival::kContradicted) return kContradicted;
+    return ptx::globaltimer_ns() > deadline_ns ? kExpired : kNothing;
+}
+__device__ inline Reason trouble_in(const sync::Call& call, int32_t peer) {
+    return trouble_with(call.header(call.rank), peer, call.word, call.deadline_ns);
+}
+
+// How long a thread waits for a peer where late ranks are masked. A rank that waits for a third one is late
+// for its peers, but it is not lost: while it waits it beats, and who hears that begins to wait anew.
+struct Patience {
+    uint64_t deadline_ns, next_beat_ns, beat;
+    bool is_over;  // the deadline has passed once
+};
+// Its arguments are values: a session of which a function takes the address would not stay in registers.
+__device__ __noinline__ static Reason trouble_beside(const SlabHeader* own, const uint64_t* masks,
+                                                     uint8_t* const* areas, int32_t rank, int32_t num_ranks,
+                                                     int32_t peer, uint64_t word, uint64_t timeout_ns,
+                                                     Patience& patience) {
+    constexpr uint64_t kBeats = 8;  // while a peer waits
+    const auto area = [&](int32_t of) { return reinterpret_cast<LowLatencyArea*>(areas[of]); };
+    const Reason reason = trouble_with(own, peer, word, patience.deadline_ns);
+    const uint64_t now_ns = ptx::globaltimer_ns();
+    if (now_ns >= patience.next_beat_ns) {
+        patience.next_beat_ns = now_ns + timeout_ns / kBeats;
+        for (int32_t dst = 0; dst < num_ranks; ++dst)
+            if (ptx::ld_relaxed_gpu(&masks[dst]) == 0) ptx::st_relaxed_sys(&area(dst)->beats[rank], now_ns);
+    }
+    const uint64_t beat = ptx::ld_relaxed_sys(&area(rank)->beats[peer]);
+    const bool is_waiting = beat != patience.beat;
+    patience.beat = beat;
+    if (is_waiting) {
+        patience.is_over = false;
+        patience.deadline_ns = now_ns + timeout_ns;
+    }
+    if (reason != kExpired || is_waiting) return reason == kExpired ? kNothing : reason;
+    // The peer may be about to beat for the first time, as this thread was.
+    if (patience.is_over) return kExpired;
+    patience.is_over = true;
+    patience.deadline_ns = now_ns + timeout_ns / kBeats;
+    return kNothing;
+}
+
+// Waits, as one thread, until `is_there(*word)`. Acquires nothing.
+template <class IsThere>
+__device__ inline Reason await_word(const Session& session, const uint64_t* word, int32_t peer,
+                                    uint64_t& seen, IsThere is_there) {
+    if (is_there(seen = ptx::ld_relaxed_sys(word))) return kNothing;
+    Patience patience{session.call.deadline_ns, 0, 0, false};
+    if (session.masks != nullptr) {
+        patience.next_beat_ns = session.call.deadline_ns - session.timeout_ns / 2;
+        patience.beat = ptx::ld_relaxed_sys(&session.own()->beats[peer]);
+    }
+#pragma unroll 1
+    for (uint32_t polls = 1; !is_there(seen = ptx::ld_relaxed_sys(word)); ++polls) {
+        if (polls % 64 != 0) continue;
+        const Reason reason = session.masks == nullptr
+                                  ? trouble_in(session.call, peer)
+                                  : trouble_beside(session.call.header(session.call.rank), session.masks,
+                                                   session.areas, session.call.rank, session.call.num_ranks,
+                                                   peer, session.call.word, session.timeout_ns, patience);
+        if (reason != kNothing) return reason;
+    }
+    return kNothing;
+}
+
+// What is left of a reason to give up over a peer: a late one is masked, if that is allowed.
+__device__ inline Reason settle(const Session& session, Found& found, Reason reason, int32_t peer) {
+    if (reason == kNothing) return kNothing;
+    if (reason == kExpired && session.masks != nullptr) {
+        ptx::st_relaxed_gpu(&session.masks[peer], 1);
+        return kNothing;
+    }
+    atomicOr(&found.missing, 1u << peer);
+    return reason;
+}
+
+// Begins: every thread of every block. False when an earlier call was given up. A barrier.
+template <class Args>
+__device__ inline bool begin(Session& session, Found& found, const Args& args, uint64_t operation) {
+    sync::Call& call = session.call;
+    call.slabs = args.slabs;
+    call.workspace = args.workspace;
+    call.host_hang = args.hang;
+    call.rank = args.rank;
+    call.num_ranks = args.num_ranks;
+    session.state = args.state;
+    session.masks = args.masks;
+    session.areas = args.areas;
+    session.timeout_ns = args.timeout_ns;
+    session.zone = args.zone;
+    session.phases = args.phases;
+    if (threadIdx.x == 0) {
+        found.missing = 0;
+        found.ranks = (1u << args.num_ranks) - 1;
+    }
+    const SlabHeader* own = call.header(args.rank);
+    if (args.phases & kSends) {
+        call.epoch = own->block_epochs[blockIdx.x] + 1;
+        session.use = args.state->uses[args.zone][blockIdx.x] + 1;
+    } else {
+        call.epoch = args.record->epoch;
+        session.use = args.record->use;
+    }
+    call.deadline_ns = ptx::globaltimer_ns() + args.timeout_ns;
+    call.word = signal_word(call.epoch, operation);
+    if (__syncthreads_or(call.has_failed())) return false;
+    if (blockIdx.x == 0 && args.phases & kSends) {
+        const int32_t peer = threadIdx.x;
+        // Orders nothing: it only says where this rank is.
+        if (peer < call.num_ranks && !session.is_masked(peer))
+            ptx::st_relaxed_sys(&call.header(peer)->signals[call.rank], call.word);
+        if (threadIdx.x == 0) {
+            args.record->epoch = call.epoch;
+            args.record->use = session.use;
+        }
+    }
+    return true;
+}
+
+// Tells the peers which uses of this rank's zones it no longer needs: the second warp of block 0.
+// `released_zone` is the dispatch zone whose last result is not needed any more, -1 for none. Words only
+// grow, so a use that is still to be received, and all before it, are left to the send phase that takes its
+// zone.
+__device__ inline void post_freed(const Session& session, int32_t released_zone) {
+    static_assert(kLowLatencyZones * kMaxLocalRanks == kWarpSize);
+    const int32_t lane = static_cast<int32_t>(threadIdx.x) - kWarpSize;
+    const int32_t zone = lane / kMaxLocalRanks, peer = lane % kMaxLocalRanks;
+    if (blockIdx.x != 0 || lane < 0 || lane >= kWarpSize || peer >= session.call.num_ranks) return;
+    if (session.is_masked(peer)) return;
+    uint64_t use = session.use - 1;
+    if (zone == session.zone) {
+        if (!(session.phases & kSends)) return;
+    } else {
+        use = session.state->uses[zone][0];
+        if (zone < kFirstCombineZone && zone != released_zone) return;
+        if (session.state->received[zone] != use) return;
+    }
+    // Earlier kernels of this rank have read the zone: the release puts that before what the peer stores.
+    ptx::st_release_sys(&session.area(peer)->freed[zone][session.call.rank], use);
+}
+
+// Waits until the zone of every peer is free for this use. Then `found.ranks` are those to send to. A
+// barrier.
+__device__ inline Reason await_zone(const Session& session, Found& found) {
+    const int32_t peer = threadIdx.x;
+    Reason reason = kNothing;
+    bool is_free = false;
+    if (peer < session.call.num_ranks && !session.is_masked(peer)) {
+        const uint64_t* word = &session.own()->freed[session.zone][peer];
+        uint64_t seen;
+        reason =
+            poll(session.call, word, peer, seen, [&](uint64_t freed) { return freed + 1 >= session.use; });
+        if (reason == kNothing) ptx::ld_acquire_sys(word);
+        is_free = reason == kNothing;
+        reason = settle(session, found, reason, peer);
+    }
+    const uint32_t free = __ballot_sync(kFullWarp, is_free);
+    if (threadIdx.x == 0) found.ranks = free;
+    return sync::agree(reason);
+}
+
+// Whether a source rank takes part in what is received, after this block saw that it does, or does not. One
+// thread, behind a barrier and before one: what others of the block have acquired goes along.
+__device__ inline bool decide(const Session& session, int32_t src, bool is_there) {
+    uint64_t* word = &session.state->decisions[session.zone][src];
+    const uint64_t epoch = session.call.epoch;
+    const uint64_t vote = stamped(epoch, is_there ? kPresent : kAbsent);
+    uint64_t seen = ptx::ld_acquire_gpu(word);
+    while (!is_stamped(seen, epoch)) {
+        const uint64_t before = ptx::atom_cas_acq_rel_gpu(word, seen, vote);
+        if (before == seen) return is_there;
+        seen = before;
+    }
+    return static_cast<uint32_t>(seen) == kPresent;
+}
+
+// Waits, as one block, for the flags of the first `num_flags` blocks of a source rank, which say that what
+// they sent has landed. A barrier.
+__device__ inline Reason await_flags(const Session& session, Found& found, int32_t src, int32_t num_flags) {
+    const uint64_t* flags = session.own()->flags[session.zone][src];
+    Reason reason = kNothing;
+#pragma unroll 1
+    for (int32_t i = threadIdx.x; i < num_flags && reason == kNothing; i += blockDim.x) {
+        uint64_t seen;
+        reason = await_word(session, &flags[i], src, seen,
+                            [&](uint64_t word) { return is_stamped(word, session.call.epoch); });
+        if (reason == kNothing) ptx::ld_acquire_sys(&flags[i]);
+    }
+    if (reason != kNothing && session.masks == nullptr) atomicOr(&found.missing, 1u << src);
+    return sync::agree(reason);
+}
+
+// Says to every rank that got something that all of this block's stores have landed.
+__device__ inline void post_flags(const Session& session, const Found& found, int32_t block) {
+    __syncthreads();
+    const int32_t peer = threadIdx.x;
+    if (peer >= session.call.num_ranks || !(found.ranks >> peer & 1)) return;
+    // Cumulative: what the other threads stored goes before.
+    ptx::st_release_sys(&session.area(peer)->flags[session.zone][session.call.rank][block],
+                        stamped(session.call.epoch, 1));
+}
+
+// The same as one warp, for one flag of each source rank: lane `src` gives the number of the block, -1 for
+// none.
+__device__ inline Reason await_flags_as_warp(const Session& session, Found& found, int32_t lane,
+                                             int32_t block) {
+    Reason reason = kNothing;
+    if (block >= 0) {
+        const uint64_t* flag = &session.own()->flags[session.zone][lane][block];
+        uint64_t seen;
+        reason = await_word(session, flag, lane, seen,
+                            [&](uint64_t word) { return is_stamped(word, session.call.epoch); });
+        if (reason == kNothing) ptx::ld_acquire_sys(flag);
+        if (reason != kNothing) atomicOr(&found.missing, 1u << lane);
+    }
+    __syncwarp();  // what one lane acquired, all lanes may read
+    return reason;
+}
+
+// Ends what a block does in this kernel: by all its threads, with the same answer for all.
+__device__ inline void end(const Session& session, const Found& found, Reason reason, uint64_t phase) {
+    const bool is_overfull = __syncthreads_or(reason == kOverfull) != 0;
+    reason = is_overfull ? kOverfull : sync::agree(reason);
+    const sync::Call& call = session.call;
+    if (reason != kNothing)
+        return sync::leave(call, reason, phase, [&](int32_t peer) { return !(found.missing >> peer & 1); });
+    SlabHeader* own = call.header(call.rank);
+    if (session.phases & kSends) {
+        // Each block its share: no other one reads these words, and all threads of this one have.
+#pragma unroll 1
+        for (int32_t i = blockIdx.x + gridDim.x * threadIdx.x; i < kMaxGridBlocks;
+             i += gridDim.x * blockDim.x) {
+            own->block_epochs[i] = call.epoch;
+            session.state->uses[session.zone][i] = session.use;
+        }
+        if (blockIdx.x == 0 && threadIdx.x == 0) own->epoch = call.epoch;
+    }
+    // For later kernels, which start when all blocks have ended.
+    if (session.phases & kReceives && blockIdx.x + 1 == gridDim.x && threadIdx.x == 0)
+        session.state->received[session.zone] = session.use;
+}
+
+// Exclusive prefix sums of `num` numbers, as a warp; the total.
+template <class At, class Store>
+__device__ inline int32_t scan(int32_t num, int32_t lane, At at, Store store) {
+    int32_t total = 0;
+#pragma unroll 1
+    for (int32_t first = 0; first < num; first += kWarpSize) {
+        const int32_t i = first + lane, value = i < num ? at(i) : 0;
+        int32_t sum = value;
+#pragma unroll
+        for (int32_t distance = 1; distance < kWarpSize; distance *= 2) {
+            const int32_t before = __shfl_up_sync(kFullWarp, sum, distance);
+            if (lane >= distance) sum += before;
+        }
+        if (i < num) store(i, total + sum - value);
+        total += __shfl_sync(kFullWarp, sum, kWarpSize - 1);
+    }
+    return total;
+}
+
+// The last of `num` ascending numbers that is not above `value`; the first is 0.
+__device__ inline int32_t find(const int32_t* ascending, int32_t num, int32_t value) {
+    int32_t low = 0, high = num;
+    while (high - low > 1) {
+        const int32_t middle = (low + high) / 2;
+        if (ascending[middle] <= value)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+// An expert id of 4 or 8 bytes, -1 if it is none.
+__device__ inline int32_t expert_at(const void* ids, int32_t idx_bytes, int64_t i, int32_t num_experts) {
+    const int64_t id =
+        idx_bytes == 8 ? static_cast<const int64_t*>(ids)[i] : static_cast<const int32_t*>(ids)[i];
+    return id >= 0 && id < num_experts ? static_cast<int32_t>(id) : -1;
+}
+
+}  // namespace ep::low_latency

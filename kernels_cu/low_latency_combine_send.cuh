@@ -1,0 +1,180 @@
+// The send phase of the low-latency combine: weights to the experts' ranks, and rows back to the tokens'
+// ranks.
+#pragma once
+#include "low_latency_combine_block.cuh"
+
+namespace ep {
+
+// A weight, and whether its pair takes part, stamped with the epoch.
+__host__ __device__ constexpr uint64_t weight_word(uint64_t epoch, bool takes_part, uint32_t bits) {
+    return stamped(2 * epoch + takes_part, bits);
+}
+
+// To rank `dst`: the weights of the pairs that its experts got.
+template <LowLatencyCombineCfg kCfg>
+__device__ void LowLatencyCombineBlock<kCfg>::send_weights(int32_t dst) const {
+    uint64_t* to = weights(dst, args.rank);
+    for (int32_t i = threadIdx.x; i < args.num_tokens * args.num_topk; i += blockDim.x) {
+        const int32_t sent = args.sent_ids[i];
+        if (sent < 0 || sent / num_local_experts != dst) continue;
+        ptx::st_relaxed_sys(
+            &to[i], weight_word(session.call.epoch, expert(i) >= 0, __float_as_uint(args.topk_weights[i])));
+    }
+}
+
+// Lists the rows of a token of the sources number [first, first + num_sources), in the order of source and
+// column, as a warp. At most kMaxEntries pairs are looked at.
+template <LowLatencyCombineCfg kCfg>
+__device__ Reason LowLatencyCombineBlock<kCfg>::gather(int32_t token, int32_t first, int32_t num_sources,
+                                                       int32_t& num_entries) const {
+    const int32_t num_pairs = num_sources * args.num_topk;
+    Route routes[2];
+    int32_t sources[2];
+    bool takes_part[2];
+    Reason reason = kNothing;
+#pragma unroll
+    for (int32_t v = 0; v < 2; ++v) {
+        const int32_t pair = v * kWarpSize + lane, k = pair % args.num_topk;
+        sources[v] = source(args.rank, first + pair / args.num_topk);
+        const int64_t at = (int64_t{sources[v]} * args.num_max_tokens + token) * args.num_topk + k;
+        routes[v] = {-1, 0.0f};
+        if (pair < num_pairs && (shared.found.ranks >> sources[v] & 1)) routes[v] = args.routes[at];
+    }
+#pragma unroll
+    for (int32_t v = 0; v < 2; ++v) {
+        const int32_t k = (v * kWarpSize + lane) % args.num_topk;
+        takes_part[v] = routes[v].row >= 0;
+        if (!takes_part[v] || !args.sends_weights || reason != kNothing) continue;
+        uint64_t seen;
+        const auto stamp = [](uint64_t word) { return static_cast<uint32_t>(word >> 32); };
+        reason = low_latency::await_word(session, &weights(args.rank, sources[v])[token * args.num_topk + k],
+                                         sources[v], seen, [&](uint64_t word) {
+                                             return stamp(word) >> 1 ==
+                                                    static_cast<uint32_t>(session.call.epoch) << 1 >> 1;
+                                         });
+        takes_part[v] = reason == kNothing && (stamp(seen) & 1) != 0;
+        routes[v].weight = __uint_as_float(static_cast<uint32_t>(seen));
+        reason = low_latency::settle(session, shared.found, reason, sources[v]);
+    }
+    const uint32_t worst = __reduce_max_sync(kFullWarp, static_cast<uint32_t>(reason));
+    if (worst != kNothing) return static_cast<Reason>(worst);
+    const uint32_t low = __ballot_sync(kFullWarp, takes_part[0]),
+                   high = __ballot_sync(kFullWarp, takes_part[1]);
+    const uint64_t listed = low | static_cast<uint64_t>(high) << 32;
+    __syncwarp();  // the entries of the last turn have been read
+#pragma unroll
+    for (int32_t v = 0; v < 2; ++v) {
+        if (!takes_part[v]) continue;
+        const int32_t pair = v * kWarpSize + lane, number = pair / args.num_topk;
+        const uint64_t before = listed & ((uint64_t{1} << pair) - 1);
+        const uint32_t at =
+            __popc(static_cast<uint32_t>(before)) + __popc(static_cast<uint32_t>(before >> 32));
+        // Pairs of the same source behind this one.
+        const int32_t end = (number + 1) * args.num_topk;
+        const uint64_t until = end >= 64 ? ~uint64_t{0} : (uint64_t{1} << end) - 1;
+        const bool is_last = (listed & until) >> pair == 1;
+        shared.entries[warp][at] = {
+            routes[v].row, routes[v].weight,
+            static_cast<uint32_t>(sources[v] | pair % args.num_topk << 8) | (is_last ? kLastEntry : 0)};
+    }
+    num_entries = __popc(low) + __popc(high);
+    __syncwarp();
+    return kNothing;
+}
+
+// Stores a piece of a row into a slot of its token's rank.
+template <LowLatencyCombineCfg kCfg>
+__device__ void LowLatencyCombineBlock<kCfg>::push(int32_t dst, int32_t token, int32_t number, int32_t piece,
+                                                   const uint4 (&vectors)[2]) const {
+    uint8_t* to = slot(dst, token, number);
+    if constexpr (kWire != wire::kBfloat16) {
+        wire::store<kWire>(to, args.hidden, piece, lane, vectors);
+    } else {
+#pragma unroll
+        for (int32_t v = 0; v < 2; ++v) {
+            const int32_t vector = wire::vector_of<kWire>(piece, lane, v);
+            if (vector >= num_vectors) continue;
+            uint4* at = reinterpret_cast<uint4*>(to) + vector;
+            if (args.polls_data)
+                ptx::st_relaxed_sys(at, vectors[v]);
+            else
+                *at = vectors[v];
+        }
+    }
+}
+
+// A piece of the listed rows, summed for each source, or each as it is.
+template <LowLatencyCombineCfg kCfg>
+__device__ void LowLatencyCombineBlock<kCfg>::send_entries(int32_t token, int32_t piece,
+                                                           int32_t num_entries) const {
+    constexpr int32_t kDepth = 4;
+    constexpr auto kElement = rows::kBfloat16;
+    float sums[2][rows::kVectorElements<kElement>];
+    bool is_first = true;
+    for (int32_t first = 0; first < num_entries; first += kDepth) {
+        uint4 vectors[kDepth][2];
+#pragma unroll
+        for (int32_t i = 0; i < kDepth; ++i) {
+            if (first + i >= num_entries) break;
+            const int64_t row = shared.entries[warp][first + i].row;
+            const auto* from = reinterpret_cast<const uint4*>(args.y + row * args.hidden * 2);
+#pragma unroll
+            for (int32_t v = 0; v < 2; ++v) {
+                const int32_t vector = wire::vector_of<kWire>(piece, lane, v);
+                vectors[i][v] = vector < num_vectors ? ptx::ld_stream(&from[vector]) : make_uint4(0, 0, 0, 0);
+            }
+        }
+#pragma unroll
+        for (int32_t i = 0; i < kDepth; ++i) {
+            if (first + i >= num_entries) break;
+            const CombineEntry entry = shared.entries[warp][first + i];
+            const int32_t src = entry.what & 0xff;
+            if (args.sums_at_source) {
+                push(src, token, (entry.what & ~kLastEntry) >> 8, piece, vectors[i]);
+                continue;
+            }
+            uint4 rounded[2];
+#pragma unroll
+            for (int32_t v = 0; v < 2; ++v) {
+#pragma unroll
+                for (float& sum : sums[v])
+                    if (is_first) sum = rows::kNoTerm;
+                rows::add_product<kElement>(sums[v], entry.weight, vectors[i][v]);
+                rounded[v] = rows::rounded<kElement>(sums[v]);
+            }
+            is_first = (entry.what & kLastEntry) != 0;
+            if (is_first) push(src, token, args.rank, piece, rounded);
+        }
+    }
+}
+
+// One token, some sources, one piece.
+template <LowLatencyCombineCfg kCfg>
+__device__ Reason LowLatencyCombineBlock<kCfg>::send_turn(int32_t turn) const {
+    const int32_t piece = turn % num_pieces, group = turn / num_pieces % num_groups();
+    const int32_t token = turn / num_pieces / num_groups();
+    const int32_t end = min(args.num_ranks, (group + 1) * sources_per_turn);
+    const int32_t together = min(sources_per_turn, kMaxEntries / args.num_topk);
+    for (int32_t first = group * sources_per_turn; first < end; first += together) {
+        int32_t num_entries = 0;
+        const Reason reason = gather(token, first, min(together, end - first), num_entries);
+        if (reason != kNothing) return reason;
+        send_entries(token, piece, num_entries);
+    }
+    return kNothing;
+}
+
+// What block `block` of those that send rows sends.
+template <LowLatencyCombineCfg kCfg>
+__device__ Reason LowLatencyCombineBlock<kCfg>::send_rows(int32_t block) const {
+    const int32_t num_turns = max_tokens * num_groups() * num_pieces;
+    Reason reason = kNothing;
+    for (int32_t turn = block + num_row_blocks * warp; turn < num_turns && reason == kNothing;
+         turn += num_row_blocks * kNumWarps)
+        reason = send_turn(turn);
+    reason = sync::agree(reason);
+    if (reason == kNothing && !args.polls_data) low_latency::post_flags(session, shared.found, block);
+    return reason;
+}
+
+}  // namespace ep

@@ -1,0 +1,71 @@
+// Low-latency dispatch within one NVLink domain: every token once to each rank that owns an expert of it,
+// into fixed slots, so that rows leave before anybody has counted anything.
+//
+// Protocol   the landing zone of a rank has a slot for each (source rank, source token). A sender stores rows
+//            there, and a flag for each of its blocks when what that block stored has landed. Beside that it
+//            tells each rank, in stamped words, how many pairs of (token, column) each expert gets, and
+//            which. From the counts of all ranks a receiver knows where each row belongs among those of its
+//            expert: source rank, then token, then column.
+// Layouts    with layout "rank" the result is the landing zone itself, with lists of its rows for each
+// expert.
+//            Else warps copy the rows to their experts, as soon as the flags of their pieces are there.
+// Flags      and not data that is polled: bfloat16 rows may hold any bits, so no pattern says "not yet"; a
+// row
+//            that several experts want is read several times; and a row that came late, after a time-out,
+//            must not be taken for one of a later call.
+// Order      rows leave by ordinary stores; block barrier, release.sys flag. The receiver acquires the flag.
+//            Counts, pairs and weights are relaxed words that carry all there is to know.
+// Blocks     in this order, so that none waits for one behind it that has no place yet: R that send pairs,
+// one
+//            for each rank, so that their words do not queue behind rows; those that send rows; R that make
+//            lists, one for each source rank; those that copy. A phase that is not of this kernel has none.
+// Bad ids    an expert id outside 0 .. num_experts - 1 is treated as -1: none. More than M pairs from one
+// rank
+//            to one expert, which takes an expert that is repeated in a row, fail the call.
+#include "low_latency_dispatch_receive.cuh"
+#include "low_latency_dispatch_send.cuh"
+
+namespace ep {
+
+template <LowLatencyDispatchCfg kCfg>
+__device__ void low_latency_dispatch(const LowLatencyDispatchArgs<kCfg>& args) {
+    using Block = LowLatencyDispatchBlock<kCfg>;
+    static_assert(kCfg.num_threads % kWarpSize == 0 && kCfg.num_threads <= 1024);
+    static_assert(kCfg.num_threads >= 2 * kWarpSize);
+    __shared__ LowLatencyDispatchShared shared;
+    low_latency::Session session;
+    if (!low_latency::begin(session, shared.found, args, kLowLatencyDispatch)) return;
+    const bool receives = (args.phases & low_latency::kReceives) != 0;
+    // Until the next dispatch receives, a result may lie in its landing zone.
+    low_latency::post_freed(session, receives ? args.zone ^ 1 : -1);
+
+    Block block{.args = args,
+                .session = session,
+                .shared = shared,
+                .num_local_experts = args.num_experts / args.num_ranks,
+                .num_vectors = args.hidden / low_latency::kVectorChannels,
+                .num_pieces = (args.hidden + low_latency::kPieceChannels - 1) / low_latency::kPieceChannels,
+                .warp = static_cast<int32_t>(threadIdx.x) / kWarpSize,
+                .lane = static_cast<int32_t>(threadIdx.x) % kWarpSize};
+    auto number = static_cast<int32_t>(blockIdx.x);
+    const bool sends = (args.phases & low_latency::kSends) != 0;
+    const int32_t num_row_blocks = block.num_send_blocks(args.num_tokens);
+    const int32_t num_senders = sends ? args.num_ranks + num_row_blocks : 0;
+    Reason reason = kNothing;
+    uint64_t phase = low_latency::kFreeing;
+    if (number < num_senders && number < args.num_ranks) {
+        reason = low_latency::await_zone(session, shared.found);
+        if (reason == kNothing && shared.found.ranks >> number & 1) reason = block.send_metadata(number);
+    } else if (number < num_senders) {
+        reason = block.send_rows(number - args.num_ranks, num_row_blocks);
+    } else if (receives && number - num_senders < args.num_ranks) {
+        phase = low_latency::kCounting;
+        reason = block.list(number - num_senders);
+    } else if (receives && number - num_senders - args.num_ranks < args.num_copy_blocks) {
+        phase = low_latency::kLanding;
+        reason = block.copy_rows(number - num_senders - args.num_ranks, args.num_copy_blocks);
+    }
+    low_latency::end(session, shared.found, reason, phase);
+}
+
+}  // namespace ep

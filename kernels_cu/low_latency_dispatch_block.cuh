@@ -1,0 +1,122 @@
+// What a block of the low-latency dispatch knows: its arguments, what it holds in shared memory, its parts.
+#pragma once
+#include "fp8.cuh"
+#include "low_latency.cuh"
+
+namespace ep {
+
+struct LowLatencyDispatchCfg {
+    int num_threads, quantizes;
+};
+
+enum ScaleMode : int32_t { kFloatScales = 0, kRoundedScales = 1, kPackedScales = 2 };
+
+template <LowLatencyDispatchCfg kCfg>
+struct LowLatencyDispatchArgs {
+    HangRecord* hang;
+    Workspace* workspace;
+    LowLatencyState* state;
+    LowLatencyRecord* record;
+    uint64_t* masks;
+    // Of the send phase. [T, K]; no weights: nullptr.
+    const uint8_t* x;
+    const void* topk_idx;
+    const float* topk_weights;
+    int32_t* sent_ids;  // of the handle, [T, K], -1 for none
+    // Of the receive phase. El local experts, M tokens at most, R ranks.
+    uint8_t* recv_x;        // [El, R*M, hidden]; nullptr: rows stay in the landing zone
+    uint32_t* recv_sf;      // the same, [El, scale words, R*M]
+    int32_t* recv_count;    // [El]
+    int32_t* src_info;      // [El, R*M], -1 past the last row
+    int32_t* expert_rows;   // [El, R*M]: of the landing zone, -1 past the last one; nullptr: not wanted
+    int64_t* layout_range;  // [El, R]: (first row << 32) | rows
+    Route* routes;          // [R, M, K]
+    int32_t* recv_stats;    // [El], added to; or nullptr
+    int64_t* wait_stats;    // [R], microseconds, added to; or nullptr
+    uint64_t timeout_ns;
+    // Within the area of every rank, of this zone.
+    int64_t entries_offset, weights_offset;  // uint64 [R, M*K], stamped
+    int64_t rows_offset, sf_offset;          // [R, M] rows
+    uint32_t digest;
+    int32_t rank, num_ranks, num_tokens, num_topk, num_experts, num_max_tokens, hidden, idx_bytes;
+    int32_t scale_mode, has_weights, zone, phases, max_send_blocks, num_copy_blocks;
+    uint8_t* slabs[kMaxLocalRanks];
+    uint8_t* areas[kMaxLocalRanks];
+};
+
+struct LowLatencyDispatchShared {
+    low_latency::Found found;
+    int32_t tokens[kMaxLocalRanks];  // of each source rank
+    int32_t num_rows, num_max_tokens;
+    uint64_t landed_ns;
+    bool is_overfull;
+    union {
+        struct {
+            int32_t experts[4096];  // local ids of a stretch of topk_idx, -1 for other ranks' experts
+            int32_t totals[kMaxLocalExperts], base[kMaxLocalExperts];
+            int32_t parts[1024];  // [segment][expert]
+        } send;
+        struct {
+            int32_t counts[kMaxLocalRanks * kMaxLocalExperts];   // [src][expert]
+            int32_t entries[kMaxLocalRanks * kMaxLocalExperts];  // [src][expert]: where its entries begin
+            int32_t rows[kMaxLocalExperts];                      // [expert]: rows before its first one
+        } receive;
+    };
+};
+
+template <LowLatencyDispatchCfg kCfg>
+struct LowLatencyDispatchBlock {
+    static constexpr int32_t kNumWarps = kCfg.num_threads / kWarpSize;
+    static constexpr bool kQuantizes = kCfg.quantizes != 0;
+
+    const LowLatencyDispatchArgs<kCfg>& args;
+    const low_latency::Session& session;
+    LowLatencyDispatchShared& shared;
+    int32_t num_local_experts, num_vectors, num_pieces, warp, lane;
+
+    __device__ int64_t row_bytes() const { return int64_t{args.hidden} * (kQuantizes ? 1 : 2); }
+    __device__ int32_t scale_words() const {
+        const int32_t num_scales = args.hidden / fp8::kChannelsPerScale;
+        return args.scale_mode == kPackedScales ? (num_scales + 3) / 4 : num_scales;
+    }
+    // Rows of all source ranks that an expert has room for.
+    __device__ int64_t rows_per_expert() const { return int64_t{args.num_ranks} * args.num_max_tokens; }
+    __device__ uint8_t* row(int32_t rank, int32_t src, int32_t token) const {
+        return args.areas[rank] + args.rows_offset +
+               (int64_t{src} * args.num_max_tokens + token) * row_bytes();
+    }
+    __device__ uint32_t* scales(int32_t rank, int32_t src, int32_t token) const {
+        return reinterpret_cast<uint32_t*>(args.areas[rank] + args.sf_offset) +
+               (int64_t{src} * args.num_max_tokens + token) * scale_words();
+    }
+    // Words about the pairs of (token, column) that `src` sends to `rank`, sorted by expert.
+    __device__ uint64_t* words(int64_t offset, int32_t rank, int32_t src) const {
+        return reinterpret_cast<uint64_t*>(args.areas[rank] + offset) +
+               int64_t{src} * args.num_max_tokens * args.num_topk;
+    }
+    __device__ int32_t expert(int64_t i) const {
+        return low_latency::expert_at(args.topk_idx, args.idx_bytes, i, args.num_experts);
+    }
+    __device__ int32_t num_send_blocks(int32_t num_tokens) const {
+        return low_latency::num_send_blocks(int64_t{num_tokens} * num_pieces, args.max_send_blocks);
+    }
+
+    // Send phase.
+    __device__ Reason send_metadata(int32_t dst) const;
+    __device__ int32_t load_experts(int32_t first, int32_t num_ids, int32_t dst) const;
+    template <class Each>
+    __device__ int32_t of_segment(int32_t num_loaded, int32_t e, int32_t segment, int32_t num_segments,
+                                  Each each) const;
+    __device__ Reason send_rows(int32_t block, int32_t num_blocks) const;
+
+    // Receive phase.
+    __device__ Reason read_counts(int32_t first_src, int32_t last_src) const;
+    __device__ Reason read_sources() const;
+    __device__ void lay_out(int32_t src) const;
+    __device__ Reason list(int32_t src) const;
+    __device__ void clear(int32_t part) const;
+    __device__ Reason copy_rows(int32_t block, int32_t num_blocks) const;
+    __device__ Reason copy_row(int32_t number, int32_t part, bool with_scales) const;
+};
+
+}  // namespace ep

@@ -1,0 +1,378 @@
+"""Random programs of the low-latency mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ep_rt import reference
+from ep_rt.cuda.low_latency_plan import AreaShape
+
+from . import normal
+from .engine import Engines, results_in_numpy
+from .low_latency import BF16, Dispatched, LowLatency
+from .machine import Array
+from .ranks import Ranks
+
+
+def draw_ids(rng: np.random.Generator, shape: AreaShape, count: int, dtype: Any) -> Array:
+    """Experts of some tokens, none of which gets more than it has room for."""
+    ids = rng.integers(-1, shape.num_experts, (count, shape.num_topk))
+    style = rng.integers(6)
+    if style == 0:
+        ids[:] = -1
+        ids[:, 0] = shape.num_experts - 1
+    if style == 1:
+        ids[:] = -1
+    for expert in range(shape.num_experts):
+        token, k = np.nonzero(ids == expert)
+        ids[token[shape.num_max_tokens :], k[shape.num_max_tokens :]] = -1
+    return ids.astype(dtype)
+
+
+def draw_low_latency(
+    rng: np.random.Generator,
+    ranks: Ranks,
+    *,
+    num_rounds: int,
+    max_tokens: int,
+    with_masks: bool = False,
+    has_dead: bool = False,
+    dies_midway: bool = False,
+) -> None:
+    """Rounds of one or two dispatches and their combines, in one kernel each or split, all enqueued at once.
+
+    Args:
+        has_dead: one rank, `ranks.dead`, never comes, and its peers go on without it.
+        dies_midway: or stops at some time. Then it is open what its peers have of it: nothing is compared.
+    """
+    num_ranks = ranks.num_ranks
+    shape = AreaShape(
+        num_ranks=num_ranks,
+        num_max_tokens=max_tokens,
+        hidden=int(rng.choice([8, 40, 128, 256, 520, 640])),
+        num_experts=num_ranks * int(rng.integers(1, 4)),
+        num_topk=int(rng.choice([1, 2, 3, 5])),
+        has_columns=with_masks,
+    )
+    mode = LowLatency(ranks, shape, with_masks=with_masks, num_blocks=int(rng.integers(1, 3)))
+    dead = int(rng.integers(num_ranks)) if has_dead else None
+    absent = [] if dead is None else [dead]
+    if dies_midway:
+        absent = []
+        mode.not_compared = mode.others.not_compared = frozenset(range(num_ranks))
+    else:
+        mode.not_compared = mode.others.not_compared = frozenset(absent)
+    num_local = shape.num_experts // num_ranks
+    dtype = (np.int64, np.int32)[rng.integers(2)]
+    has_fp8 = shape.hidden % 128 == 0
+
+    def random_rows(count: int) -> Array:
+        values = rng.standard_normal((count, shape.hidden), np.float32) * np.float32(0.3)
+        if not rng.integers(3):  # any bits: no pattern is spared
+            bits = rng.integers(0, 1 << 16, (count, shape.hidden)).astype(np.uint16)
+            bits[rng.random(bits.shape) < 0.3] = 0xFFFF
+            return bits.view(BF16)
+        return values.astype(BF16)
+
+    def draw() -> tuple[list[Array], list[Array]]:
+        counts = rng.integers(0, max_tokens + 1, num_ranks)
+        counts[rng.integers(num_ranks)] *= rng.integers(2)
+        return [random_rows(int(n)) for n in counts], [draw_ids(rng, shape, int(n), dtype) for n in counts]
+
+    left: list[Dispatched] = []  # results that are still in their zone
+    for _ in range(num_rounds):
+        is_split = bool(rng.integers(2))
+        num_batches = 1 + int(is_split and rng.integers(2))
+        handles: list[Dispatched] = []
+        if not is_split or num_batches > 1:
+            compare_left(left, num_ranks)
+        is_fixed = num_batches == 1 and not left and bool(rng.integers(2))
+        for _ in range(num_batches):
+            x, ids = draw()
+            again = []
+            if num_batches == 1 and not is_split and not rng.integers(3):
+                again = [
+                    (
+                        [random_rows(len(each)) for each in ids],
+                        [draw_ids(rng, shape, len(each), dtype) for each in ids],
+                    )
+                ]
+            handles.append(
+                mode.dispatch(
+                    x,
+                    ids,
+                    weights=[rng.random(each.shape, np.float32) for each in ids] if rng.integers(2) else None,
+                    # What a lost rank has stored may still lie in the way of rows of another size.
+                    scales=int(rng.integers(3)) if has_fp8 and rng.integers(2) and not dies_midway else None,
+                    layout=("expert", "rank")[rng.integers(2)],
+                    is_split=is_split,
+                    is_fixed=is_fixed,
+                    num_copy_blocks=int(rng.integers(1, 3)),
+                    repeats=again,
+                    absent=absent,
+                )
+            )
+        # Without a combine behind it a peer may be in the dispatch after this one while the result is read.
+        hurries = bool(left)
+        compare_left(left, num_ranks)
+        keeps = handles[0].is_in_zone and not is_fixed and num_batches == 1 and not rng.integers(2)
+        for rank in range(num_ranks):
+            for number in rng.permutation(num_batches):
+                if is_split:
+                    handles[number].receive(rank)
+                if not keeps:
+                    handles[number].compare(rank)
+        if keeps:  # until the next dispatch receives, if nobody combines
+            left = handles
+            continue
+        receives = []
+        for handle in handles:
+            if rng.integers(5) < (4 if hurries else 1):
+                continue
+            y = [
+                random_rows(int(np.prod(each.src_info.shape))).reshape(*each.src_info.shape, shape.hidden)
+                for each in handle.expected
+            ]
+            reduce = ("rank", "source")[int(not rng.integers(3))]
+            ids, weights = handle.ids, [rng.random(each.shape, np.float32) - 0.5 for each in handle.ids]
+            if reduce == "source" or handle.weights is None:
+                ids = [np.where(rng.random(each.shape) < 0.2, -1, each).astype(each.dtype) for each in ids]
+            missing = [(each >= 0) & np.isin(each // num_local, absent) for each in ids]
+            splits = bool(rng.integers(2))
+            receive = mode.combine(
+                y,
+                handle,
+                ids,
+                weights,
+                reduce=reduce,
+                wire=("bfloat16", "fp8", "logfmt")[rng.integers(3)] if has_fp8 else "bfloat16",
+                is_split=splits,
+                is_fixed=is_fixed,
+                num_sum_blocks=int(rng.integers(1, 3)),
+                missing=missing,
+            )
+            if splits:
+                receives.append(receive)
+        for rank in range(num_ranks):
+            for number in rng.permutation(len(receives)):
+                receives[number](rank)
+        if not rng.integers(4) and dead is None:
+            ranks.barrier()
+        if not rng.integers(4) and not with_masks:
+            draw_dispatch(rng, ranks)
+    compare_left(left, num_ranks)
+    if dead is None:
+        ranks.check_epoch()
+    else:
+        ranks.dead = dead
+        check_survivors(mode, dead, is_late=dies_midway)
+
+
+def draw_dispatch(rng: np.random.Generator, ranks: Ranks) -> None:
+    """A dispatch of the normal mode, in between."""
+    counts = rng.integers(0, 4, ranks.num_ranks)
+    ids = [rng.integers(-1, ranks.num_ranks, (int(n), 1)) for n in counts]
+    x = [rng.integers(0, 256, (len(each), 16), np.uint8) for each in ids]
+    expected = reference.dispatch(x, ids, num_experts=ranks.num_ranks)
+    normal.dispatch(ranks, x, expected, ids=ids, num_experts=ranks.num_ranks, places=[0] * ranks.num_ranks)
+
+
+def draw_mistaken(rng: np.random.Generator, ranks: Ranks, *, mistake: str) -> None:
+    """A round, then a dispatch in which a rank makes another call, has other arguments or sends too much."""
+    num_ranks = ranks.num_ranks
+    shape = AreaShape(num_ranks=num_ranks, num_max_tokens=2, hidden=8, num_experts=num_ranks, num_topk=2)
+    mode = LowLatency(ranks, shape, with_masks=False, num_blocks=1)
+
+    def dispatch(**options: Any) -> Dispatched:
+        counts = [int(n) for n in rng.integers(1, 3, num_ranks)]
+        ids = [draw_ids(rng, shape, n, np.int64) for n in counts]
+        return mode.dispatch([np.zeros((n, 8), BF16) for n in counts], ids, **options)
+
+    dispatch(layout=("expert", "rank")[rng.integers(2)])
+    mistaken = int(rng.integers(num_ranks))
+    is_split = bool(rng.integers(2))
+    if mistake == "call":
+        mode.elsewhere = frozenset([mistaken])
+    if mistake == "arguments":
+        mode.digests[mistaken] += 1
+    if mistake == "rows":
+        ids = [np.full((2, 2), -1) for _ in range(num_ranks)]
+        rows = [np.zeros((2, 8), BF16) for _ in range(num_ranks)]
+        made = mode.dispatch(rows, ids, is_split=is_split, overfull=mistaken)
+    else:
+        made = dispatch(is_split=is_split)
+    if mistake == "call":
+        ranks.barrier(only=[mistaken])
+    for rank in range(num_ranks):
+        if is_split:
+            made.receive(rank)
+    ranks.barrier()
+
+
+def draw_kept(rng: np.random.Generator, ranks: Ranks) -> None:
+    """Results that stay where they landed, read while the next dispatch is sent and before it is received."""
+    num_ranks = ranks.num_ranks
+    shape = AreaShape(num_ranks=num_ranks, num_max_tokens=2, hidden=64, num_experts=num_ranks, num_topk=2)
+    mode = LowLatency(ranks, shape, with_masks=False, num_blocks=1)
+
+    def dispatch(**options: Any) -> Dispatched:
+        ids = [draw_ids(rng, shape, 2, np.int64) for _ in range(num_ranks)]
+        x = [rng.standard_normal((2, shape.hidden)).astype(BF16) for _ in ids]
+        return mode.dispatch(x, ids, layout="rank", **options)
+
+    for _ in range(2):
+        kept, sent = dispatch(), dispatch(is_split=True)
+        for rank in range(num_ranks):
+            kept.compare(rank)
+            sent.receive(rank)
+            sent.compare(rank)
+    ranks.check_epoch()
+
+
+def compare_left(left: list[Dispatched], num_ranks: int) -> None:
+    """The last moment for these."""
+    for handle in left:
+        for rank in range(num_ranks):
+            handle.compare(rank)
+    left.clear()
+
+
+def check_survivors(mode: LowLatency, dead: int, *, is_late: bool) -> None:
+    """Everybody else has completed everything, and has masked that rank alone.
+
+    Where it stops in the middle, another one may be masked, too: time jumps while words are on their way.
+    """
+    ranks, wanted = mode.ranks, mode.ranks.epoch
+
+    def check() -> str | None:
+        for rank in range(ranks.num_ranks):
+            header, masks = ranks.header(rank), mode.masks[rank].array(np.uint64)[: ranks.num_ranks]
+            if rank == dead:
+                continue
+            if header["failed"][0] or header["epoch"][0] != wanted:
+                return f"rank {rank} is at epoch {header['epoch'][0]}, not {wanted}, or gave up"
+            wanted_masks = [int(peer == dead) for peer in range(ranks.num_ranks)]
+            if masks.tolist() != wanted_masks and not is_late:
+                return f"rank {rank} has masked {masks.tolist()}"
+        return None
+
+    ranks.check(check)
+
+
+def draw_engine(rng: np.random.Generator, ranks: Ranks, *, num_rounds: int, max_tokens: int) -> None:
+    """The product's own host side: dispatches and combines of changing options, with and without hooks."""
+    results_in_numpy()
+    num_ranks = ranks.num_ranks
+    engines = Engines(ranks, max_blocks=num_ranks + 2)
+    shape = AreaShape(
+        num_ranks=num_ranks,
+        num_max_tokens=max_tokens,
+        hidden=128 * int(rng.integers(1, 6)),
+        num_experts=num_ranks * int(rng.integers(1, 4)),
+        num_topk=int(rng.integers(1, 4)),
+    )
+    check = LowLatency.__new__(LowLatency)  # for its comparisons
+    check.ranks, check.not_compared = ranks, frozenset()
+
+    def put(rank: int, array: Array) -> Array:
+        memory = ranks.machine.allocate(rank, max(16, array.nbytes), "input")
+        here = memory.array(array.dtype, array.shape)
+        here[...] = array
+        return here
+
+    for _ in range(num_rounds):
+        counts = [int(n) for n in rng.integers(0, max_tokens + 1, num_ranks)]
+        x = [(rng.standard_normal((n, shape.hidden), np.float32) / 3).astype(BF16) for n in counts]
+        ids = [draw_ids(rng, shape, n, np.int64) for n in counts]
+        weights = [rng.random(each.shape, np.float32) for each in ids]
+        scales = int(rng.integers(-1, 3))
+        layout = ("expert", "rank")[rng.integers(2)]
+        options = (max_tokens, shape.num_experts, scales >= 0, scales in (1, 2), scales == 2, layout)
+        expected = reference.low_latency_dispatch(
+            x,
+            ids,
+            num_max_dispatch_tokens_per_rank=max_tokens,
+            num_experts=shape.num_experts,
+            use_fp8=scales >= 0,
+            round_scale=scales in (1, 2),
+            use_ue8m0=scales == 2,
+            layout=layout,
+        )
+        sends, splits = bool(rng.integers(2)), rng.integers(2, size=2)
+        here = [[put(rank, each[rank]) for each in (x, ids, weights)] for rank in range(num_ranks)]
+        outs = []
+        for rank in range(num_ranks):
+            rows, mine_ids, mine_weights = here[rank]
+            stats = put(rank, np.zeros(shape.num_experts // num_ranks, np.int32))
+            waits = put(rank, np.zeros(num_ranks, np.int64))
+            inputs: tuple[Any, ...] = (rows, mine_ids, stats, waits, mine_weights if sends else None)
+            outs.append(engines.dispatch(rank, inputs, options, with_hook=bool(splits[0])))
+        ranks.epoch += 1
+        for rank, out in enumerate(outs):
+            if out.hook is not None:
+                out.hook()
+            compare_engine(check, rank, out, expected[rank])
+        y = [
+            (rng.standard_normal((*each.src_info.shape, shape.hidden), np.float32) / 3).astype(BF16)
+            for each in expected
+        ]
+        reduce, wire = ("rank", "source")[rng.integers(2)], int(rng.integers(3))
+        combined = reference.low_latency_combine(
+            y, expected, ids, weights, use_logfmt=wire == 1, use_fp8=wire == 2, reduce=reduce
+        )
+        backs = []
+        for rank, out in enumerate(outs):
+            _, mine_ids, mine_weights = here[rank]
+            zero_copy, target = bool(rng.integers(2)), None
+            rows = put(rank, y[rank])
+            if zero_copy:
+                buffer = engines.combines[rank].next_buffer(out.handle)
+                ranks.machine.copy(rank, buffer.ctypes.data, rows.ctypes.data, rows.nbytes)
+                rows = put(rank, np.zeros_like(y[rank]))
+            if rng.integers(2):
+                target = put(rank, np.zeros((counts[rank], shape.hidden), BF16))
+            inputs = (rows, mine_ids, mine_weights, target, put(rank, np.zeros(num_ranks, np.int64)))
+            back = engines.combine(
+                rank,
+                inputs,
+                out.handle,
+                (wire == 1, zero_copy, wire == 2, reduce),
+                with_hook=bool(splits[1]),
+            )
+            backs.append(back)
+        ranks.epoch += 1
+        for rank, back in enumerate(backs):
+            if back.hook is not None:
+                back.hook()
+            check._same_at("combined_x", rank, back.combined_x.ctypes.data, combined[rank])
+    ranks.check_epoch()
+
+
+def compare_engine(check: LowLatency, rank: int, out: Any, mine: reference.LowLatencyDispatched) -> None:
+    """What a dispatch returned, beside the oracle's."""
+
+    def same(name: str, got: Array, expected: Array, where: Array | None = None) -> None:
+        assert (got.shape, got.dtype) == (expected.shape, expected.dtype), (name, got.shape, expected.shape)
+        check._same_at(name, rank, got.ctypes.data, expected, where)
+
+    recv_x, recv_sf = out.recv_x if mine.sf is not None else (out.recv_x, None)
+    same("recv_count", out.recv_count, mine.recv_count)
+    same("src_info", out.handle.src_info, mine.src_info)
+    same("layout_range", out.handle.layout_range, mine.layout_range)
+    if mine.expert_rows is None:
+        counts = mine.recv_count[:, None] > np.arange(mine.src_info.shape[1])
+        same("recv_x", recv_x, mine.recv_x, counts)
+        if recv_sf is not None and mine.sf is not None:
+            by_column = np.ascontiguousarray(mine.sf.transpose(0, 2, 1))
+            there = np.broadcast_to(counts[:, None], by_column.shape)
+            same("recv_sf", recv_sf.transpose(0, 2, 1), by_column, there)
+        return
+    same("expert_rows", out.handle.expert_rows, mine.expert_rows)
+    there = np.zeros(mine.src_info.shape[1], bool)
+    there[mine.expert_rows[mine.expert_rows >= 0]] = True
+    there = there.reshape(mine.recv_x.shape[:2])
+    same("recv_x", recv_x, mine.recv_x, there)
+    if recv_sf is not None and mine.sf is not None:
+        same("recv_sf", recv_sf, mine.sf, there)

@@ -1,0 +1,159 @@
+"""Random low-latency calls on GPUs beside the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from device_arrays import fetch, overwrite, put
+from host_cases import Case, low_latency_combine_options, random_bits, random_values, same_bits
+
+from ep_rt import Buffer, arrays, reference
+
+Array = Any
+BF16 = np.dtype(ml_dtypes.bfloat16)
+SCALES = ((False,) * 3, (True, False, False), (True, True, False), (True,) * 3)
+
+
+def draw_case(seed: int, num_ranks: int, *, hidden: int | None = None, max_tokens: int = 40) -> Case:
+    """One whose experts all have room: at most 9 columns, each of which may name the same expert."""
+    return Case.draw(seed, num_ranks, hidden=hidden or 128 * (1 + seed % 5), max_tokens=max_tokens)
+
+
+def same_but_for_nan(got: Array, expected: Array) -> bool:
+    """Bit for bit, but a NaN that was made is like any other."""
+    nan = np.isnan(expected.astype(np.float32))
+    return bool(
+        got.shape == expected.shape
+        and (np.isnan(got.astype(np.float32)) == nan).all()
+        and (got.view(np.uint16) == expected.view(np.uint16))[~nan].all()
+    )
+
+
+def fetch_any(array: Any, dtype: Any = None) -> Array:
+    """As `fetch`, also with the last two axes swapped."""
+    seen = arrays.view(array)
+    if len(seen.shape) == 3 and seen.strides[1] == 1 and seen.shape[1] != 1:
+        return fetch(array.swapaxes(1, 2), dtype).swapaxes(1, 2)
+    return fetch(array, dtype)
+
+
+def check_low_latency(
+    buffer: Buffer,
+    seed: int,
+    *,
+    case: Case | None = None,
+    hook: bool = False,
+    framework: str = "cupy",
+    pause: Callable[[], None] = lambda: None,
+    between: Callable[[], None] = lambda: None,
+    **options: Any,
+) -> None:
+    """low_latency_dispatch and combine of one random layer.
+
+    Args:
+        between: what is done between the phases, with `hook`.
+        options: of both calls.
+    """
+    case = case or draw_case(seed, buffer.num_ranks)
+    rng, rank = case.rng, buffer.rank
+    use_fp8, round_scale, use_ue8m0 = SCALES[seed % 4 if case.hidden % 128 == 0 else 0]
+    layout = ("expert", "rank")[int(rng.integers(2))]
+    num_max_tokens = max([1, *(ids.size for ids in case.topk_idx)])
+    with_weights = bool(rng.integers(2))
+    shapes = [(count, case.hidden) for count in case.num_tokens]
+    x = [
+        random_values(rng, shape, BF16) if use_fp8 or seed % 3 else random_bits(rng, shape, BF16)
+        for shape in shapes
+    ]
+    ids = [some.astype((np.int64, np.int32)[seed % 2]) for some in case.topk_idx]
+    scales = {"use_fp8": use_fp8, "round_scale": round_scale, "use_ue8m0": use_ue8m0}
+    expected = reference.low_latency_dispatch(
+        x,
+        ids,
+        num_max_dispatch_tokens_per_rank=num_max_tokens,
+        num_experts=case.num_experts,
+        layout=layout,
+        **scales,
+    )
+    mine = expected[rank]
+    stats = put(np.full(case.num_experts // case.num_ranks, 5, np.int32), framework)
+    waited = put(np.zeros(case.num_ranks, np.int64), framework)
+    given_ids, given_weights = put(ids[rank], framework), put(case.topk_weights[rank], framework)
+    pause()
+    out = buffer.low_latency_dispatch(
+        put(x[rank], framework),
+        given_ids,
+        num_max_tokens,
+        case.num_experts,
+        stats,
+        waited,
+        return_recv_hook=hook,
+        topk_weights=given_weights if with_weights else None,
+        layout=layout,
+        **scales,
+        **options,
+    )
+    if hook:
+        between()
+        pause()
+        assert out.hook is not None
+        out.hook()
+    else:
+        out.event.current_stream_wait()
+    recv_x, recv_sf = out.recv_x if use_fp8 else (out.recv_x, None)
+    assert same_bits(fetch(out.recv_count), mine.recv_count)
+    assert same_bits(fetch(stats), mine.recv_count + np.int32(5))
+    assert (fetch(waited) >= 0).all()
+    assert same_bits(fetch(out.handle.src_info), mine.src_info)
+    assert same_bits(fetch(out.handle.layout_range), mine.layout_range)
+    rows = fetch(recv_x, mine.recv_x.dtype)
+    sf = None if recv_sf is None else fetch_any(recv_sf)
+    assert rows.shape == mine.recv_x.shape
+    if mine.expert_rows is None:
+        where: Any = mine.recv_count[:, None] > np.arange(mine.src_info.shape[1])
+        assert out.handle.expert_rows is None
+    else:
+        assert same_bits(fetch(out.handle.expert_rows), mine.expert_rows)
+        where = np.zeros(mine.src_info.shape[1], bool)
+        where[mine.expert_rows[mine.expert_rows >= 0]] = True
+        where = where.reshape(mine.recv_x.shape[:2])
+    assert same_bits(rows[where], mine.recv_x[where])
+    if sf is not None and mine.sf is not None:
+        assert same_bits(np.ascontiguousarray(sf[where]), mine.sf[where])
+
+    back_options = low_latency_combine_options(rng)
+    if case.hidden % 128:
+        back_options |= {"use_logfmt": False, "use_fp8": False}
+    shape = (*mine.src_info.shape, case.hidden)
+    y = [(random_values(rng, shape, np.float32) / 64).astype(BF16) for _ in expected]
+    combined = reference.low_latency_combine(y, expected, ids, case.topk_weights, **back_options)[rank]
+    zero_copy, has_target = bool(rng.integers(2)), bool(rng.integers(2))
+    target = put(np.zeros((case.num_tokens[rank], case.hidden), BF16), framework) if has_target else None
+    given_y = put(y[rank], framework)
+    if zero_copy and framework != "jax":
+        overwrite(buffer.get_next_low_latency_combine_buffer(out.handle), y[rank])
+        given_y = put(np.zeros_like(y[rank]), framework)
+    pause()
+    back = buffer.low_latency_combine(
+        given_y,
+        given_ids,
+        given_weights,
+        out.handle,
+        zero_copy=zero_copy and framework != "jax",
+        out=target,
+        return_recv_hook=hook,
+        **back_options,
+        **options,
+    )
+    if hook:
+        between()
+        pause()
+        assert back.hook is not None
+        back.hook()
+    else:
+        back.event.current_stream_wait()
+    assert same_but_for_nan(fetch(back.combined_x), combined)
+    assert target is None or back.combined_x is target

@@ -1,0 +1,387 @@
+"""Low-latency mode on GPUs: against the oracle, split, captured, masked, and under faults."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import ml_dtypes
+import numpy as np
+import pytest
+from host_cases import random_values, same_bits
+from ranks import PLACES, device_count, run_ranks
+
+import ep_rt
+from ep_rt import Buffer, Group, reference
+
+if device_count():
+    import cupy
+    from device_arrays import cuda_buffer, fetch, overwrite, poison, put
+    from low_latency_cases import check_low_latency, same_but_for_nan
+    from normal_cases import check_normal, context_is_alive, wide_case
+
+pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("place", PLACES)]
+
+T = TypeVar("T")
+BF16 = np.dtype(ml_dtypes.bfloat16)
+SLAB_BYTES = 512 << 20
+SHORT_S = 2.0
+NUM_ROUNDS = 1000
+NUM_REPLAYS = 3000
+
+
+def run(place: str, body: Callable[[Group], T], *, num_virtual_ranks: int = 4) -> list[T]:
+    return run_ranks(place, body, num_virtual_ranks=num_virtual_ranks)
+
+
+def low_latency_buffer(group: Group, **options: Any) -> Any:
+    return cuda_buffer(group, **{"low_latency_mode": True, "num_nvl_bytes": SLAB_BYTES, **options})
+
+
+def again_and_again(call: Callable[[], Any]) -> None:
+    """Until it raises what an earlier one has met."""
+    for _ in range(1000):
+        call()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("hook", [False, True])
+def test_random_layers_equal_the_oracle(place: str, hook: bool) -> None:
+    def body(group: Group) -> None:
+        with low_latency_buffer(group) as buffer:
+            poison(buffer, 0xA5)
+            for seed in range(32):
+                check_low_latency(buffer, seed, hook=hook, async_finish=not hook and seed % 3 == 0)
+
+    run(place, body)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5, 6, 7, 8])
+def test_any_number_of_ranks(place: str, num_ranks: int) -> None:
+    if place != "virtual":
+        pytest.skip("as many ranks as GPUs")
+
+    def body(group: Group) -> None:
+        with low_latency_buffer(group) as buffer:
+            for seed in range(6):
+                check_low_latency(buffer, seed)
+
+    run_ranks(place, body, num_virtual_ranks=num_ranks)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "hidden", "num_topk", "num_local_experts"),
+    [
+        (128, 7168, 8, 8),
+        (8, 7168, 8, 8),
+        (33, 4096, 4, 3),
+        (200, 136, 5, 4),
+        (20, 8, 2, 1),
+        (17, 1832, 64, 64),
+    ],
+)
+def test_shapes_of_models(
+    place: str, num_tokens: int, hidden: int, num_topk: int, num_local_experts: int
+) -> None:
+    def body(group: Group) -> None:
+        with low_latency_buffer(group, num_nvl_bytes=1 << 30) as buffer:
+            for seed in range(4):
+                case = wide_case(
+                    seed,
+                    group.size,
+                    num_tokens=num_tokens,
+                    hidden=hidden,
+                    num_topk=min(num_topk, group.size * num_local_experts),
+                    num_local_experts=num_local_experts,
+                )
+                check_low_latency(buffer, seed, case=case)
+
+    run(place, body, num_virtual_ranks=2)
+
+
+@pytest.mark.parametrize("framework", ["torch"])
+def test_other_frameworks(place: str, framework: str) -> None:
+    torch = pytest.importorskip(framework)
+    if not torch.cuda.is_available():
+        pytest.skip("torch without CUDA")
+
+    def body(group: Group) -> None:
+        torch.cuda.set_device(cupy.cuda.runtime.getDevice())
+        with torch.cuda.stream(torch.cuda.Stream()), low_latency_buffer(group) as buffer:
+            for seed in range(8):
+                check_low_latency(buffer, seed, framework=framework, hook=seed % 2 == 1)
+
+    run(place, body)
+
+
+def test_many_rounds_with_sleeps_mixed_with_the_normal_mode(place: str) -> None:
+    def body(group: Group) -> None:
+        sleeps = random.Random(group.rank)
+
+        def pause() -> None:
+            if sleeps.random() < 0.1:
+                time.sleep(sleeps.random() * 2e-3)
+
+        with low_latency_buffer(group) as buffer:
+            for seed in range(NUM_ROUNDS):
+                check_low_latency(buffer, seed % 50, hook=seed % 3 == 0, pause=pause)
+                if seed % 7 == 0:
+                    check_normal(buffer, seed, pause=pause)
+
+    run(place, body)
+
+
+def test_two_batches_overlap(place: str) -> None:
+    """Sends of both are out before either is received; ranks take their hooks in different order."""
+
+    def body(group: Group) -> None:
+        with low_latency_buffer(group) as buffer:
+            for number in range(50):
+                ids = [
+                    np.full((3, 1), (group.rank + shift + number) % group.size, np.int64)
+                    for shift in range(2)
+                ]
+                x = [np.full((3, 8), 10 * group.rank + batch + number, BF16) for batch in range(2)]
+                outs = [
+                    buffer.low_latency_dispatch(
+                        put(x[b]), put(ids[b]), 4, group.size, use_fp8=False, return_recv_hook=True
+                    )
+                    for b in range(2)
+                ]
+                for batch in (0, 1) if group.rank % 2 else (1, 0):
+                    outs[batch].hook()
+                for batch, out in enumerate(outs):
+                    src = (group.rank - batch - number) % group.size
+                    assert fetch(out.recv_count).tolist() == [3]
+                    assert same_bits(
+                        fetch(out.recv_x)[0, :3], np.full((3, 8), 10 * src + batch + number, BF16)
+                    )
+
+    run(place, body)
+
+
+def test_a_third_call_takes_the_place_of_a_forgotten_hook(place: str) -> None:
+    def body(group: Group) -> None:
+        with low_latency_buffer(group) as buffer:
+            given = put(np.ones((1, 8), BF16)), put(np.zeros((1, 1), np.int64)), 1, group.size
+            outs = [
+                buffer.low_latency_dispatch(*given, use_fp8=False, return_recv_hook=True) for _ in range(3)
+            ]
+            with pytest.raises(ep_rt.HandleError, match="too late"):
+                outs[0].hook()
+            with pytest.raises(ep_rt.ConfigError, match="hook"):
+                buffer.low_latency_combine(
+                    put(np.ones((1, group.size, 8), BF16)),
+                    given[1],
+                    put(np.ones((1, 1), np.float32)),
+                    outs[1].handle,
+                )
+            outs[1].hook()
+            outs[2].hook()
+            check_low_latency(buffer, 0)
+
+    run(place, body)
+
+
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+@pytest.mark.parametrize("num_pairs", [1, 2])
+def test_graph_of_pairs_with_changing_contents(place: str, layout: str, num_pairs: int) -> None:
+    """Captured once, replayed thousands of times; every so often the result is compared."""
+
+    def body(group: Group) -> None:
+        num_tokens, hidden, num_topk, num_experts = 24, 512, 4, 4 * group.size
+        rng = np.random.default_rng(3)
+        x = put(np.zeros((num_tokens, hidden), BF16))
+        ids = put(np.zeros((num_tokens, num_topk), np.int64))
+        weights = put(np.zeros((num_tokens, num_topk), np.float32))
+        y = put(np.zeros((4, group.size * num_tokens, hidden), BF16))
+        with low_latency_buffer(group) as buffer:
+
+            def pair() -> Any:
+                out = buffer.low_latency_dispatch(
+                    x, ids, num_tokens, num_experts, use_fp8=False, layout=layout, topk_weights=weights
+                )
+                return out, buffer.low_latency_combine(y, ids, weights, out.handle)
+
+            pair()
+            stream = cupy.cuda.get_current_stream()
+            group.barrier()
+            stream.begin_capture()
+            kept = [pair() for _ in range(num_pairs)]
+            graph = stream.end_capture()
+            for number in range(NUM_REPLAYS):
+                if number % 100 == 0:
+                    all_x = [random_values(rng, (num_tokens, hidden), BF16) for _ in range(group.size)]
+                    all_ids = [
+                        np.argsort(rng.random((num_tokens, num_experts)), axis=1)[:, :num_topk]
+                        for _ in range(group.size)
+                    ]
+                    all_weights = [rng.random((num_tokens, num_topk), np.float32) for _ in range(group.size)]
+                    all_y = [random_values(rng, (4, group.size * num_tokens, hidden), BF16) for _ in all_x]
+                    for array, values in ((x, all_x), (ids, all_ids), (weights, all_weights), (y, all_y)):
+                        overwrite(array, values[group.rank])
+                graph.launch(stream)
+                if number % 100 == 99:
+                    expected = reference.low_latency_dispatch(
+                        all_x,
+                        all_ids,
+                        num_max_dispatch_tokens_per_rank=num_tokens,
+                        num_experts=num_experts,
+                        use_fp8=False,
+                        layout=layout,
+                    )
+                    combined = reference.low_latency_combine(
+                        all_y, expected, all_ids, all_weights, reduce="rank"
+                    )[group.rank]
+                    for out, back in kept:
+                        assert same_bits(fetch(out.recv_count), expected[group.rank].recv_count)
+                        assert same_bits(fetch(out.handle.src_info), expected[group.rank].src_info)
+                        assert same_but_for_nan(fetch(back.combined_x), combined)
+                if number % 500 == 250:
+                    check_low_latency(buffer, number)
+            del graph, kept
+            group.barrier()
+
+    run(place, body)
+
+
+def test_first_call_of_a_shape_cannot_be_captured(place: str) -> None:
+    def body(group: Group) -> None:
+        with low_latency_buffer(group) as buffer:
+            stream = cupy.cuda.get_current_stream()
+            x, ids = put(np.ones((1, 8), BF16)), put(np.zeros((1, 1), np.int64))
+            group.barrier()
+            stream.begin_capture()
+            try:
+                with pytest.raises(ep_rt.ConfigError, match="outside of the capture"):
+                    buffer.low_latency_dispatch(x, ids, 1, group.size, use_fp8=False)
+            finally:
+                stream.end_capture()
+            check_low_latency(buffer, 0)
+
+    run(place, body)
+
+
+def test_too_many_rows_for_an_expert_fail_on_every_rank(place: str) -> None:
+    def body(group: Group) -> None:
+        with low_latency_buffer(group) as buffer:
+            x, ids = put(np.ones((2, 8), BF16)), put(np.zeros((2, 2), np.int64))
+            with pytest.raises(ep_rt.ConfigError, match="more than num_max"):
+                again_and_again(lambda: buffer.low_latency_dispatch(x, ids, 2, group.size, use_fp8=False))
+            buffer.reset()
+            check_low_latency(buffer, 1)
+            check_normal(buffer, 1)
+            context_is_alive()
+
+    run(place, body)
+
+
+def test_late_rank_is_named(place: str) -> None:
+    def body(group: Group) -> None:
+        with low_latency_buffer(group, timeout_s=SHORT_S) as buffer:
+            check_low_latency(buffer, 1)
+            late = group.size - 1
+            x, ids = put(np.ones((1, 8), BF16)), put(np.zeros((1, 1), np.int64))
+            buffer.low_latency_dispatch(x, ids, 1, group.size, use_fp8=False)
+            if group.rank != late:
+                with pytest.raises(ep_rt.PeerTimeoutError) as caught:
+                    again_and_again(lambda: buffer.low_latency_dispatch(x, ids, 1, group.size, use_fp8=False))
+                assert list(caught.value.peers) == [late]
+            group.barrier()
+            buffer.reset()
+            check_low_latency(buffer, 2)
+            context_is_alive()
+
+    run(place, body)
+
+
+def test_rank_that_stops_is_masked_and_comes_back(place: str) -> None:
+    """In the middle of a stream of calls one rank makes none; the others go on, and take it back."""
+
+    def body(group: Group) -> None:
+        if group.size < 3:
+            pytest.skip("needs three ranks")
+        lost, num_rounds = 1, 6
+        rng = np.random.default_rng(0)
+        x = [random_values(rng, (5, 128), BF16) for _ in range(group.size)]
+        ids = [rng.integers(0, 2 * group.size, (5, 3)) for _ in range(group.size)]
+        shape = (2, group.size * 15, 128)
+        y = [random_values(rng, shape, BF16) for _ in range(group.size)]
+        weights = [rng.random((5, 3), np.float32) for _ in range(group.size)]
+        there = [np.full_like(each, -1) if rank == lost else each for rank, each in enumerate(ids)]
+        expected = reference.low_latency_dispatch(
+            x, there, num_max_dispatch_tokens_per_rank=15, num_experts=2 * group.size, use_fp8=False
+        )
+        status = np.zeros(group.size, np.int32)
+        with low_latency_buffer(group, timeout_s=SHORT_S, enable_shrink=True) as buffer:
+            check_low_latency(buffer, 3)
+            group.barrier()
+            if group.rank != lost:
+                for number in range(num_rounds):
+                    began = time.monotonic()
+                    out = buffer.low_latency_dispatch(
+                        put(x[group.rank]), put(ids[group.rank]), 15, 2 * group.size, use_fp8=False
+                    )
+                    mine = expected[group.rank]
+                    assert same_bits(fetch(out.recv_count), mine.recv_count)
+                    assert same_bits(fetch(out.handle.src_info), mine.src_info)
+                    buffer.low_latency_combine(
+                        put(y[group.rank]), put(ids[group.rank]), put(weights[group.rank]), out.handle
+                    )
+                    cupy.cuda.get_current_stream().synchronize()
+                    if number:  # masked now: nobody waits any more
+                        assert time.monotonic() - began < SHORT_S
+                buffer.low_latency_query_mask_buffer(status)
+                assert status.tolist() == [int(rank == lost) for rank in range(group.size)]
+                buffer.low_latency_clean_mask_buffer()
+            group.barrier()
+            buffer.reset()  # which also lets the one that stopped count the same calls
+            check_low_latency(buffer, 4)
+            context_is_alive()
+
+    run(place, body)
+
+
+def test_masks_of_the_caller(place: str) -> None:
+    def body(group: Group) -> None:
+        with low_latency_buffer(group, enable_shrink=True) as buffer:
+            status = put(np.full(group.size, 7, np.int32))
+            buffer.low_latency_query_mask_buffer(status)
+            assert fetch(status).tolist() == [0] * group.size
+            other = (group.rank + 1) % group.size
+            if other != group.rank:
+                buffer.low_latency_update_mask_buffer(other, True)
+                buffer.low_latency_query_mask_buffer(status)
+                assert fetch(status).tolist() == [int(rank == other) for rank in range(group.size)]
+            buffer.low_latency_clean_mask_buffer()
+            group.barrier()
+            check_low_latency(buffer, 5)
+
+    run(place, body)
+
+
+def test_wrong_arguments(place: str) -> None:
+    def body(group: Group) -> None:
+        x, ids = put(np.ones((1, 8), BF16)), put(np.zeros((1, 1), np.int64))
+        with (
+            cuda_buffer(group) as plain,
+            pytest.raises(ep_rt.BackendError, match="low_latency_mode=True"),
+        ):
+            plain.low_latency_dispatch(x, ids, 1, 8)
+        with low_latency_buffer(group, num_nvl_bytes=8 << 20) as buffer:
+            with pytest.raises(ep_rt.ConfigError, match="num_rdma_bytes"):
+                buffer.low_latency_dispatch(
+                    put(np.ones((1, 7168), BF16)), put(np.zeros((1, 1), np.int64)), 512, group.size
+                )
+            with pytest.raises(ep_rt.ConfigError, match="enable_shrink"):
+                buffer.low_latency_clean_mask_buffer()
+            buffer.clean_low_latency_buffer(1, 128, group.size)
+            check_low_latency(buffer, 6)
+
+    run(place, body)
+
+
+def test_landing_zones_of_a_model_stay_below_64_megabytes(place: str) -> None:
+    assert Buffer.get_low_latency_rdma_size_hint(128, 7168, 8, 256) < 64_000_000

@@ -1,0 +1,79 @@
+"""How low-latency calls are laid over memory and blocks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from ep_rt.cuda import low_latency_plan as plan
+from ep_rt.cuda.layout import LOW_LATENCY_AREA, MAX_SEND_BLOCKS, OFFSET_UNIT
+from ep_rt.cuda.low_latency_plan import AreaLayout, AreaShape
+from ep_rt.errors import ConfigError
+
+DSV3 = AreaShape(num_ranks=8, num_max_tokens=128, hidden=7168, num_experts=256, num_topk=8)
+SHAPES = [
+    DSV3,
+    replace(DSV3, has_columns=True, num_topk=64),
+    replace(DSV3, is_main=False, has_columns=True),
+    AreaShape(num_ranks=1, num_max_tokens=1, hidden=8, num_experts=1, num_topk=1),
+    AreaShape(num_ranks=3, num_max_tokens=7, hidden=136, num_experts=6, num_topk=5, has_columns=True),
+    AreaShape(num_ranks=2, num_max_tokens=1024, hidden=128, num_experts=1024, num_topk=2),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parts_of_an_area_do_not_overlap_and_are_large_enough(shape: AreaShape) -> None:
+    layout = AreaLayout.of(shape)
+    end = LOW_LATENCY_AREA.itemsize
+    words_bytes = 8 * shape.num_ranks * shape.num_pairs
+    num_rows = shape.num_ranks * shape.num_max_tokens
+    for zone in layout.dispatch:
+        assert end <= zone.entries <= zone.weights <= zone.rows <= zone.end
+        if shape.is_main:
+            assert zone.weights - zone.entries >= words_bytes
+            assert zone.rows - zone.weights >= words_bytes
+            assert zone.end - zone.rows >= 2 * num_rows * shape.hidden
+            if shape.hidden % 128 == 0:
+                assert zone.sf(shape) >= zone.rows + num_rows * shape.hidden
+                assert zone.end - zone.sf(shape) >= 4 * num_rows * shape.scale_words(packed=False)
+        end = zone.end
+    for back in layout.combine:
+        assert end <= back.weights <= back.rows <= back.end
+        assert back.rows - back.weights >= words_bytes
+        slots = shape.num_max_tokens * shape.num_slots
+        assert back.end - back.rows >= slots * plan.slot_bytes(shape.hidden)
+        end = back.end
+    assert layout.num_bytes == end
+    for zone in layout.dispatch:
+        assert zone.entries % OFFSET_UNIT == zone.weights % OFFSET_UNIT == zone.rows % OFFSET_UNIT == 0
+
+
+def test_landing_zones_of_a_model_stay_below_64_megabytes() -> None:
+    assert AreaLayout.of(DSV3).num_bytes < 64_000_000
+    assert AreaLayout.of(DSV3).num_bytes == plan.area_bytes_hint(128, 7168, 8, 256, num_topk=8)
+    assert AreaLayout.of(DSV3).num_bytes < plan.area_bytes_hint(128, 7168, 8, 256) < 64_000_000
+
+
+@pytest.mark.parametrize("max_blocks", [9, 16, 33, 66, 78, 132, 256])
+def test_all_blocks_of_a_call_fit(max_blocks: int) -> None:
+    for shape in (DSV3, replace(DSV3, num_max_tokens=1), replace(DSV3, num_ranks=2)):
+        if 2 * max_blocks < 2 * shape.num_ranks + 2:
+            continue
+        senders = plan.max_send_blocks(shape, max_blocks=max_blocks)
+        assert 1 <= senders < MAX_SEND_BLOCKS
+        copies = plan.num_copy_blocks(shape, senders, max_blocks=max_blocks)
+        assert 2 * shape.num_ranks + senders + copies <= 2 * max_blocks
+        for num_tokens in (0, 1, shape.num_max_tokens):
+            sums = plan.num_sum_blocks(shape, num_tokens, senders, max_blocks=max_blocks)
+            assert shape.num_ranks + senders + sums <= 2 * max_blocks
+            assert plan.num_send_blocks(num_tokens * shape.num_pieces, senders) <= senders
+
+
+def test_a_model_takes_every_sm() -> None:
+    assert plan.max_send_blocks(DSV3, max_blocks=132) == 132
+
+
+def test_too_few_sms_for_all_ranks() -> None:
+    with pytest.raises(ConfigError, match="need 9 SMs"):
+        plan.max_send_blocks(DSV3, max_blocks=8)
