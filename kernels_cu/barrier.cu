@@ -1,9 +1,8 @@
 // Barrier over the ranks of one NVLink domain.
 //
-// Protocol   every slab starts with signals[num_ranks], zero at first. In epoch e, rank r stores (e,
-// operation)
-//            into signals[r] of every slab, its own included, and waits until every word of its own slab
-//            is at epoch e or later. Then it advances its epoch. No signal is ever cleared.
+// Protocol   every slab starts with signals[num_ranks], zero at first. In epoch e, rank r stores the word of
+//            (e, operation) into signals[r] of every slab, its own included, and waits until every word of
+//            its own slab is at epoch e or later. Then it advances its epoch. No signal is ever cleared.
 // Order      release.sys store, acquire.sys load: writes before the barrier on any rank, also by earlier
 //            kernels of its stream, are visible after it on every rank.
 // Failure    deadline passed, or a peer gave up or is in another operation: record, tell the peers, leave.

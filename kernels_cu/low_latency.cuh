@@ -2,8 +2,7 @@
 // are free again, and ranks that are left out.
 //
 // Zones      A call uses one landing zone; the host alternates between the two of its kind. Uses of a zone
-// are
-//            counted in device memory, so that a graph can be replayed. A rank that needs a use no longer
+//            are counted in device memory, so that a graph can be replayed. A rank that needs a use no longer
 //            says so to every peer (`freed`) when a later kernel of its own starts; a sender waits for that
 //            of the use before. With two zones in turn the word has always come long ago. A result of a
 //            dispatch that lies in its zone is needed until the next dispatch receives, or until it is
@@ -189,8 +188,8 @@ __device__ inline bool begin(Session& session, Found& found, const Args& args, u
 
 // Tells the peers which uses of this rank's zones it no longer needs: the second warp of block 0.
 // `released_zone` is the dispatch zone whose last result is not needed any more, -1 for none. Words only
-// grow, so a use that is still to be received, and all before it, are left to the send phase that takes its
-// zone.
+// grow, so a use that is still to be received, and all before it, are left to the send phase that takes
+// its zone.
 __device__ inline void post_freed(const Session& session, int32_t released_zone) {
     static_assert(kLowLatencyZones * kMaxLocalRanks == kWarpSize);
     const int32_t lane = static_cast<int32_t>(threadIdx.x) - kWarpSize;
@@ -209,8 +208,8 @@ __device__ inline void post_freed(const Session& session, int32_t released_zone)
     ptx::st_release_sys(&session.area(peer)->freed[zone][session.call.rank], use);
 }
 
-// Waits until the zone of every peer is free for this use. Then `found.ranks` are those to send to. A
-// barrier.
+// Waits until the zone of every peer is free for this use. Then `found.ranks` are those to send to.
+// A barrier.
 __device__ inline Reason await_zone(const Session& session, Found& found) {
     const int32_t peer = threadIdx.x;
     Reason reason = kNothing;

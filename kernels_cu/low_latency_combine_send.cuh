@@ -1,5 +1,5 @@
-// The send phase of the low-latency combine: weights to the experts' ranks, and rows back to the tokens'
-// ranks.
+// The send phase of the low-latency combine: weights to the experts' ranks, and rows back to the ranks of
+// the tokens.
 #pragma once
 #include "low_latency_combine_block.cuh"
 

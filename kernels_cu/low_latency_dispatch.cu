@@ -7,21 +7,19 @@
 //            which. From the counts of all ranks a receiver knows where each row belongs among those of its
 //            expert: source rank, then token, then column.
 // Layouts    with layout "rank" the result is the landing zone itself, with lists of its rows for each
-// expert.
-//            Else warps copy the rows to their experts, as soon as the flags of their pieces are there.
+//            expert. Else warps copy the rows to their experts, as soon as the flags of their pieces are
+//            there.
 // Flags      and not data that is polled: bfloat16 rows may hold any bits, so no pattern says "not yet"; a
-// row
-//            that several experts want is read several times; and a row that came late, after a time-out,
-//            must not be taken for one of a later call.
+//            row that several experts want is read several times; and a row that came late, after a
+//            time-out, must not be taken for one of a later call.
 // Order      rows leave by ordinary stores; block barrier, release.sys flag. The receiver acquires the flag.
 //            Counts, pairs and weights are relaxed words that carry all there is to know.
 // Blocks     in this order, so that none waits for one behind it that has no place yet: R that send pairs,
-// one
-//            for each rank, so that their words do not queue behind rows; those that send rows; R that make
-//            lists, one for each source rank; those that copy. A phase that is not of this kernel has none.
+//            one for each rank, so that their words do not queue behind rows; those that send rows; R that
+//            make lists, one for each source rank; those that copy. A phase that is not of this kernel has
+//            none.
 // Bad ids    an expert id outside 0 .. num_experts - 1 is treated as -1: none. More than M pairs from one
-// rank
-//            to one expert, which takes an expert that is repeated in a row, fail the call.
+//            rank to one expert, which takes an expert that is repeated in a row, fail the call.
 #include "low_latency_dispatch_receive.cuh"
 #include "low_latency_dispatch_send.cuh"
 

@@ -47,8 +47,7 @@ struct LowLatencyDispatchArgs {
 struct LowLatencyDispatchShared {
     low_latency::Found found;
     int32_t tokens[kMaxLocalRanks];  // of each source rank
-    int32_t num_rows, num_max_tokens;
-    uint64_t landed_ns;
+    int32_t num_rows;
     bool is_overfull;
     union {
         struct {
@@ -112,9 +111,8 @@ struct LowLatencyDispatchBlock {
     // Receive phase.
     __device__ Reason read_counts(int32_t first_src, int32_t last_src) const;
     __device__ Reason read_sources() const;
-    __device__ void lay_out(int32_t src) const;
     __device__ Reason list(int32_t src) const;
-    __device__ void clear(int32_t part) const;
+    __device__ void tell(int32_t part) const;
     __device__ Reason copy_rows(int32_t block, int32_t num_blocks) const;
     __device__ Reason copy_row(int32_t number, int32_t part, bool with_scales) const;
 };

@@ -95,24 +95,28 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_sources() const {
 
 // What callers are told of each expert, and clean ends: every R-th expert is of block `part`.
 template <LowLatencyDispatchCfg kCfg>
-__device__ void LowLatencyDispatchBlock<kCfg>::clear(int32_t part) const {
+__device__ void LowLatencyDispatchBlock<kCfg>::tell(int32_t part) const {
     const auto& counts = shared.receive.counts;
 #pragma unroll 1
-    for (int32_t e = part; e < num_local_experts; e += args.num_ranks) {
+    for (int32_t e = part + args.num_ranks * threadIdx.x; e < num_local_experts;
+         e += args.num_ranks * kCfg.num_threads) {
         int32_t total = 0;
 #pragma unroll 1
         for (int32_t src = 0; src < args.num_ranks; ++src) {
             const int32_t count = counts[src * num_local_experts + e];
-            if (threadIdx.x == 0)
-                args.layout_range[int64_t{e} * args.num_ranks + src] = int64_t{total} << 32 | count;
+            args.layout_range[int64_t{e} * args.num_ranks + src] = int64_t{total} << 32 | count;
             total += count;
         }
-        if (threadIdx.x == 0) {
-            args.recv_count[e] = total;
-            if (args.recv_stats != nullptr) args.recv_stats[e] += total;
-        }
-        for (int64_t i = total + threadIdx.x; i < rows_per_expert(); i += blockDim.x) {
-            const int64_t at = e * rows_per_expert() + i;
+        args.recv_count[e] = total;
+        if (args.recv_stats != nullptr) args.recv_stats[e] += total;
+    }
+#pragma unroll 1
+    for (int32_t e = part + args.num_ranks * warp; e < num_local_experts; e += args.num_ranks * kNumWarps) {
+        const int32_t count = lane < args.num_ranks ? counts[lane * num_local_experts + e] : 0;
+        const int32_t total = __reduce_add_sync(kFullWarp, count);
+        const int64_t first = e * rows_per_expert(), end = first + rows_per_expert();
+#pragma unroll 4
+        for (int64_t at = first + total + lane; at < end; at += kWarpSize) {
             args.src_info[at] = -1;
             if (args.expert_rows != nullptr) args.expert_rows[at] = -1;
         }
@@ -134,7 +138,6 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::list(int32_t src) const {
     for (int32_t i = threadIdx.x; i < num_routes; i += blockDim.x) routes[i] = {-1, 0.0f};
     Reason reason = read_sources();  // the routes are cleared behind its barriers
     if (reason != kNothing) return reason;
-    clear(src);
     const auto& receive = shared.receive;
     const int32_t* first_entry = &receive.entries[src * num_local_experts];
     const int32_t last = num_local_experts - 1;
@@ -162,6 +165,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::list(int32_t src) const {
         routes[pair] = {static_cast<int32_t>(at), __uint_as_float(static_cast<uint32_t>(weight))};
     }
     if (reason != kNothing) atomicOr(&shared.found.missing, 1u << src);
+    tell(src);  // while rows are on their way
     reason = sync::agree(reason);
     if (reason != kNothing || !(shared.found.ranks >> src & 1)) return reason;
     reason = low_latency::await_flags(session, shared.found, src, num_send_blocks(shared.tokens[src]));

@@ -4,8 +4,7 @@
 //
 // bfloat16   lane l holds vectors l and 32 + l of the piece, which lie as in the row.
 // others     lane l holds the neighbours 2l and 2l + 1, so that 8 lanes share a block of 128 channels. A slot
-// is
-//            2 * hidden bytes of blocks of 256 and, behind them, 4 bytes for each block. FP8: 128 bytes at
+//            is 2 * hidden bytes of blocks of 256 and, behind them, 4 bytes for each block. FP8: 128 bytes at
 //            the start of its block; the scale factor. LogFMT: 128 bytes with bits 0-7 of the codes and 32
 //            bytes with bits 8 and 9, or as it was 256 bytes where it is not cast; amax and amin.
 //
