@@ -187,7 +187,6 @@ struct LowLatencyArea {
     uint64_t digests[kLowLatencyZones][kMaxLocalRanks];                // [zone][src_rank]: stamped
     uint64_t num_tokens[kLowLatencyZones][kMaxLocalRanks];             // [zone][src_rank]: stamped
     uint64_t flags[kLowLatencyZones][kMaxLocalRanks][kMaxSendBlocks];  // [zone][src_rank][its block]: stamped
-    uint64_t counts[kFirstCombineZone][kMaxLocalRanks][kMaxLocalExperts];  // [zone][src_rank]: stamped
 };
 
 // Of the calls of one shape on one rank, in its own memory.
@@ -195,6 +194,7 @@ struct LowLatencyState {
     uint64_t uses[kLowLatencyZones][kMaxGridBlocks];  // of the zone so far, once for every block as above
     uint64_t received[kLowLatencyZones];              // the last use whose receive phase has ended
     uint64_t decisions[kLowLatencyZones][kMaxLocalRanks];  // [zone][src_rank]: stamped; 1 present, 2 absent
+    uint64_t listed[kFirstCombineZone][kMaxLocalRanks];    // [zone][src_rank]: stamped; its tokens
 };
 
 // Of one call, kept by its handle: written by its send phase.

@@ -44,6 +44,7 @@ struct Session {
     uint64_t* masks;  // [rank]: 1 to leave it out; nullptr: late ranks fail the call
     uint8_t* const* areas;
     uint64_t use, timeout_ns;
+    uint64_t freed;  // thread `peer`: uses of the zone that this peer no longer needed at the start; acquired
     int32_t zone, phases;
 
     __device__ LowLatencyArea* area(int32_t rank) const {
@@ -109,18 +110,23 @@ __device__ __noinline__ static Reason trouble_beside(const SlabHeader* own, cons
     return kNothing;
 }
 
-// Waits, as one thread, until `is_there(*word)`. Acquires nothing.
-template <class IsThere>
+// Waits, as one thread, until `is_there(*word)`, and acquires it if asked to.
+enum Acquiring : bool { kRelaxed = false, kAcquires = true };
+template <Acquiring kAcquiring>
+__device__ __forceinline__ uint64_t load(const uint64_t* word) {
+    return kAcquiring ? ptx::ld_acquire_sys(word) : ptx::ld_relaxed_sys(word);
+}
+template <Acquiring kAcquiring = kRelaxed, class IsThere>
 __device__ inline Reason await_word(const Session& session, const uint64_t* word, int32_t peer,
                                     uint64_t& seen, IsThere is_there) {
-    if (is_there(seen = ptx::ld_relaxed_sys(word))) return kNothing;
+    if (is_there(seen = load<kAcquiring>(word))) return kNothing;
     Patience patience{session.call.deadline_ns, 0, 0, false};
     if (session.masks != nullptr) {
         patience.next_beat_ns = session.call.deadline_ns - session.timeout_ns / 2;
         patience.beat = ptx::ld_relaxed_sys(&session.own()->beats[peer]);
     }
 #pragma unroll 1
-    for (uint32_t polls = 1; !is_there(seen = ptx::ld_relaxed_sys(word)); ++polls) {
+    for (uint32_t polls = 1; !is_there(seen = load<kAcquiring>(word)); ++polls) {
         if (polls % 64 != 0) continue;
         const Reason reason = session.masks == nullptr
                                   ? trouble_in(session.call, peer)
@@ -130,6 +136,29 @@ __device__ inline Reason await_word(const Session& session, const uint64_t* word
         if (reason != kNothing) return reason;
     }
     return kNothing;
+}
+
+// As await_word, for a word stamped with the epoch of the call. The rare part is not repeated either.
+struct Awaited {
+    uint64_t word;
+    Reason reason;
+};
+template <Acquiring kAcquiring>
+__device__ __noinline__ Awaited await_slowly(Session session, const uint64_t* word, int32_t peer) {
+    Awaited awaited{};
+    awaited.reason = await_word<kAcquiring>(session, word, peer, awaited.word, [&](uint64_t seen) {
+        return is_stamped(seen, session.call.epoch);
+    });
+    return awaited;
+}
+template <Acquiring kAcquiring = kRelaxed>
+__device__ inline Reason await_stamped(const Session& session, const uint64_t* word, int32_t peer,
+                                       uint64_t& seen) {
+    seen = load<kAcquiring>(word);
+    if (is_stamped(seen, session.call.epoch)) return kNothing;
+    const Awaited awaited = await_slowly<kAcquiring>(session, word, peer);
+    seen = awaited.word;
+    return awaited.reason;
 }
 
 // What is left of a reason to give up over a peer: a late one is masked, if that is allowed.
@@ -158,6 +187,7 @@ __device__ inline bool begin(Session& session, Found& found, const Args& args, u
     session.timeout_ns = args.timeout_ns;
     session.zone = args.zone;
     session.phases = args.phases;
+    session.freed = 0;
     if (threadIdx.x == 0) {
         found.missing = 0;
         found.ranks = (1u << args.num_ranks) - 1;
@@ -166,6 +196,8 @@ __device__ inline bool begin(Session& session, Found& found, const Args& args, u
     if (args.phases & kSends) {
         call.epoch = own->block_epochs[blockIdx.x] + 1;
         session.use = args.state->uses[args.zone][blockIdx.x] + 1;
+        if (threadIdx.x < args.num_ranks)
+            session.freed = ptx::ld_acquire_sys(&session.area(args.rank)->freed[args.zone][threadIdx.x]);
     } else {
         call.epoch = args.record->epoch;
         session.use = args.record->use;
@@ -215,11 +247,13 @@ __device__ inline Reason await_zone(const Session& session, Found& found) {
     Reason reason = kNothing;
     bool is_free = false;
     if (peer < session.call.num_ranks && !session.is_masked(peer)) {
-        const uint64_t* word = &session.own()->freed[session.zone][peer];
-        uint64_t seen;
-        reason =
-            poll(session.call, word, peer, seen, [&](uint64_t freed) { return freed + 1 >= session.use; });
-        if (reason == kNothing) ptx::ld_acquire_sys(word);
+        const auto is_enough = [&](uint64_t freed) { return freed + 1 >= session.use; };
+        if (!is_enough(session.freed)) {
+            const uint64_t* word = &session.own()->freed[session.zone][peer];
+            uint64_t seen;
+            reason = poll(session.call, word, peer, seen, is_enough);
+            if (reason == kNothing) ptx::ld_acquire_sys(word);
+        }
         is_free = reason == kNothing;
         reason = settle(session, found, reason, peer);
     }
@@ -251,9 +285,7 @@ __device__ inline Reason await_flags(const Session& session, Found& found, int32
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < num_flags && reason == kNothing; i += blockDim.x) {
         uint64_t seen;
-        reason = await_word(session, &flags[i], src, seen,
-                            [&](uint64_t word) { return is_stamped(word, session.call.epoch); });
-        if (reason == kNothing) ptx::ld_acquire_sys(&flags[i]);
+        reason = await_stamped<kAcquires>(session, &flags[i], src, seen);
     }
     if (reason != kNothing && session.masks == nullptr) atomicOr(&found.missing, 1u << src);
     return sync::agree(reason);
@@ -277,9 +309,7 @@ __device__ inline Reason await_flags_as_warp(const Session& session, Found& foun
     if (block >= 0) {
         const uint64_t* flag = &session.own()->flags[session.zone][lane][block];
         uint64_t seen;
-        reason = await_word(session, flag, lane, seen,
-                            [&](uint64_t word) { return is_stamped(word, session.call.epoch); });
-        if (reason == kNothing) ptx::ld_acquire_sys(flag);
+        reason = await_stamped<kAcquires>(session, flag, lane, seen);
         if (reason != kNothing) atomicOr(&found.missing, 1u << lane);
     }
     __syncwarp();  // what one lane acquired, all lanes may read
@@ -307,38 +337,6 @@ __device__ inline void end(const Session& session, const Found& found, Reason re
     // For later kernels, which start when all blocks have ended.
     if (session.phases & kReceives && blockIdx.x + 1 == gridDim.x && threadIdx.x == 0)
         session.state->received[session.zone] = session.use;
-}
-
-// Exclusive prefix sums of `num` numbers, as a warp; the total.
-template <class At, class Store>
-__device__ inline int32_t scan(int32_t num, int32_t lane, At at, Store store) {
-    int32_t total = 0;
-#pragma unroll 1
-    for (int32_t first = 0; first < num; first += kWarpSize) {
-        const int32_t i = first + lane, value = i < num ? at(i) : 0;
-        int32_t sum = value;
-#pragma unroll
-        for (int32_t distance = 1; distance < kWarpSize; distance *= 2) {
-            const int32_t before = __shfl_up_sync(kFullWarp, sum, distance);
-            if (lane >= distance) sum += before;
-        }
-        if (i < num) store(i, total + sum - value);
-        total += __shfl_sync(kFullWarp, sum, kWarpSize - 1);
-    }
-    return total;
-}
-
-// The last of `num` ascending numbers that is not above `value`; the first is 0.
-__device__ inline int32_t find(const int32_t* ascending, int32_t num, int32_t value) {
-    int32_t low = 0, high = num;
-    while (high - low > 1) {
-        const int32_t middle = (low + high) / 2;
-        if (ascending[middle] <= value)
-            low = middle;
-        else
-            high = middle;
-    }
-    return low;
 }
 
 // An expert id of 4 or 8 bytes, -1 if it is none.

@@ -28,8 +28,7 @@ __device__ Reason LowLatencyCombineBlock<kCfg>::await_ranks(bool is_first) const
         const uint64_t began_ns = ptx::globaltimer_ns();
         const uint64_t* word = &session.own()->digests[args.zone][peer];
         uint64_t seen = 0;
-        reason = low_latency::await_word(
-            session, word, peer, seen, [&](uint64_t value) { return is_stamped(value, session.call.epoch); });
+        reason = low_latency::await_stamped(session, word, peer, seen);
         if (reason == kNothing && static_cast<uint32_t>(seen) != args.digest) reason = kDisagreed;
         if (reason != kNothing) atomicOr(&shared.found.missing, 1u << peer);
         if (args.wait_stats != nullptr)

@@ -2,9 +2,9 @@
 // into fixed slots, so that rows leave before anybody has counted anything.
 //
 // Protocol   the landing zone of a rank has a slot for each (source rank, source token). A sender stores rows
-//            there, and a flag for each of its blocks when what that block stored has landed. Beside that it
-//            tells each rank, in stamped words, how many pairs of (token, column) each expert gets, and
-//            which. From the counts of all ranks a receiver knows where each row belongs among those of its
+//            there, and a flag for each of its blocks when what that block stored has landed. Before that it
+//            tells every rank all its expert ids, in stamped words, and each the weights of the pairs that it
+//            gets. From the ids of all ranks a receiver works out where each row belongs among those of its
 //            expert: source rank, then token, then column.
 // Layouts    with layout "rank" the result is the landing zone itself, with lists of its rows for each
 //            expert. Else warps copy the rows to their experts, as soon as the flags of their pieces are
@@ -13,8 +13,9 @@
 //            row that several experts want is read several times; and a row that came late, after a
 //            time-out, must not be taken for one of a later call.
 // Order      rows leave by ordinary stores; block barrier, release.sys flag. The receiver acquires the flag.
-//            Counts, pairs and weights are relaxed words that carry all there is to know.
-// Blocks     in this order, so that none waits for one behind it that has no place yet: R that send pairs,
+//            Ids and weights are relaxed words that carry all there is to know. Those who copy learn of the
+//            lists by a release.gpu word of each block that lists.
+// Blocks     in this order, so that none waits for one behind it that has no place yet: R that send ids,
 //            one for each rank, so that their words do not queue behind rows; those that send rows; R that
 //            make lists, one for each source rank; those that copy. A phase that is not of this kernel has
 //            none.
@@ -52,8 +53,7 @@ __device__ void low_latency_dispatch(const LowLatencyDispatchArgs<kCfg>& args) {
     Reason reason = kNothing;
     uint64_t phase = low_latency::kFreeing;
     if (number < num_senders && number < args.num_ranks) {
-        reason = low_latency::await_zone(session, shared.found);
-        if (reason == kNothing && shared.found.ranks >> number & 1) reason = block.send_metadata(number);
+        reason = block.send_metadata(number);
     } else if (number < num_senders) {
         reason = block.send_rows(number - args.num_ranks, num_row_blocks);
     } else if (receives && number - num_senders < args.num_ranks) {

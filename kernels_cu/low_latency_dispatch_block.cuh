@@ -35,8 +35,9 @@ struct LowLatencyDispatchArgs {
     int64_t* wait_stats;    // [R], microseconds, added to; or nullptr
     uint64_t timeout_ns;
     // Within the area of every rank, of this zone.
-    int64_t entries_offset, weights_offset;  // uint64 [R, M*K], stamped
-    int64_t rows_offset, sf_offset;          // [R, M] rows
+    int64_t ids_offset;              // uint64 [R, words], stamped: two ids each
+    int64_t weights_offset;          // uint64 [R, M*K], stamped
+    int64_t rows_offset, sf_offset;  // [R, M] rows
     uint32_t digest;
     int32_t rank, num_ranks, num_tokens, num_topk, num_experts, num_max_tokens, hidden, idx_bytes;
     int32_t scale_mode, has_weights, zone, phases, max_send_blocks, num_copy_blocks;
@@ -44,22 +45,24 @@ struct LowLatencyDispatchArgs {
     uint8_t* areas[kMaxLocalRanks];
 };
 
+// An expert id in half a word.
+constexpr uint32_t kNoExpert = 0xffff;
+__device__ inline int32_t expert_in(uint64_t word, int32_t half) {
+    const uint32_t e = static_cast<uint32_t>(word) >> (16 * half) & 0xffff;
+    return e == kNoExpert ? -1 : static_cast<int32_t>(e);
+}
+
 struct LowLatencyDispatchShared {
     low_latency::Found found;
-    int32_t tokens[kMaxLocalRanks];  // of each source rank
-    int32_t num_rows;
-    bool is_overfull;
+    int32_t tokens[kMaxLocalRanks];                     // of each source rank
+    int32_t counts[kMaxLocalRanks * kMaxLocalExperts];  // [src][expert]: pairs for our experts
     union {
+        int32_t listed[kMaxLocalRanks * kMaxLocalExperts];  // pairs of one source for all experts
         struct {
-            int32_t experts[4096];  // local ids of a stretch of topk_idx, -1 for other ranks' experts
-            int32_t totals[kMaxLocalExperts], base[kMaxLocalExperts];
-            int32_t parts[1024];  // [segment][expert]
-        } send;
-        struct {
-            int32_t counts[kMaxLocalRanks * kMaxLocalExperts];   // [src][expert]
-            int32_t entries[kMaxLocalRanks * kMaxLocalExperts];  // [src][expert]: where its entries begin
-            int32_t rows[kMaxLocalExperts];                      // [expert]: rows before its first one
-        } receive;
+            int32_t experts[4096];           // a stretch of the ids of one source, -1 for none of ours
+            int32_t base[kMaxLocalExperts];  // row of the expert where the stretch begins
+            int32_t parts[1024];             // [segment][expert]
+        } lists;
     };
 };
 
@@ -67,6 +70,7 @@ template <LowLatencyDispatchCfg kCfg>
 struct LowLatencyDispatchBlock {
     static constexpr int32_t kNumWarps = kCfg.num_threads / kWarpSize;
     static constexpr bool kQuantizes = kCfg.quantizes != 0;
+    static constexpr int32_t kPartVectors = 8 * kWarpSize;  // of a row, that a warp copies in one turn
 
     const LowLatencyDispatchArgs<kCfg>& args;
     const low_latency::Session& session;
@@ -88,11 +92,16 @@ struct LowLatencyDispatchBlock {
         return reinterpret_cast<uint32_t*>(args.areas[rank] + args.sf_offset) +
                (int64_t{src} * args.num_max_tokens + token) * scale_words();
     }
-    // Words about the pairs of (token, column) that `src` sends to `rank`, sorted by expert.
-    __device__ uint64_t* words(int64_t offset, int32_t rank, int32_t src) const {
-        return reinterpret_cast<uint64_t*>(args.areas[rank] + offset) +
+    // What `src` tells `rank` of its pairs of (token, column).
+    __device__ uint64_t* ids(int32_t rank, int32_t src) const {
+        return reinterpret_cast<uint64_t*>(args.areas[rank] + args.ids_offset) +
+               int64_t{src} * num_id_words(args.num_max_tokens);
+    }
+    __device__ uint64_t* weights(int32_t rank, int32_t src) const {
+        return reinterpret_cast<uint64_t*>(args.areas[rank] + args.weights_offset) +
                int64_t{src} * args.num_max_tokens * args.num_topk;
     }
+    __device__ int32_t num_id_words(int32_t num_tokens) const { return (num_tokens * args.num_topk + 1) / 2; }
     __device__ int32_t expert(int64_t i) const {
         return low_latency::expert_at(args.topk_idx, args.idx_bytes, i, args.num_experts);
     }
@@ -100,21 +109,30 @@ struct LowLatencyDispatchBlock {
         return low_latency::num_send_blocks(int64_t{num_tokens} * num_pieces, args.max_send_blocks);
     }
 
+    // Notes that a peer was waited for in vain. With masks one that is late is not to blame.
+    __device__ void blame(Reason reason, int32_t peer) const {
+        if (reason != kNothing && (reason != kExpired || args.masks == nullptr))
+            atomicOr(&shared.found.missing, 1u << peer);
+    }
+
     // Send phase.
     __device__ Reason send_metadata(int32_t dst) const;
-    __device__ int32_t load_experts(int32_t first, int32_t num_ids, int32_t dst) const;
-    template <class Each>
-    __device__ int32_t of_segment(int32_t num_loaded, int32_t e, int32_t segment, int32_t num_segments,
-                                  Each each) const;
     __device__ Reason send_rows(int32_t block, int32_t num_blocks) const;
 
     // Receive phase.
-    __device__ Reason read_counts(int32_t first_src, int32_t last_src) const;
-    __device__ Reason read_sources() const;
-    __device__ Reason list(int32_t src) const;
+    __device__ Reason read_tokens(int32_t first_src, int32_t last_src) const;
+    __device__ void clear_counts(int32_t first_src, int32_t last_src, int32_t listed_src) const;
+    __device__ Reason read_ids(int32_t first_src, int32_t last_src, int32_t listed_src) const;
+    __device__ Reason read_sources(int32_t listed_src) const;
+    __device__ int32_t load_experts(int32_t src, int32_t first, int32_t num_pairs, Reason& reason) const;
+    template <class Each>
+    __device__ int32_t of_segment(int32_t num_loaded, int32_t e, int32_t segment, int32_t num_segments,
+                                  Each each) const;
+    __device__ Reason list_pairs(int32_t src) const;
     __device__ void tell(int32_t part) const;
+    __device__ Reason list(int32_t src) const;
     __device__ Reason copy_rows(int32_t block, int32_t num_blocks) const;
-    __device__ Reason copy_row(int32_t number, int32_t part, bool with_scales) const;
+    __device__ Reason copy_row(int32_t src, int32_t token, int32_t part) const;
 };
 
 }  // namespace ep

@@ -4,112 +4,45 @@
 
 namespace ep {
 
-// Puts the next ids into shared memory, as local experts of rank `dst`. How many. Two barriers.
-template <LowLatencyDispatchCfg kCfg>
-__device__ int32_t LowLatencyDispatchBlock<kCfg>::load_experts(int32_t first, int32_t num_ids,
-                                                               int32_t dst) const {
-    constexpr int32_t kRoom = sizeof(shared.send.experts) / sizeof(int32_t);
-    const int32_t num = min(num_ids - first, kRoom), first_expert = dst * num_local_experts;
-    __syncthreads();
-    for (int32_t i = threadIdx.x; i < num; i += blockDim.x) {
-        const int32_t local = expert(first + i) - first_expert;
-        shared.send.experts[i] = local >= 0 && local < num_local_experts ? local : -1;
-    }
-    __syncthreads();
-    return num;
-}
-
-// Calls `each(i)` for every loaded id of a segment that is expert `e`, in order. How many there are.
-template <LowLatencyDispatchCfg kCfg>
-template <class Each>
-__device__ int32_t LowLatencyDispatchBlock<kCfg>::of_segment(int32_t num_loaded, int32_t e, int32_t segment,
-                                                             int32_t num_segments, Each each) const {
-    const int32_t length = (num_loaded + num_segments - 1) / num_segments;
-    const int32_t end = min(num_loaded, (segment + 1) * length);
-    int32_t count = 0;
-#pragma unroll 4
-    for (int32_t i = segment * length; i < end; ++i) {
-        if (shared.send.experts[i] != e) continue;
-        each(i, count);
-        ++count;
-    }
-    return count;
-}
-
-// To rank `dst`: how many pairs each of its experts gets from here, and which ones, sorted by expert, then by
-// token and column. A thread counts one expert in a segment of the ids, so lanes read the same id at a time.
+// What rank `dst` lists our rows from: all our ids, and the weights of the pairs that it gets. Nothing is
+// counted first, so that these words leave before the rows crowd the links.
 template <LowLatencyDispatchCfg kCfg>
 __device__ Reason LowLatencyDispatchBlock<kCfg>::send_metadata(int32_t dst) const {
-    auto& send = shared.send;
-    const int32_t num_ids = args.num_tokens * args.num_topk, num_threads = blockDim.x;
-    const int32_t width = min(num_local_experts, num_threads), num_segments = num_threads / width;
-    const int32_t segment = threadIdx.x / width, first_expert = threadIdx.x % width;
-    const bool is_counting = segment < num_segments;
+    const int32_t num_pairs = args.num_tokens * args.num_topk, num_words = num_id_words(args.num_tokens);
+    const auto load = [&](int32_t at) {
+        uint32_t both = 0;
+#pragma unroll
+        for (int32_t half = 0; half < 2; ++half) {
+            const int32_t pair = 2 * at + half, e = pair < num_pairs ? expert(pair) : -1;
+            both |= (e < 0 ? kNoExpert : static_cast<uint32_t>(e)) << (16 * half);
+        }
+        return both;
+    };
+    int32_t at = threadIdx.x;
+    uint32_t next = load(at);
+    const Reason reason = low_latency::await_zone(session, shared.found);
+    if (reason != kNothing || !(shared.found.ranks >> dst & 1)) return reason;
+
     const uint64_t epoch = session.call.epoch;
-    if (threadIdx.x == 0) shared.is_overfull = false;
-#pragma unroll 1
-    for (int32_t e = threadIdx.x; e < num_local_experts; e += num_threads) send.totals[e] = 0;
-
-    int32_t num_loaded = 0;
-    for (int32_t first = 0; first < num_ids; first += num_loaded) {
-        num_loaded = load_experts(first, num_ids, dst);
-#pragma unroll 1
-        for (int32_t e = first_expert; is_counting && e < num_local_experts; e += width) {
-            const int32_t count = of_segment(num_loaded, e, segment, num_segments, [](int32_t, int32_t) {});
-            send.parts[segment * num_local_experts + e] = count;
-            if (count > 0) atomicAdd(&send.totals[e], count);
-        }
-    }
-    const bool is_loaded = num_loaded == num_ids;
-    __syncthreads();
     LowLatencyArea* area = session.area(dst);
-#pragma unroll 1
-    for (int32_t e = threadIdx.x; e < num_local_experts; e += num_threads) {
-        if (send.totals[e] > args.num_max_tokens) shared.is_overfull = true;
-        ptx::st_relaxed_sys(&area->counts[args.zone][args.rank][e], stamped(epoch, send.totals[e]));
-    }
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == 0)
         ptx::st_relaxed_sys(&area->num_tokens[args.zone][args.rank], stamped(epoch, args.num_tokens));
+    if (threadIdx.x == kWarpSize)
         ptx::st_relaxed_sys(&area->digests[args.zone][args.rank], stamped(epoch, args.digest));
-    }
-    if (warp == 0)
-        low_latency::scan(
-            num_local_experts, lane, [&](int32_t e) { return send.totals[e]; },
-            [&](int32_t e, int32_t before) { send.base[e] = before; });
-    __syncthreads();
-    if (shared.is_overfull) return kOverfull;
-
-    uint64_t* entries = words(args.entries_offset, dst, args.rank);
-    uint64_t* weights = words(args.weights_offset, dst, args.rank);
-    for (int32_t first = 0; first < num_ids; first += num_loaded) {
-        if (!is_loaded) {
-            num_loaded = load_experts(first, num_ids, dst);
+    uint64_t *to_ids = ids(dst, args.rank), *to_weights = weights(dst, args.rank);
 #pragma unroll 1
-            for (int32_t e = first_expert; is_counting && e < num_local_experts; e += width)
-                send.parts[segment * num_local_experts + e] =
-                    of_segment(num_loaded, e, segment, num_segments, [](int32_t, int32_t) {});
-            __syncthreads();
+    for (; at < num_words; at += blockDim.x) {
+        const uint32_t both = next;
+        next = load(at + static_cast<int32_t>(blockDim.x));
+        ptx::st_relaxed_sys(&to_ids[at], stamped(epoch, both));
+        if (args.topk_weights == nullptr) continue;
+#pragma unroll
+        for (int32_t half = 0; half < 2; ++half) {
+            const int32_t pair = 2 * at + half, e = expert_in(both, half);
+            if (e >= 0 && e / num_local_experts == dst)
+                ptx::st_relaxed_sys(&to_weights[pair],
+                                    stamped(epoch, __float_as_uint(args.topk_weights[pair])));
         }
-#pragma unroll 1
-        for (int32_t e = first_expert; is_counting && e < num_local_experts; e += width) {
-            int32_t at = send.base[e];
-#pragma unroll 1
-            for (int32_t before = 0; before < segment; ++before)
-                at += send.parts[before * num_local_experts + e];
-            of_segment(num_loaded, e, segment, num_segments, [&](int32_t i, int32_t number) {
-                ptx::st_relaxed_sys(&entries[at + number], stamped(epoch, first + i));
-                if (args.topk_weights != nullptr)
-                    ptx::st_relaxed_sys(&weights[at + number],
-                                        stamped(epoch, __float_as_uint(args.topk_weights[first + i])));
-            });
-        }
-        if (is_loaded) break;
-        __syncthreads();
-#pragma unroll 1
-        for (int32_t e = threadIdx.x; e < num_local_experts; e += num_threads)
-#pragma unroll 1
-            for (int32_t each = 0; each < num_segments; ++each)
-                send.base[e] += send.parts[each * num_local_experts + e];
     }
     // A receiver that may go on without us wants to know first that all of this is there.
     if (args.masks != nullptr) {
@@ -172,8 +105,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::send_rows(int32_t block, int32_
             cast = fp8::cast_pair(current.vectors, args.scale_mode != kFloatScales, factor);
             scale = __float_as_uint(factor);
             if (args.scale_mode == kPackedScales) {
-                // A piece has four scale factors, in lanes 0, 8, 16 and 24; past the end of the row they are
-                // 0.
+                // A piece has four scale factors, in lanes 0, 8, 16 and 24; 0 past the end of the row.
                 const uint32_t exponent = vector < num_vectors ? scale >> 23 : 0;
                 scale = exponent;
 #pragma unroll

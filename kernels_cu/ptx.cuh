@@ -55,7 +55,12 @@ __device__ __forceinline__ void st_relaxed_gpu(uint64_t* addr, uint64_t value) {
     asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(addr), "l"(value) : "memory");
 }
 
-// Acquire load among the blocks of one GPU. Pairs with atom_add_acq_rel_gpu.
+// Release store among the blocks of one GPU.
+__device__ __forceinline__ void st_release_gpu(uint64_t* addr, uint64_t value) {
+    asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(addr), "l"(value) : "memory");
+}
+
+// Acquire load among the blocks of one GPU. Pairs with st_release_gpu and atom_add_acq_rel_gpu.
 __device__ __forceinline__ uint64_t ld_acquire_gpu(const uint64_t* addr) {
     uint64_t value;
     asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(addr) : "memory");

@@ -29,9 +29,9 @@ def test_parts_of_an_area_do_not_overlap_and_are_large_enough(shape: AreaShape) 
     words_bytes = 8 * shape.num_ranks * shape.num_pairs
     num_rows = shape.num_ranks * shape.num_max_tokens
     for zone in layout.dispatch:
-        assert end <= zone.entries <= zone.weights <= zone.rows <= zone.end
+        assert end <= zone.ids <= zone.weights <= zone.rows <= zone.end
         if shape.is_main:
-            assert zone.weights - zone.entries >= words_bytes
+            assert 2 * (zone.weights - zone.ids) >= words_bytes
             assert zone.rows - zone.weights >= words_bytes
             assert zone.end - zone.rows >= 2 * num_rows * shape.hidden
             if shape.hidden % 128 == 0:
@@ -46,7 +46,7 @@ def test_parts_of_an_area_do_not_overlap_and_are_large_enough(shape: AreaShape) 
         end = back.end
     assert layout.num_bytes == end
     for zone in layout.dispatch:
-        assert zone.entries % OFFSET_UNIT == zone.weights % OFFSET_UNIT == zone.rows % OFFSET_UNIT == 0
+        assert zone.ids % OFFSET_UNIT == zone.weights % OFFSET_UNIT == zone.rows % OFFSET_UNIT == 0
 
 
 def test_landing_zones_of_a_model_stay_below_64_megabytes() -> None:

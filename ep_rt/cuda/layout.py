@@ -166,7 +166,6 @@ LOW_LATENCY_AREA: Final[Struct] = np.dtype(
         ("digests", "<u8", (LOW_LATENCY_ZONES, MAX_LOCAL_RANKS)),
         ("num_tokens", "<u8", (LOW_LATENCY_ZONES, MAX_LOCAL_RANKS)),
         ("flags", "<u8", (LOW_LATENCY_ZONES, MAX_LOCAL_RANKS, MAX_SEND_BLOCKS)),
-        ("counts", "<u8", (FIRST_COMBINE_ZONE, MAX_LOCAL_RANKS, MAX_LOCAL_EXPERTS)),
     ],
     align=True,
 )
@@ -176,6 +175,7 @@ LOW_LATENCY_STATE: Final[Struct] = np.dtype(
         ("uses", "<u8", (LOW_LATENCY_ZONES, MAX_GRID_BLOCKS)),
         ("received", "<u8", (LOW_LATENCY_ZONES,)),
         ("decisions", "<u8", (LOW_LATENCY_ZONES, MAX_LOCAL_RANKS)),
+        ("listed", "<u8", (FIRST_COMBINE_ZONE, MAX_LOCAL_RANKS)),
     ],
     align=True,
 )

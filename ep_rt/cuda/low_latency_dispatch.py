@@ -196,7 +196,7 @@ class LowLatencyDispatch:
                     quantizes=request.use_fp8,
                     state=area.state,
                     masks=self._areas.masks,
-                    entries_offset=here.entries,
+                    ids_offset=here.ids,
                     weights_offset=here.weights,
                     rows_offset=here.rows,
                     sf_offset=here.sf(area.shape),

@@ -75,7 +75,7 @@ class AreaShape:
 class DispatchZone:
     """Byte offsets within an area. Rows of FP8 have their scale factors behind all rows; others have none."""
 
-    entries: int
+    ids: int
     weights: int
     rows: int
     end: int
@@ -109,14 +109,16 @@ class AreaLayout:
         num_rows = shape.num_ranks * shape.num_max_tokens
         # An FP8 row with its scale factors never takes more than the bfloat16 row, but for the alignment.
         rows_bytes = align_up(2 * num_rows * shape.hidden, OFFSET_UNIT) + OFFSET_UNIT
+        ids_bytes = align_up(8 * shape.num_ranks * -(-shape.num_pairs // 2), OFFSET_UNIT)
         pairs_bytes = words_bytes
         if not shape.is_main:
-            rows_bytes = pairs_bytes = 0
+            rows_bytes = ids_bytes = pairs_bytes = 0
         slots_bytes = align_up(shape.num_max_tokens * shape.num_slots * slot_bytes(shape.hidden), OFFSET_UNIT)
         dispatches, combines = [], []
         for _ in range(FIRST_COMBINE_ZONE):
-            rows = at + 2 * pairs_bytes
-            dispatches.append(DispatchZone(at, at + pairs_bytes, rows, rows + rows_bytes))
+            weights = at + ids_bytes
+            rows = weights + pairs_bytes
+            dispatches.append(DispatchZone(at, weights, rows, rows + rows_bytes))
             at = rows + rows_bytes
         for _ in range(FIRST_COMBINE_ZONE):
             rows = at + words_bytes

@@ -83,14 +83,15 @@ class LowLatency:
         """Words of the call before, which those of the first call must not be taken for."""
         old = (self.ranks.epoch << 32 | 7) & 0xFFFFFFFFFFFFFFFF
         head = area.array(LOW_LATENCY_AREA, (1,))
-        for name in ("digests", "num_tokens", "flags", "counts"):
+        for name in ("digests", "num_tokens", "flags"):
             head[name] = old
         words = area.array(np.uint64)
         for zone in self.layout.dispatch:
-            words[zone.entries // 8 : zone.rows // 8] = old
+            words[zone.ids // 8 : zone.rows // 8] = old
         for back in self.layout.combine:
             words[back.weights // 8 : back.rows // 8] = (self.ranks.epoch << 33 | 7) & 0xFFFFFFFFFFFFFFFF
-        state.array(LOW_LATENCY_STATE, (1,))["decisions"] = old
+        for name in ("decisions", "listed"):
+            state.array(LOW_LATENCY_STATE, (1,))[name] = old
 
     def _common(self, rank: int) -> dict[str, Any]:
         shape = self.shape
@@ -198,7 +199,7 @@ class LowLatency:
                     "topk_idx": given[rank][1],
                     "topk_weights": 0 if weights is None else machine.put(rank, weights[rank], "weights"),
                     "has_weights": weights is not None,
-                    "entries_offset": at.entries,
+                    "ids_offset": at.ids,
                     "weights_offset": at.weights,
                     "rows_offset": at.rows,
                     "sf_offset": at.sf(shape),

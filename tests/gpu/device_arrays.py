@@ -63,6 +63,45 @@ def fetch(array: Any, dtype: Any = None) -> Array:
     return result if dtype is None else result.view(dtype)
 
 
+class Mismatches:
+    """Counts, on the device, words of results that are not what they must be: thousands can be compared.
+
+    Loads its kernel when it is made, which must not happen while ranks on this GPU wait for each other.
+    """
+
+    _SOURCE = r"""
+    extern "C" __global__ void compare(const unsigned* got, const unsigned* expected, const char* rows,
+                                       long long num_words, long long row_words, unsigned long long* count) {
+        for (long long i = blockIdx.x * blockDim.x + threadIdx.x; i < num_words; i += gridDim.x * blockDim.x)
+            if ((rows == nullptr || rows[i / row_words]) && got[i] != expected[i]) atomicAdd(count, 1ull);
+    }
+    """
+
+    def __init__(self) -> None:
+        self._kernel = cupy.RawModule(code=self._SOURCE).get_function("compare")
+        self._kernel.kernel  # noqa: B018
+        self._count = put(np.zeros(1, np.uint64))
+
+    def add(self, got: Any, expected: Any, rows: Any = None) -> None:
+        """Enqueue a comparison of arrays of as many bytes, a multiple of 4.
+
+        Args:
+            rows: uint8, which parts of equal size count; None for all.
+        """
+        one, other = arrays.view(got), arrays.view(expected)
+        assert is_contiguous(one)
+        num_words = int(np.prod(one.shape)) * arrays.np_dtype(one.dtype).itemsize // 4
+        assert num_words * 4 == int(np.prod(other.shape)) * arrays.np_dtype(other.dtype).itemsize
+        row_words = num_words if rows is None else num_words // rows.size
+        where = np.uint64(0) if rows is None else rows
+        args = np.uint64(one.pointer), np.uint64(other.pointer), where
+        self._kernel((8,), (256,), (*args, np.int64(num_words), np.int64(row_words), self._count))
+
+    def total(self) -> int:
+        """So far. Waits for the current stream."""
+        return int(fetch(self._count)[0])
+
+
 def overwrite(array: Any, value: Array) -> None:
     """Other contents for a device array, in the order of the current stream."""
     stream = cupy.cuda.get_current_stream()

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import ml_dtypes
 import numpy as np
 import pytest
-from host_cases import random_values, same_bits
+from host_cases import low_latency_combine_options, random_values, same_bits
 from ranks import PLACES, device_count, run_ranks
 
 import ep_rt
@@ -18,8 +18,8 @@ from ep_rt import Buffer, Group, reference
 
 if device_count():
     import cupy
-    from device_arrays import cuda_buffer, fetch, overwrite, poison, put
-    from low_latency_cases import check_low_latency, same_but_for_nan
+    from device_arrays import Mismatches, cuda_buffer, fetch, overwrite, poison, put
+    from low_latency_cases import check_low_latency, expert_outputs, same_but_for_nan
     from normal_cases import check_normal, context_is_alive, wide_case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("place", PLACES)]
@@ -28,7 +28,8 @@ T = TypeVar("T")
 BF16 = np.dtype(ml_dtypes.bfloat16)
 SLAB_BYTES = 512 << 20
 SHORT_S = 2.0
-NUM_ROUNDS = 1000
+NUM_ROUNDS = 200
+NUM_SMALL_ROUNDS = 10_000
 NUM_REPLAYS = 3000
 
 
@@ -129,6 +130,63 @@ def test_many_rounds_with_sleeps_mixed_with_the_normal_mode(place: str) -> None:
                 check_low_latency(buffer, seed % 50, hook=seed % 3 == 0, pause=pause)
                 if seed % 7 == 0:
                     check_normal(buffer, seed, pause=pause)
+
+    run(place, body)
+
+
+def test_ten_thousand_rounds(place: str) -> None:
+    """Small calls of all kinds, one after another; every word of every result is compared on the device."""
+    num_topk, hidden, num_max = 3, 256, 8
+
+    def body(group: Group) -> None:
+        rank, num_experts = group.rank, 3 * group.size
+        errors = Mismatches()
+        rounds = []
+        for seed in range(16):
+            rng = np.random.default_rng(seed)
+            counts = rng.integers(0, num_max + 1, group.size)
+            x = [random_values(rng, (int(n), hidden), BF16) for n in counts]
+            ids = [rng.integers(-1, num_experts, (int(n), num_topk)) for n in counts]
+            weights = [rng.random(some.shape, np.float32) for some in ids]
+            options: dict[str, Any] = {
+                "num_max_dispatch_tokens_per_rank": num_topk * num_max,
+                "num_experts": num_experts,
+                "use_fp8": seed % 2 == 1,
+                "layout": ("expert", "rank")[seed // 2 % 2],
+            }
+            dispatched = reference.low_latency_dispatch(x, ids, **options)
+            mine = dispatched[rank]
+            back_options = low_latency_combine_options(rng)
+            y = [expert_outputs(rng, (*mine.src_info.shape, hidden)) for _ in dispatched]
+            combined = reference.low_latency_combine(y, dispatched, ids, weights, **back_options)[rank]
+            if mine.expert_rows is None:
+                rows = mine.recv_count[:, None] > np.arange(mine.src_info.shape[1])
+            else:
+                rows = np.zeros(mine.src_info.shape[1], bool)
+                rows[mine.expert_rows[mine.expert_rows >= 0]] = True
+            here = [put(each[rank]) for each in (x, ids, weights, y)]
+            expected = [
+                put(each) for each in (mine.recv_x.view(np.uint8), mine.recv_count, mine.src_info, combined)
+            ]
+            rounds.append((options, back_options, here, expected, put(rows.astype(np.uint8))))
+        with low_latency_buffer(group) as buffer:
+            for number in range(NUM_SMALL_ROUNDS):
+                options, back_options, (x_, ids_, weights_, y_), expected, rows_ = rounds[number % 16]
+                hook = number % 5 == 0
+                out = buffer.low_latency_dispatch(
+                    x_, ids_, topk_weights=weights_ if number % 3 else None, return_recv_hook=hook, **options
+                )
+                if hook:
+                    out.hook()
+                recv_x = out.recv_x[0] if options["use_fp8"] else out.recv_x
+                errors.add(recv_x, expected[0], rows_)
+                errors.add(out.recv_count, expected[1])
+                errors.add(out.handle.src_info, expected[2])
+                back = buffer.low_latency_combine(y_, ids_, weights_, out.handle, **back_options)
+                if ids_.shape[0]:
+                    errors.add(back.combined_x, expected[3])
+                if number % 1000 == 999:
+                    assert errors.total() == 0
 
     run(place, body)
 

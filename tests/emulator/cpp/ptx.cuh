@@ -39,6 +39,9 @@ __device__ __forceinline__ uint64_t ld_relaxed_gpu(const uint64_t* addr) {
 __device__ __forceinline__ void st_relaxed_gpu(uint64_t* addr, uint64_t value) {
     emu::store(addr, value, Order::kRelaxed, Scope::kGpu);
 }
+__device__ __forceinline__ void st_release_gpu(uint64_t* addr, uint64_t value) {
+    emu::store(addr, value, Order::kRelease, Scope::kGpu);
+}
 __device__ __forceinline__ uint64_t ld_acquire_gpu(const uint64_t* addr) {
     return emu::load(addr, Order::kAcquire, Scope::kGpu);
 }
