@@ -110,11 +110,7 @@ class LowLatencyHandle:
     Never changed once made; not frozen, because that takes longer than the rest of making it.
 
     Attributes:
-        src_info: int32 [num_local_experts, num_ranks * num_max_tokens_per_rank], source token of each row,
-            -1 where there is none.
-        layout_range: int64 [num_local_experts, num_ranks], (first row << 32) | number of rows of a source.
-        expert_rows: int32, shape of `src_info`, with layout "rank": which row of ``recv_x``, counted over
-            its first two axes, is each row of an expert, -1 where there is none. None with "expert".
+        lists: src_info, layout_range and expert_rows, or what makes them when one is first asked for.
         num_tokens, num_topk: shape of ``topk_idx``.
         num_max_tokens_per_rank, hidden, num_experts, layout: as given to the dispatch.
         has_weights: whether the dispatch took ``topk_weights``.
@@ -124,9 +120,7 @@ class LowLatencyHandle:
     """
 
     owner: Any = field(repr=False)
-    src_info: Any = field(repr=False)
-    layout_range: Any = field(repr=False)
-    expert_rows: Any = field(repr=False, default=None)
+    lists: Any = field(repr=False)
     num_tokens: int
     num_topk: int
     num_max_tokens_per_rank: int
@@ -135,6 +129,28 @@ class LowLatencyHandle:
     framework: str
     layout: str = "expert"
     has_weights: bool = False
+
+    @property
+    def src_info(self) -> Any:
+        """int32 [num_local_experts, num_ranks * num_max_tokens_per_rank], source token of each row, -1 where
+        there is none."""
+        return self._list(0)
+
+    @property
+    def layout_range(self) -> Any:
+        """int64 [num_local_experts, num_ranks], (first row << 32) | number of rows of a source."""
+        return self._list(1)
+
+    @property
+    def expert_rows(self) -> Any:
+        """int32, shape of `src_info`, with layout "rank": which row of ``recv_x``, counted over its first two
+        axes, is each row of an expert, -1 where there is none. None with "expert"."""
+        return self._list(2)
+
+    def _list(self, which: int) -> Any:
+        if callable(self.lists):
+            self.lists = self.lists()
+        return self.lists[which]
 
     def __iter__(self) -> Any:
         return iter(

@@ -22,7 +22,6 @@ from .operations import Operations
 
 SENDS: Final = 1
 RECEIVES: Final = 2
-MAX_PLANS: Final = 512
 
 
 class LowLatencyKernels:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..arrays import ArrayView
-from ..cuda_arrays import Column, ResultArrays, glance
+from ..cuda_arrays import Column, glance
 from ..errors import ArrayError, ConfigError
 from ..requests import LowLatencyCombineRequest, Schedule
 from ..results import LowLatencyCombined
@@ -19,7 +19,8 @@ from .inputs import ROW_ALIGN_BYTES, Inputs, is_contiguous, itemsize
 from .launch import Launch
 from .layout import FIRST_COMBINE_ZONE, LOW_LATENCY_RECORD
 from .low_latency_areas import Area, Areas
-from .low_latency_calls import MAX_PLANS, CudaLowLatencyHandle, LowLatencyKernels, run
+from .low_latency_calls import CudaLowLatencyHandle, LowLatencyKernels, run
+from .plans import Plans, seen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +56,13 @@ class LowLatencyCombine:
         self._load = load
         self._inputs = inputs
         self._owner = owner
-        self._plans: dict[Hashable, _Plan] = {}
+        self._plans: Plans[_Plan] = Plans()
         self._buffers: dict[tuple[int, ...], Block] = {}
         self.num_calls = 0
 
     def forget(self) -> None:
         """The buffer is being closed."""
-        self._plans.clear()
+        self._plans = Plans()
         self._buffers.clear()
 
     def __call__(
@@ -83,20 +84,16 @@ class LowLatencyCombine:
         found = None
         objects: Sequence[Any] = given
         is_mine = type(handle) is CudaLowLatencyHandle and handle.owner is self._owner
-        if is_mine and (seen := glance(given)) is not None:
-            facts, pointers = seen
+        if is_mine and (glanced := glance(given)) is not None:
+            facts, pointers = glanced
             key = (facts, options, handle.facts)
-            found = self._plans.get(key)
+            found = self._plans.find(key)
         if found is None:
             request = build(*given, handle, *options)
-            views = (request.x, request.topk_idx, request.topk_weights, request.out, request.wait_stats)
-            pointers = [0 if view is None else view.pointer for view in views]
-            objects = [None if view is None else view.owner for view in views]
-            found = self._prepare(request, schedule)
-            if key is not None:
-                if len(self._plans) >= MAX_PLANS:
-                    self._plans.clear()
-                self._plans[key] = found
+            pointers, objects = seen(
+                request.x, request.topk_idx, request.topk_weights, request.out, request.wait_stats
+            )
+            found = self._plans.keep(key, self._prepare(request, schedule))
         if with_hook and found.frameworks[0] == "jax" and found.make is not None:
             raise ConfigError("return_recv_hook fills the result later, and JAX arrays are immutable")
         return self._run(found, pointers, objects, given[3], handle, with_hook, schedule)
@@ -128,12 +125,7 @@ class LowLatencyCombine:
         num_sum_blocks = plan.num_sum_blocks(
             sizes, num_tokens, area.max_send_blocks, max_blocks=domain.max_blocks
         )
-        results = ResultArrays(
-            [Column("bfloat16", (handle.hidden,))],
-            device=domain.device,
-            framework=frameworks[0],
-            stream=domain.comm.pointer if frameworks[0] == "jax" else None,
-        )
+        results = domain.results([Column("bfloat16", (handle.hidden,))], frameworks[0])
         return _Plan(
             area=area,
             launches=tuple(  # type: ignore[arg-type]
@@ -249,9 +241,7 @@ class LowLatencyCombine:
             raise ConfigError("zero_copy writes into an array, and JAX arrays are immutable")
         block = self._buffer(handle, makes=True)
         shape = self._shape(handle)
-        result = ResultArrays(
-            [Column("bfloat16", shape[1:])], device=self._domain.device, framework=handle.framework
-        )
+        result = self._domain.results([Column("bfloat16", shape[1:])], handle.framework)
         num_bytes = 2 * shape[0] * shape[1] * shape[2]
         return result.over(block.pointer, num_bytes, block, [(0, shape[0])])[0]
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
 from .. import arrays
 from ..arrays import ArrayView
-from ..cuda_arrays import Column, ResultArrays, glance
+from ..cuda_arrays import Column, glance
 from ..errors import ArrayError, ConfigError
 from ..requests import LowLatencyDispatchRequest, Schedule
 from ..results import LowLatencyDispatched
@@ -21,8 +22,9 @@ from .inputs import ROW_ALIGN_BYTES, Inputs, is_contiguous, itemsize
 from .launch import Launch
 from .layout import FIRST_COMBINE_ZONE, MAX_LOCAL_EXPERTS, OFFSET_UNIT, align_up
 from .low_latency_areas import Area, Areas
-from .low_latency_calls import MAX_PLANS, CudaLowLatencyHandle, HandleLayout, LowLatencyKernels, run
+from .low_latency_calls import CudaLowLatencyHandle, HandleLayout, LowLatencyKernels, run
 from .low_latency_plan import AreaShape
+from .plans import Plans, seen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +37,7 @@ class _Plan:
         num_blocks: of the send and of the receive phase.
         results_bytes: of the packed rows with their scale factors; 0 where they stay in the zone.
         sf_offset: of the scale factors there, or by zone in the area.
-        arrays, handle_arrays: recv_x and recv_sf; recv_count, src_info, layout_range and expert_rows.
+        make, make_count, make_lists: recv_x and recv_sf, for each zone; recv_count; the lists of the handle.
     """
 
     area: Area
@@ -51,9 +53,9 @@ class _Plan:
     has_weights: bool
     results_bytes: int
     sf_offset: int
-    arrays: ResultArrays
     make: tuple[Callable[[int, int, object], list[Any]], ...]
-    make_handle: Callable[[int, int, object], list[Any]]
+    make_count: Callable[[int, int, object], list[Any]]
+    make_lists: Callable[[int, int, object], list[Any]]
 
 
 class LowLatencyDispatch:
@@ -71,12 +73,12 @@ class LowLatencyDispatch:
         self._load = load
         self._inputs = inputs
         self._owner = owner
-        self._plans: dict[Hashable, _Plan] = {}
+        self._plans: Plans[_Plan] = Plans()
         self.num_calls = 0
 
     def forget(self) -> None:
         """The buffer is being closed."""
-        self._plans.clear()
+        self._plans = Plans()
 
     def __call__(
         self,
@@ -94,10 +96,10 @@ class LowLatencyDispatch:
         key: Hashable = None
         found = None
         objects: Sequence[Any] = given
-        if (seen := glance(given)) is not None:
-            facts, pointers = seen
+        if (glanced := glance(given)) is not None:
+            facts, pointers = glanced
             key = (facts, options)
-            found = self._plans.get(key)
+            found = self._plans.find(key)
         if found is None:
             request = build(*given, *options)
             views = (
@@ -107,13 +109,8 @@ class LowLatencyDispatch:
                 request.wait_stats,
                 request.topk_weights,
             )
-            pointers = [0 if view is None else view.pointer for view in views]
-            objects = [None if view is None else view.owner for view in views]
-            found = self._prepare(request, views, schedule)
-            if key is not None:
-                if len(self._plans) >= MAX_PLANS:
-                    self._plans.clear()
-                self._plans[key] = found
+            pointers, objects = seen(*views)
+            found = self._plans.keep(key, self._prepare(request, views, schedule))
         if with_hook and found.frameworks[0] == "jax":
             raise ConfigError("return_recv_hook fills the result later, and JAX arrays are immutable")
         return self._run(found, pointers, objects, with_hook, schedule)
@@ -161,26 +158,20 @@ class LowLatencyDispatch:
         inner = (num_rows, hidden) if is_packed else (sizes.num_max_tokens, hidden)
         sf_inner = (scale_words, num_rows) if is_packed else (sizes.num_max_tokens, scale_words)
         num_outer = num_local_experts if is_packed else num_ranks
-        results = ResultArrays(
-            [Column(element, inner), Column(sf_type, sf_inner) if request.use_fp8 else None],
-            device=domain.device,
-            framework=frameworks[0],
-            stream=domain.comm.pointer if frameworks[0] == "jax" else None,
+        results = domain.results(
+            [Column(element, inner), Column(sf_type, sf_inner) if request.use_fp8 else None], frameworks[0]
         )
         sf_offset = align_up(num_outer * prod(inner[:-1]) * row_bytes, OFFSET_UNIT)
         at = HandleLayout.of(sizes, num_tokens, with_rows=not is_packed)
         shape = (num_rows,)
-        columns = [
-            Column("int32", ()),
-            Column("int32", shape),
-            Column("int64", (num_ranks,)),
-            None if is_packed else Column("int32", shape),
-        ]
-        handle_arrays = ResultArrays(
-            columns,
-            device=domain.device,
-            framework=frameworks[0],
-            stream=domain.comm.pointer if frameworks[0] == "jax" else None,
+        count = domain.results([Column("int32", ())], frameworks[0])
+        lists = domain.results(
+            [
+                Column("int32", shape),
+                Column("int64", (num_ranks,)),
+                None if is_packed else Column("int32", shape),
+            ],
+            frameworks[0],
         )
         max_blocks = domain.max_blocks
         num_copy_blocks = 0
@@ -233,16 +224,15 @@ class LowLatencyDispatch:
             has_weights=request.topk_weights is not None,
             results_bytes=sf_offset + 4 * num_outer * prod(sf_inner) if is_packed else 0,
             sf_offset=sf_offset,
-            arrays=results,
             make=tuple(
                 results.placed(
                     ((0, num_outer), (sf_offset if is_packed else here.sf(area.shape) - here.rows, num_outer))
                 )
                 for here in dispatch_zones
             ),
-            make_handle=handle_arrays.placed(
+            make_count=count.placed(((at.recv_count, num_local_experts),)),
+            make_lists=lists.placed(
                 (
-                    (at.recv_count, num_local_experts),
                     (at.src_info, num_local_experts),
                     (at.layout_range, num_local_experts),
                     (at.expert_rows, num_local_experts),
@@ -310,12 +300,10 @@ class LowLatencyDispatch:
         recv_x, recv_sf = found.make[zone](rows, num_bytes, owner)
         if recv_sf is not None:
             recv_x = recv_x, recv_sf if results is None else recv_sf.swapaxes(1, 2)
-        recv_count, src_info, layout_range, expert_rows = found.make_handle(base, at.end, block)
+        (recv_count,) = found.make_count(base, at.end, block)
         handle = CudaLowLatencyHandle(
             owner=self._owner,
-            src_info=src_info,
-            layout_range=layout_range,
-            expert_rows=expert_rows,
+            lists=partial(found.make_lists, base, at.end, block),
             num_tokens=found.num_tokens,
             num_topk=found.sizes.num_topk,
             num_max_tokens_per_rank=found.sizes.num_max_tokens,

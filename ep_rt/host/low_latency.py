@@ -89,11 +89,11 @@ class HostLowLatency:
         recv_count = self._peers.pool.empty((num_local_experts,), np.int32)
         handle = HostLowLatencyHandle(
             owner=self._owner,
-            src_info=self._peers.pool.empty((num_local_experts, num_rows), np.int32),
-            layout_range=self._peers.pool.empty((num_local_experts, self._num_ranks), np.int64),
-            expert_rows=self._peers.pool.empty((num_local_experts, num_rows), np.int32)
-            if is_by_rank
-            else None,
+            lists=(
+                self._peers.pool.empty((num_local_experts, num_rows), np.int32),
+                self._peers.pool.empty((num_local_experts, self._num_ranks), np.int64),
+                self._peers.pool.empty((num_local_experts, num_rows), np.int32) if is_by_rank else None,
+            ),
             topk_idx=plan.topk_idx,
             topk_weights=plan.topk_weights,
             num_tokens=plan.topk_idx.shape[0],

@@ -33,7 +33,7 @@ PLACE = Place("cpu")
 class _Results:
     """Stands for `ResultArrays`."""
 
-    def __init__(self, columns: Sequence[Any], **_: object) -> None:
+    def __init__(self, columns: Sequence[Any]) -> None:
         self.columns = columns
 
     def placed(self, places: Sequence[tuple[int, int]]) -> Callable[[int, int, object], list[Any]]:
@@ -114,6 +114,9 @@ class _Domain:
 
     def check(self) -> None: ...
     def order(self, call: Call) -> None: ...
+
+    def results(self, columns: Sequence[Any], _framework: str) -> _Results:
+        return _Results(columns)
 
     def begin(self, frameworks: tuple[str, ...], inputs: Sequence[object], schedule: Schedule) -> Call:
         return Call(0, (0,), frameworks[0], inputs, schedule, False)
@@ -228,9 +231,3 @@ class Engines:
             )
 
         return self.combines[rank](given, handle, options, build, with_hook, Schedule())
-
-
-def results_in_numpy() -> None:
-    """Let the engine make NumPy arrays. For a process that emulates."""
-    for module in (low_latency_dispatch, low_latency_combine):
-        setattr(module, "ResultArrays", _Results)  # noqa: B010
