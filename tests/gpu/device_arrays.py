@@ -80,7 +80,7 @@ class Mismatches:
     def __init__(self) -> None:
         self._kernel = cupy.RawModule(code=self._SOURCE).get_function("compare")
         self._kernel.kernel  # noqa: B018
-        self._count = put(np.zeros(1, np.uint64))
+        self._count = put(np.zeros(1, np.int64))
 
     def add(self, got: Any, expected: Any, rows: Any = None) -> None:
         """Enqueue a comparison of arrays of as many bytes, a multiple of 4.

@@ -79,6 +79,7 @@ def test_any_number_of_ranks(place: str, num_ranks: int) -> None:
         (8, 7168, 8, 8),
         (33, 4096, 4, 3),
         (200, 136, 5, 4),
+        (1000, 64, 8, 4),
         (20, 8, 2, 1),
         (17, 1832, 64, 64),
     ],
@@ -252,7 +253,7 @@ def test_graph_of_pairs_with_changing_contents(place: str, layout: str, num_pair
         num_tokens, hidden, num_topk, num_experts = 24, 512, 4, 4 * group.size
         rng = np.random.default_rng(3)
         x = put(np.zeros((num_tokens, hidden), BF16))
-        ids = put(np.zeros((num_tokens, num_topk), np.int64))
+        ids = put(np.full((num_tokens, num_topk), -1, np.int64))
         weights = put(np.zeros((num_tokens, num_topk), np.float32))
         y = put(np.zeros((4, group.size * num_tokens, hidden), BF16))
         with low_latency_buffer(group) as buffer:
@@ -357,10 +358,10 @@ def test_late_rank_is_named(place: str) -> None:
 
 def test_rank_that_stops_is_masked_and_comes_back(place: str) -> None:
     """In the middle of a stream of calls one rank makes none; the others go on, and take it back."""
+    if place != "virtual" and device_count() < 3:
+        pytest.skip("needs three ranks")
 
     def body(group: Group) -> None:
-        if group.size < 3:
-            pytest.skip("needs three ranks")
         lost, num_rounds = 1, 6
         rng = np.random.default_rng(0)
         x = [random_values(rng, (5, 128), BF16) for _ in range(group.size)]
@@ -374,14 +375,19 @@ def test_rank_that_stops_is_masked_and_comes_back(place: str) -> None:
         )
         status = np.zeros(group.size, np.int32)
         with low_latency_buffer(group, timeout_s=SHORT_S, enable_shrink=True) as buffer:
+
+            def dispatch() -> Any:
+                return buffer.low_latency_dispatch(
+                    put(x[group.rank]), put(ids[group.rank]), 15, 2 * group.size, use_fp8=False
+                )
+
+            dispatch()  # sets the memory of its shape up, which takes all hosts
             check_low_latency(buffer, 3)
             group.barrier()
             if group.rank != lost:
                 for number in range(num_rounds):
                     began = time.monotonic()
-                    out = buffer.low_latency_dispatch(
-                        put(x[group.rank]), put(ids[group.rank]), 15, 2 * group.size, use_fp8=False
-                    )
+                    out = dispatch()
                     mine = expected[group.rank]
                     assert same_bits(fetch(out.recv_count), mine.recv_count)
                     assert same_bits(fetch(out.handle.src_info), mine.src_info)
