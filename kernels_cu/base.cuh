@@ -4,6 +4,8 @@
 using int32_t = int;
 using int64_t = long long;
 using uint8_t = unsigned char;
+using int16_t = short;
+using uint16_t = unsigned short;
 using uint32_t = unsigned int;
 using uint64_t = unsigned long long;
 // A constant in every NVRTC; __builtin_offsetof came with 13.4.

@@ -172,6 +172,10 @@ __device__ inline Reason settle(const Session& session, Found& found, Reason rea
     return reason;
 }
 
+// Whether this block tells the peers where this rank is: the last one, which is in no hurry where a kernel
+// also receives.
+__device__ inline bool speaks() { return blockIdx.x + 1 == gridDim.x; }
+
 // Begins: every thread of every block. False when an earlier call was given up. A barrier.
 template <class Args>
 __device__ inline bool begin(Session& session, Found& found, const Args& args, uint64_t operation) {
@@ -192,6 +196,7 @@ __device__ inline bool begin(Session& session, Found& found, const Args& args, u
         found.missing = 0;
         found.ranks = (1u << args.num_ranks) - 1;
     }
+    const bool has_failed = call.has_failed();
     const SlabHeader* own = call.header(args.rank);
     if (args.phases & kSends) {
         call.epoch = own->block_epochs[blockIdx.x] + 1;
@@ -204,8 +209,8 @@ __device__ inline bool begin(Session& session, Found& found, const Args& args, u
     }
     call.deadline_ns = ptx::globaltimer_ns() + args.timeout_ns;
     call.word = signal_word(call.epoch, operation);
-    if (__syncthreads_or(call.has_failed())) return false;
-    if (blockIdx.x == 0 && args.phases & kSends) {
+    if (__syncthreads_or(has_failed)) return false;
+    if (speaks() && args.phases & kSends) {
         const int32_t peer = threadIdx.x;
         // Orders nothing: it only says where this rank is.
         if (peer < call.num_ranks && !session.is_masked(peer))
@@ -218,7 +223,7 @@ __device__ inline bool begin(Session& session, Found& found, const Args& args, u
     return true;
 }
 
-// Tells the peers which uses of this rank's zones it no longer needs: the second warp of block 0.
+// Tells the peers which uses of this rank's zones it no longer needs: the second warp of one block.
 // `released_zone` is the dispatch zone whose last result is not needed any more, -1 for none. Words only
 // grow, so a use that is still to be received, and all before it, are left to the send phase that takes
 // its zone.
@@ -226,7 +231,7 @@ __device__ inline void post_freed(const Session& session, int32_t released_zone)
     static_assert(kLowLatencyZones * kMaxLocalRanks == kWarpSize);
     const int32_t lane = static_cast<int32_t>(threadIdx.x) - kWarpSize;
     const int32_t zone = lane / kMaxLocalRanks, peer = lane % kMaxLocalRanks;
-    if (blockIdx.x != 0 || lane < 0 || lane >= kWarpSize || peer >= session.call.num_ranks) return;
+    if (!speaks() || lane < 0 || lane >= kWarpSize || peer >= session.call.num_ranks) return;
     if (session.is_masked(peer)) return;
     uint64_t use = session.use - 1;
     if (zone == session.zone) {

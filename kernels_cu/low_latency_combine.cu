@@ -31,7 +31,7 @@ __device__ void low_latency_combine(const LowLatencyCombineArgs<kCfg>& args) {
     if (!low_latency::begin(session, shared.found, args, kLowLatencyCombine)) return;
     const bool sends = (args.phases & low_latency::kSends) != 0;
     // The rows that were dispatched have done their service, if they are still the last ones of their zone.
-    if (blockIdx.x == 0) {
+    if (low_latency::speaks()) {
         const int32_t zone = args.dispatch_zone;
         const bool is_last = zone >= 0 && args.dispatch_record->use == args.state->uses[zone][0];
         low_latency::post_freed(session, sends && is_last ? zone : -1);

@@ -31,13 +31,8 @@ __device__ void low_latency_dispatch(const LowLatencyDispatchArgs<kCfg>& args) {
     using Block = LowLatencyDispatchBlock<kCfg>;
     static_assert(kCfg.num_threads % kWarpSize == 0 && kCfg.num_threads <= 1024);
     static_assert(kCfg.num_threads >= 2 * kWarpSize);
-    __shared__ LowLatencyDispatchShared shared;
+    __shared__ typename Block::Shared shared;
     low_latency::Session session;
-    if (!low_latency::begin(session, shared.found, args, kLowLatencyDispatch)) return;
-    const bool receives = (args.phases & low_latency::kReceives) != 0;
-    // Until the next dispatch receives, a result may lie in its landing zone.
-    low_latency::post_freed(session, receives ? args.zone ^ 1 : -1);
-
     Block block{.args = args,
                 .session = session,
                 .shared = shared,
@@ -48,14 +43,27 @@ __device__ void low_latency_dispatch(const LowLatencyDispatchArgs<kCfg>& args) {
                 .lane = static_cast<int32_t>(threadIdx.x) % kWarpSize};
     auto number = static_cast<int32_t>(blockIdx.x);
     const bool sends = (args.phases & low_latency::kSends) != 0;
+    const bool receives = (args.phases & low_latency::kReceives) != 0;
     const int32_t num_row_blocks = block.num_send_blocks(args.num_tokens);
     const int32_t num_senders = sends ? args.num_ranks + num_row_blocks : 0;
+    const bool sends_ids = number < num_senders && number < args.num_ranks;
+    const bool sends_rows = number < num_senders && !sends_ids;
+    const int32_t row_block = number - args.num_ranks;
+    // On their way while the block begins.
+    typename Block::IdWord ids{};
+    typename Block::Piece piece{};
+    if (sends_ids) ids = block.load_ids(threadIdx.x);
+    if (sends_rows) piece = block.load_piece(row_block + num_row_blocks * block.warp);
+    if (!low_latency::begin(session, shared.found, args, kLowLatencyDispatch)) return;
+    // Until the next dispatch receives, a result may lie in its landing zone.
+    low_latency::post_freed(session, receives ? args.zone ^ 1 : -1);
+
     Reason reason = kNothing;
     uint64_t phase = low_latency::kFreeing;
-    if (number < num_senders && number < args.num_ranks) {
-        reason = block.send_metadata(number);
-    } else if (number < num_senders) {
-        reason = block.send_rows(number - args.num_ranks, num_row_blocks);
+    if (sends_ids) {
+        reason = block.send_metadata(number, ids);
+    } else if (sends_rows) {
+        reason = block.send_rows(row_block, num_row_blocks, piece);
     } else if (receives && number - num_senders < args.num_ranks) {
         phase = low_latency::kCounting;
         reason = block.list(number - num_senders);

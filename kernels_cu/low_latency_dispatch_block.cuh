@@ -52,16 +52,20 @@ __device__ inline int32_t expert_in(uint64_t word, int32_t half) {
     return e == kNoExpert ? -1 : static_cast<int32_t>(e);
 }
 
+template <LowLatencyDispatchCfg kCfg>
 struct LowLatencyDispatchShared {
+    // Ids that are looked at together.
+    static constexpr int32_t kPairsEach = 4, kStretch = kPairsEach * kCfg.num_threads;
+
     low_latency::Found found;
     int32_t tokens[kMaxLocalRanks];                     // of each source rank
     int32_t counts[kMaxLocalRanks * kMaxLocalExperts];  // [src][expert]: pairs for our experts
+    int16_t experts[kStretch];                          // of one source: of ours, -1 for others
     union {
         int32_t listed[kMaxLocalRanks * kMaxLocalExperts];  // pairs of one source for all experts
         struct {
-            int32_t experts[4096];           // a stretch of the ids of one source, -1 for none of ours
-            int32_t base[kMaxLocalExperts];  // row of the expert where the stretch begins
-            int32_t parts[1024];             // [segment][expert]
+            int32_t base[kMaxLocalExperts];  // rows of the expert before the stretch
+            uint16_t numbers[kCfg.num_threads / kWarpSize][kMaxLocalExperts];  // [warp]: rows in the stretch
         } lists;
     };
 };
@@ -72,9 +76,11 @@ struct LowLatencyDispatchBlock {
     static constexpr bool kQuantizes = kCfg.quantizes != 0;
     static constexpr int32_t kPartVectors = 8 * kWarpSize;  // of a row, that a warp copies in one turn
 
+    using Shared = LowLatencyDispatchShared<kCfg>;
+
     const LowLatencyDispatchArgs<kCfg>& args;
     const low_latency::Session& session;
-    LowLatencyDispatchShared& shared;
+    Shared& shared;
     int32_t num_local_experts, num_vectors, num_pieces, warp, lane;
 
     __device__ int64_t row_bytes() const { return int64_t{args.hidden} * (kQuantizes ? 1 : 2); }
@@ -115,19 +121,36 @@ struct LowLatencyDispatchBlock {
             atomicOr(&shared.found.missing, 1u << peer);
     }
 
-    // Send phase.
-    __device__ Reason send_metadata(int32_t dst) const;
-    __device__ Reason send_rows(int32_t block, int32_t num_blocks) const;
+    // Of an expert of all, which of ours it is; -1 for others and none.
+    __device__ int32_t local_expert(int32_t e) const {
+        const int32_t local = e - args.rank * num_local_experts;
+        return e >= 0 && local >= 0 && local < num_local_experts ? local : -1;
+    }
+
+    // Send phase. What it begins with is loaded before the block begins.
+    struct IdWord {
+        uint32_t ids;
+        float weights[2];
+    };
+    struct Piece {
+        uint4 vectors[2];
+        int32_t experts[2];  // columns `lane` and `lane` + 32
+    };
+    __device__ IdWord load_ids(int32_t at) const;
+    __device__ Reason send_metadata(int32_t dst, IdWord next) const;
+    __device__ int32_t vector_of(int32_t piece, int32_t v) const;
+    __device__ Piece load_piece(int32_t turn) const;
+    __device__ Reason send_rows(int32_t block, int32_t num_blocks, Piece next) const;
 
     // Receive phase.
     __device__ Reason read_tokens(int32_t first_src, int32_t last_src) const;
     __device__ void clear_counts(int32_t first_src, int32_t last_src, int32_t listed_src) const;
+    __device__ void count(uint64_t word, int32_t src, int32_t at, bool is_listed) const;
     __device__ Reason read_ids(int32_t first_src, int32_t last_src, int32_t listed_src) const;
     __device__ Reason read_sources(int32_t listed_src) const;
-    __device__ int32_t load_experts(int32_t src, int32_t first, int32_t num_pairs, Reason& reason) const;
+    __device__ Reason load_experts(int32_t src, int32_t first, int32_t num) const;
     template <class Each>
-    __device__ int32_t of_segment(int32_t num_loaded, int32_t e, int32_t segment, int32_t num_segments,
-                                  Each each) const;
+    __device__ void of_warp(int32_t num_loaded, uint16_t* numbers, Each each) const;
     __device__ Reason list_pairs(int32_t src) const;
     __device__ void tell(int32_t part) const;
     __device__ Reason list(int32_t src) const;

@@ -4,6 +4,16 @@
 
 namespace ep {
 
+// Before the counts of [first_src, last_src) are made.
+template <LowLatencyDispatchCfg kCfg>
+__device__ void LowLatencyDispatchBlock<kCfg>::clear_counts(int32_t first_src, int32_t last_src,
+                                                            int32_t listed_src) const {
+    for (int32_t i = threadIdx.x; i < (last_src - first_src) * num_local_experts; i += blockDim.x)
+        shared.counts[first_src * num_local_experts + i] = 0;
+    if (first_src <= listed_src && listed_src < last_src)
+        for (int32_t e = threadIdx.x; e < args.num_experts; e += blockDim.x) shared.listed[e] = 0;
+}
+
 // Waits for what the source ranks [first_src, last_src) say of themselves. A barrier.
 template <LowLatencyDispatchCfg kCfg>
 __device__ Reason LowLatencyDispatchBlock<kCfg>::read_tokens(int32_t first_src, int32_t last_src) const {
@@ -23,59 +33,55 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_tokens(int32_t first_src, 
     return sync::agree(reason);
 }
 
-// A barrier.
+// Counts what a word with two ids says; those of `listed_src` for all experts, and kept.
 template <LowLatencyDispatchCfg kCfg>
-__device__ void LowLatencyDispatchBlock<kCfg>::clear_counts(int32_t first_src, int32_t last_src,
-                                                            int32_t listed_src) const {
-    for (int32_t i = threadIdx.x; i < (last_src - first_src) * num_local_experts; i += blockDim.x)
-        shared.counts[first_src * num_local_experts + i] = 0;
-    if (first_src <= listed_src && listed_src < last_src)
-        for (int32_t e = threadIdx.x; e < args.num_experts; e += blockDim.x) shared.listed[e] = 0;
-    __syncthreads();
+__device__ void LowLatencyDispatchBlock<kCfg>::count(uint64_t word, int32_t src, int32_t at,
+                                                     bool is_listed) const {
+#pragma unroll
+    for (int32_t half = 0; half < 2; ++half) {
+        const int32_t e = expert_in(word, half), local = local_expert(e), i = 2 * at + half;
+        if (is_listed && i < Shared::kStretch) shared.experts[i] = static_cast<int16_t>(local);
+        if (is_listed && e >= 0) atomicAdd(&shared.listed[e], 1);
+        if (local >= 0) atomicAdd(&shared.counts[src * num_local_experts + local], 1);
+    }
 }
 
-// Waits for the ids of the source ranks [first_src, last_src), whose tokens are known, and counts those of
-// our experts, and of `listed_src` those of all. Barriers.
+// Waits for the ids of the source ranks [first_src, last_src), and counts those of our experts. The first
+// ones are loaded before it is known how many there are: words of all sources take turns. A barrier.
 template <LowLatencyDispatchCfg kCfg>
 __device__ Reason LowLatencyDispatchBlock<kCfg>::read_ids(int32_t first_src, int32_t last_src,
                                                           int32_t listed_src) const {
     constexpr int32_t kDepth = 8;
+    const int32_t num_sources = last_src - first_src, num_threads = blockDim.x;
+    const auto source_of = [&](int32_t i) { return first_src + i % num_sources; };
+    int32_t num_words = num_sources * num_id_words(args.num_max_tokens);
     clear_counts(first_src, last_src, listed_src);
-    int32_t total = 0;
-    for (int32_t src = first_src; src < last_src; ++src) total += num_id_words(shared.tokens[src]);
     Reason reason = kNothing;
 #pragma unroll 1
-    for (int32_t first = threadIdx.x; first < total && reason == kNothing; first += kDepth * blockDim.x) {
-        const uint64_t* words[kDepth];
+    for (int32_t first = threadIdx.x, is_first = 1; is_first || first < num_words;
+         first += kDepth * num_threads, is_first = 0) {
         uint64_t seen[kDepth];
-        int32_t sources[kDepth];
 #pragma unroll
-        for (int32_t i = 0; i < kDepth; ++i) {
-            int32_t at = first + i * static_cast<int32_t>(blockDim.x);
-            seen[i] = 0;
-            sources[i] = last_src;
-            if (at >= total) continue;
-            for (sources[i] = first_src; at >= num_id_words(shared.tokens[sources[i]]); ++sources[i])
-                at -= num_id_words(shared.tokens[sources[i]]);
-            words[i] = ids(args.rank, sources[i]) + at;
-            seen[i] = ptx::ld_relaxed_sys(words[i]);
+        for (int32_t v = 0; v < kDepth; ++v) {
+            const int32_t i = first + v * num_threads;
+            seen[v] = i < num_words ? ptx::ld_relaxed_sys(ids(args.rank, source_of(i)) + i / num_sources) : 0;
+        }
+        if (is_first) {
+            reason = read_tokens(first_src, last_src);
+            if (reason != kNothing) return reason;
+            num_words = 0;
+            for (int32_t src = first_src; src < last_src; ++src)
+                num_words = max(num_words, num_sources * num_id_words(shared.tokens[src]));
         }
 #pragma unroll
-        for (int32_t i = 0; i < kDepth; ++i) {
-            const int32_t src = sources[i];
-            if (src == last_src || reason != kNothing) continue;
-            if (!is_stamped(seen[i], session.call.epoch))
-                reason = low_latency::await_stamped(session, words[i], src, seen[i]);
-            blame(reason, src);
-            if (reason != kNothing) continue;
-#pragma unroll
-            for (int32_t half = 0; half < 2; ++half) {
-                const int32_t e = expert_in(seen[i], half), local = e - args.rank * num_local_experts;
-                if (e < 0) continue;
-                if (src == listed_src) atomicAdd(&shared.listed[e], 1);
-                if (local >= 0 && local < num_local_experts)
-                    atomicAdd(&shared.counts[src * num_local_experts + local], 1);
+        for (int32_t v = 0; v < kDepth; ++v) {
+            const int32_t i = first + v * num_threads, src = source_of(i), at = i / num_sources;
+            if (reason != kNothing || i >= num_words || at >= num_id_words(shared.tokens[src])) continue;
+            if (!is_stamped(seen[v], session.call.epoch)) {
+                reason = low_latency::await_stamped(session, ids(args.rank, src) + at, src, seen[v]);
+                blame(reason, src);
             }
+            if (reason == kNothing) count(seen[v], src, at, src == listed_src);
         }
     }
     return sync::agree(reason);
@@ -91,8 +97,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_sources(int32_t listed_src
     for (int32_t src = 0; src < args.num_ranks;) {
         Reason reason = kExpired;
         if (is_decided || !__syncthreads_or(session.is_masked(src))) {
-            reason = read_tokens(src, src + step);
-            if (reason == kNothing) reason = read_ids(src, src + step, listed_src);
+            reason = read_ids(src, src + step, listed_src);
         }
         if (args.masks != nullptr && !is_decided) {
             if (reason == kNothing)
@@ -107,7 +112,10 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_sources(int32_t listed_src
             __syncthreads();
             is_decided = (shared.found.ranks >> src & 1) != 0 && reason != kNothing;
             if (is_decided) continue;
-            if (!(shared.found.ranks >> src & 1)) clear_counts(src, src + 1, listed_src);
+            if (!(shared.found.ranks >> src & 1)) {
+                clear_counts(src, src + 1, listed_src);
+                __syncthreads();
+            }
             reason = kNothing;
         }
         if (reason != kNothing) return reason;
@@ -120,6 +128,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_sources(int32_t listed_src
 // What callers are told of each expert, and clean ends: every R-th expert is of block `part`.
 template <LowLatencyDispatchCfg kCfg>
 __device__ void LowLatencyDispatchBlock<kCfg>::tell(int32_t part) const {
+    constexpr int32_t kEndRows = 4 * kWarpSize;  // that a warp clears in one turn
     const auto& counts = shared.counts;
 #pragma unroll 1
     for (int32_t e = part + args.num_ranks * threadIdx.x; e < num_local_experts;
@@ -134,15 +143,21 @@ __device__ void LowLatencyDispatchBlock<kCfg>::tell(int32_t part) const {
         args.recv_count[e] = total;
         if (args.recv_stats != nullptr) args.recv_stats[e] += total;
     }
+    const int32_t num_rows = args.num_ranks * args.num_max_tokens;
+    const int32_t turns_each = (num_rows + kEndRows - 1) / kEndRows;
 #pragma unroll 1
-    for (int32_t e = part + args.num_ranks * warp; e < num_local_experts; e += args.num_ranks * kNumWarps) {
+    for (int32_t turn = warp;; turn += kNumWarps) {
+        const int32_t e = part + turn / turns_each * args.num_ranks;
+        if (e >= num_local_experts) break;
         const int32_t count = lane < args.num_ranks ? counts[lane * num_local_experts + e] : 0;
         const int32_t total = __reduce_add_sync(kFullWarp, count);
-        const int64_t first = e * rows_per_expert(), end = first + rows_per_expert();
-#pragma unroll 4
-        for (int64_t at = first + total + lane; at < end; at += kWarpSize) {
-            args.src_info[at] = -1;
-            if (args.expert_rows != nullptr) args.expert_rows[at] = -1;
+        const int64_t first = e * rows_per_expert();
+#pragma unroll
+        for (int32_t i = 0; i < kEndRows; i += kWarpSize) {
+            const int32_t row = turn % turns_each * kEndRows + i + lane;
+            if (row < total || row >= num_rows) continue;
+            args.src_info[first + row] = -1;
+            if (args.expert_rows != nullptr) args.expert_rows[first + row] = -1;
         }
     }
     if (part == 0 && threadIdx.x == 0) {
@@ -153,63 +168,56 @@ __device__ void LowLatencyDispatchBlock<kCfg>::tell(int32_t part) const {
     }
 }
 
-// Puts the next ids of a source rank into shared memory, as our experts. How many. Two barriers. Other
-// threads have seen these words, which does not mean that this one does.
+// Puts the next ids of a source rank into shared memory, as our experts. Other threads have seen these words,
+// which does not mean that this one does. Two barriers.
 template <LowLatencyDispatchCfg kCfg>
-__device__ int32_t LowLatencyDispatchBlock<kCfg>::load_experts(int32_t src, int32_t first, int32_t num_pairs,
-                                                               Reason& reason) const {
-    constexpr int32_t kRoom = sizeof(shared.lists.experts) / sizeof(int32_t);
-    static_assert(kRoom % 2 == 0);
-    const int32_t num = min(num_pairs - first, kRoom), first_expert = args.rank * num_local_experts;
+__device__ Reason LowLatencyDispatchBlock<kCfg>::load_experts(int32_t src, int32_t first, int32_t num) const {
+    Reason reason = kNothing;
     __syncthreads();
-    for (int32_t i = 2 * threadIdx.x; i < num; i += 2 * blockDim.x) {
+    for (int32_t i = 2 * threadIdx.x; i < num && reason == kNothing; i += 2 * blockDim.x) {
         uint64_t word = 0;
-        if (reason == kNothing)
-            reason = low_latency::await_stamped(session, ids(args.rank, src) + (first + i) / 2, src, word);
+        reason = low_latency::await_stamped(session, ids(args.rank, src) + (first + i) / 2, src, word);
+        blame(reason, src);
 #pragma unroll
-        for (int32_t half = 0; half < 2; ++half) {
-            const int32_t local = expert_in(word, half) - first_expert;
-            shared.lists.experts[i + half] = local >= 0 && local < num_local_experts ? local : -1;
-        }
+        for (int32_t half = 0; half < 2; ++half)
+            shared.experts[i + half] = static_cast<int16_t>(local_expert(expert_in(word, half)));
     }
     __syncthreads();
-    return num;
+    return reason;
 }
 
-// Calls `each(i, number)` for every loaded id of a segment that is expert `e`, in order. How many there are.
+// Calls `each(i, e, number)` for the loaded ids that this warp looks at: the i-th one is our expert e, and of
+// the warp's ids the number-th one that is; `numbers` holds how many there were of each expert so far.
 template <LowLatencyDispatchCfg kCfg>
 template <class Each>
-__device__ int32_t LowLatencyDispatchBlock<kCfg>::of_segment(int32_t num_loaded, int32_t e, int32_t segment,
-                                                             int32_t num_segments, Each each) const {
-    constexpr int32_t kTogether = 4;
-    const int32_t length = (num_loaded + num_segments - 1) / num_segments;
-    const int32_t end = min(num_loaded, (segment + 1) * length);
-    int32_t count = 0;
+__device__ void LowLatencyDispatchBlock<kCfg>::of_warp(int32_t num_loaded, uint16_t* numbers,
+                                                       Each each) const {
+    const int32_t num_chunks = (num_loaded + kWarpSize - 1) / kWarpSize;
+    const int32_t per_warp = (num_chunks + kNumWarps - 1) / kNumWarps;
+    const int32_t end = min(num_chunks, (warp + 1) * per_warp);
 #pragma unroll 1
-    for (int32_t first = segment * length; first < end; first += kTogether) {
-        uint32_t hits = 0;
-#pragma unroll
-        for (int32_t i = 0; i < kTogether; ++i)
-            if (first + i < end && shared.lists.experts[first + i] == e) hits |= 1u << i;
-#pragma unroll 1
-        for (; hits != 0; hits &= hits - 1) each(first + __ffs(static_cast<int32_t>(hits)) - 1, count++);
+    for (int32_t chunk = warp * per_warp; chunk < end; ++chunk) {
+        const int32_t i = chunk * kWarpSize + lane, e = i < num_loaded ? shared.experts[i] : -1;
+        const uint32_t alike = __match_any_sync(kFullWarp, e);
+        const uint32_t before = alike & ((1u << lane) - 1);
+        const int32_t number = e < 0 ? 0 : numbers[e];
+        __syncwarp();
+        if (e >= 0 && before == 0) numbers[e] = static_cast<uint16_t>(number + __popc(alike));
+        __syncwarp();
+        if (e >= 0) each(i, e, number + __popc(before));
     }
-    return count;
 }
 
 // Where the pairs of a source rank belong, sorted by expert, then by token and column, behind those of lower
-// sources. A thread takes one expert in a segment of the ids, so lanes read the same id at a time.
+// sources. Warps take stretches of the ids in order: first they count, then they know where theirs begin.
 template <LowLatencyDispatchCfg kCfg>
 __device__ Reason LowLatencyDispatchBlock<kCfg>::list_pairs(int32_t src) const {
     auto& lists = shared.lists;
-    const int32_t num_pairs = shared.tokens[src] * args.num_topk, num_threads = blockDim.x;
-    const int32_t width = min(num_local_experts, num_threads), num_segments = num_threads / width;
-    const int32_t segment = threadIdx.x / width, first_expert = threadIdx.x % width;
-    const bool is_counting = segment < num_segments;
+    const int32_t num_pairs = shared.tokens[src] * args.num_topk;
     const uint64_t* weights = this->weights(args.rank, src);
     Route* routes = args.routes + int64_t{src} * args.num_max_tokens * args.num_topk;
 #pragma unroll 1
-    for (int32_t e = threadIdx.x; e < num_local_experts; e += num_threads) {
+    for (int32_t e = threadIdx.x; e < num_local_experts; e += blockDim.x) {
         int32_t rows = 0;
 #pragma unroll 1
         for (int32_t before = 0; before < src; ++before)
@@ -217,38 +225,59 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::list_pairs(int32_t src) const {
         lists.base[e] = rows;
     }
     Reason reason = kNothing;
-    int32_t num_loaded = 0;
 #pragma unroll 1
-    for (int32_t first = 0; first < num_pairs; first += num_loaded) {
-        num_loaded = load_experts(src, first, num_pairs, reason);
-#pragma unroll 1
-        for (int32_t e = first_expert; is_counting && e < num_local_experts; e += width)
-            lists.parts[segment * num_local_experts + e] =
-                of_segment(num_loaded, e, segment, num_segments, [](int32_t, int32_t) {});
+    for (int32_t first = 0; first < num_pairs; first += Shared::kStretch) {
+        const int32_t num_loaded = min(num_pairs - first, Shared::kStretch);
+        if (first > 0) {
+            const Reason loaded = load_experts(src, first, num_loaded);
+            if (loaded != kNothing) reason = loaded;
+        }
+        const auto number_of = [](int32_t v) {
+            return static_cast<int32_t>(threadIdx.x) + v * kCfg.num_threads;
+        };
+        // On their way while pairs are counted.
+        uint64_t seen[Shared::kPairsEach];
+        bool is_ours[Shared::kPairsEach];
+#pragma unroll
+        for (int32_t v = 0; v < Shared::kPairsEach; ++v) {
+            const int32_t i = number_of(v);
+            is_ours[v] = args.has_weights && i < num_loaded && shared.experts[i] >= 0;
+            seen[v] = is_ours[v] ? ptx::ld_relaxed_sys(&weights[first + i]) : 0;
+        }
+        for (int32_t e = lane; e < num_local_experts; e += kWarpSize) lists.numbers[warp][e] = 0;
+        __syncwarp();
+        of_warp(num_loaded, lists.numbers[warp], [](int32_t, int32_t, int32_t) {});
         __syncthreads();
 #pragma unroll 1
-        for (int32_t e = first_expert; is_counting && e < num_local_experts; e += width) {
-            int64_t row = e * rows_per_expert() + lists.base[e];
-#pragma unroll 1
-            for (int32_t before = 0; before < segment; ++before)
-                row += lists.parts[before * num_local_experts + e];
-            of_segment(num_loaded, e, segment, num_segments, [&](int32_t i, int32_t number) {
-                const int32_t pair = first + i, token = pair / args.num_topk;
-                const int64_t at = row + number;
-                uint64_t weight = 0;
-                if (args.has_weights && reason == kNothing)
-                    reason = low_latency::await_stamped(session, &weights[pair], src, weight);
-                args.src_info[at] = token;
-                if (args.expert_rows != nullptr) args.expert_rows[at] = src * args.num_max_tokens + token;
-                routes[pair] = {static_cast<int32_t>(at), __uint_as_float(static_cast<uint32_t>(weight))};
-            });
+        for (int32_t e = threadIdx.x; e < num_local_experts; e += blockDim.x) {
+            uint32_t before = 0;
+#pragma unroll
+            for (int32_t each = 0; each < kNumWarps; ++each) {
+                const uint32_t count = lists.numbers[each][e];
+                lists.numbers[each][e] = static_cast<uint16_t>(before);
+                before += count;
+            }
         }
         __syncthreads();
-#pragma unroll 1
-        for (int32_t e = threadIdx.x; e < num_local_experts; e += num_threads)
-#pragma unroll 1
-            for (int32_t each = 0; each < num_segments; ++each)
-                lists.base[e] += lists.parts[each * num_local_experts + e];
+        of_warp(num_loaded, lists.numbers[warp], [&](int32_t i, int32_t e, int32_t number) {
+            const int32_t pair = first + i, token = pair / args.num_topk;
+            const int64_t at = e * rows_per_expert() + lists.base[e] + number;
+            args.src_info[at] = token;
+            if (args.expert_rows != nullptr) args.expert_rows[at] = src * args.num_max_tokens + token;
+            routes[pair].row = static_cast<int32_t>(at);
+        });
+#pragma unroll
+        for (int32_t v = 0; v < Shared::kPairsEach; ++v) {
+            if (!is_ours[v] || reason != kNothing) continue;
+            const int32_t pair = first + number_of(v);
+            if (!is_stamped(seen[v], session.call.epoch))
+                reason = low_latency::await_stamped(session, &weights[pair], src, seen[v]);
+            routes[pair].weight = __uint_as_float(static_cast<uint32_t>(seen[v]));
+        }
+        if (first + num_loaded == num_pairs) break;
+        __syncthreads();
+        for (int32_t e = threadIdx.x; e < num_local_experts; e += blockDim.x)
+            lists.base[e] += lists.numbers[kNumWarps - 1][e];
     }
     blame(reason, src);
     return sync::agree(reason);

@@ -4,22 +4,27 @@
 
 namespace ep {
 
+// What a word tells of two pairs.
+template <LowLatencyDispatchCfg kCfg>
+__device__ typename LowLatencyDispatchBlock<kCfg>::IdWord LowLatencyDispatchBlock<kCfg>::load_ids(
+    int32_t at) const {
+    IdWord word{0, {0.0f, 0.0f}};
+#pragma unroll
+    for (int32_t half = 0; half < 2; ++half) {
+        const int32_t pair = 2 * at + half;
+        const bool is_pair = pair < args.num_tokens * args.num_topk;
+        const int32_t e = is_pair ? expert(pair) : -1;
+        word.ids |= (e < 0 ? kNoExpert : static_cast<uint32_t>(e)) << (16 * half);
+        if (is_pair && args.topk_weights != nullptr) word.weights[half] = args.topk_weights[pair];
+    }
+    return word;
+}
+
 // What rank `dst` lists our rows from: all our ids, and the weights of the pairs that it gets. Nothing is
 // counted first, so that these words leave before the rows crowd the links.
 template <LowLatencyDispatchCfg kCfg>
-__device__ Reason LowLatencyDispatchBlock<kCfg>::send_metadata(int32_t dst) const {
-    const int32_t num_pairs = args.num_tokens * args.num_topk, num_words = num_id_words(args.num_tokens);
-    const auto load = [&](int32_t at) {
-        uint32_t both = 0;
-#pragma unroll
-        for (int32_t half = 0; half < 2; ++half) {
-            const int32_t pair = 2 * at + half, e = pair < num_pairs ? expert(pair) : -1;
-            both |= (e < 0 ? kNoExpert : static_cast<uint32_t>(e)) << (16 * half);
-        }
-        return both;
-    };
-    int32_t at = threadIdx.x;
-    uint32_t next = load(at);
+__device__ Reason LowLatencyDispatchBlock<kCfg>::send_metadata(int32_t dst, IdWord next) const {
+    const int32_t num_words = num_id_words(args.num_tokens);
     const Reason reason = low_latency::await_zone(session, shared.found);
     if (reason != kNothing || !(shared.found.ranks >> dst & 1)) return reason;
 
@@ -31,17 +36,16 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::send_metadata(int32_t dst) cons
         ptx::st_relaxed_sys(&area->digests[args.zone][args.rank], stamped(epoch, args.digest));
     uint64_t *to_ids = ids(dst, args.rank), *to_weights = weights(dst, args.rank);
 #pragma unroll 1
-    for (; at < num_words; at += blockDim.x) {
-        const uint32_t both = next;
-        next = load(at + static_cast<int32_t>(blockDim.x));
-        ptx::st_relaxed_sys(&to_ids[at], stamped(epoch, both));
-        if (args.topk_weights == nullptr) continue;
+    for (int32_t at = threadIdx.x; at < num_words; at += blockDim.x) {
+        const IdWord word = next;
+        next = load_ids(at + static_cast<int32_t>(blockDim.x));
+        ptx::st_relaxed_sys(&to_ids[at], stamped(epoch, word.ids));
 #pragma unroll
         for (int32_t half = 0; half < 2; ++half) {
-            const int32_t pair = 2 * at + half, e = expert_in(both, half);
-            if (e >= 0 && e / num_local_experts == dst)
-                ptx::st_relaxed_sys(&to_weights[pair],
-                                    stamped(epoch, __float_as_uint(args.topk_weights[pair])));
+            const int32_t e = expert_in(word.ids, half);
+            if (args.topk_weights != nullptr && e >= 0 && e / num_local_experts == dst)
+                ptx::st_relaxed_sys(&to_weights[2 * at + half],
+                                    stamped(epoch, __float_as_uint(word.weights[half])));
         }
     }
     // A receiver that may go on without us wants to know first that all of this is there.
@@ -54,40 +58,41 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::send_metadata(int32_t dst) cons
     return kNothing;
 }
 
+// Which vector of a row a lane has as the v-th one of a piece: two neighbours where they become one of FP8.
+template <LowLatencyDispatchCfg kCfg>
+__device__ __forceinline__ int32_t LowLatencyDispatchBlock<kCfg>::vector_of(int32_t piece, int32_t v) const {
+    return piece * low_latency::kPieceVectors + (kQuantizes ? 2 * lane + v : v * kWarpSize + lane);
+}
+
+// A lane's part of a piece of a row of ours, and of its ids; zeros and -1 past the last turn.
+template <LowLatencyDispatchCfg kCfg>
+__device__ __forceinline__ typename LowLatencyDispatchBlock<kCfg>::Piece
+LowLatencyDispatchBlock<kCfg>::load_piece(int32_t turn) const {
+    Piece piece{{make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)}, {-1, -1}};
+    if (turn >= args.num_tokens * num_pieces) return piece;
+    const int32_t token = turn / num_pieces;
+    const auto* row = reinterpret_cast<const uint4*>(args.x + int64_t{token} * args.hidden * 2);
+#pragma unroll
+    for (int32_t v = 0; v < 2; ++v) {
+        const int32_t vector = vector_of(turn % num_pieces, v), k = v * kWarpSize + lane;
+        if (vector < num_vectors) piece.vectors[v] = ptx::ld_stream(&row[vector]);
+        if (k < args.num_topk) piece.experts[v] = expert(int64_t{token} * args.num_topk + k);
+    }
+    return piece;
+}
+
 // Our rows, once to each rank that owns an expert of them: warps take pieces in turn.
 template <LowLatencyDispatchCfg kCfg>
-__device__ Reason LowLatencyDispatchBlock<kCfg>::send_rows(int32_t block, int32_t num_blocks) const {
-    struct Piece {
-        uint4 vectors[2];
-        int32_t experts[2];  // columns `lane` and `lane` + 32
-    };
+__device__ Reason LowLatencyDispatchBlock<kCfg>::send_rows(int32_t block, int32_t num_blocks,
+                                                           Piece next) const {
     const int32_t num_turns = args.num_tokens * num_pieces, step = num_blocks * kNumWarps;
-    // A lane has two neighbouring vectors where they become one of FP8.
-    const auto vector_of = [&](int32_t piece, int32_t v) {
-        return piece * low_latency::kPieceVectors + (kQuantizes ? 2 * lane + v : v * kWarpSize + lane);
-    };
-    const auto load = [&](int32_t turn) {
-        Piece piece{{make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)}, {-1, -1}};
-        if (turn >= num_turns) return piece;
-        const int32_t token = turn / num_pieces;
-        const auto* row = reinterpret_cast<const uint4*>(args.x + int64_t{token} * args.hidden * 2);
-#pragma unroll
-        for (int32_t v = 0; v < 2; ++v) {
-            const int32_t vector = vector_of(turn % num_pieces, v), k = v * kWarpSize + lane;
-            if (vector < num_vectors) piece.vectors[v] = ptx::ld_stream(&row[vector]);
-            if (k < args.num_topk) piece.experts[v] = expert(int64_t{token} * args.num_topk + k);
-        }
-        return piece;
-    };
-    int32_t turn = block + num_blocks * warp;
-    Piece next = load(turn);
     const Reason reason = low_latency::await_zone(session, shared.found);
     if (reason != kNothing) return reason;
     const uint32_t reachable = shared.found.ranks;
 #pragma unroll 1
-    for (; turn < num_turns; turn += step) {
+    for (int32_t turn = block + num_blocks * warp; turn < num_turns; turn += step) {
         const Piece current = next;
-        next = load(turn + step);
+        next = load_piece(turn + step);
         const int32_t token = turn / num_pieces, piece = turn % num_pieces;
         uint32_t mine = 0;
 #pragma unroll

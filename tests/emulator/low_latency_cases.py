@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from ep_rt import reference
 from ep_rt.cuda.low_latency_plan import AreaShape
 
 from . import normal
-from .engine import Engines, results_in_numpy
+from .engine import Engines
 from .low_latency import BF16, Dispatched, LowLatency
 from .machine import Array
 from .ranks import Ranks
@@ -37,6 +38,7 @@ def draw_low_latency(
     *,
     num_rounds: int,
     max_tokens: int,
+    hiddens: Sequence[int],
     with_masks: bool = False,
     has_dead: bool = False,
     dies_midway: bool = False,
@@ -44,6 +46,7 @@ def draw_low_latency(
     """Rounds of one or two dispatches and their combines, in one kernel each or split, all enqueued at once.
 
     Args:
+        hiddens: one of them is drawn.
         has_dead: one rank, `ranks.dead`, never comes, and its peers go on without it.
         dies_midway: or stops at some time. Then it is open what its peers have of it: nothing is compared.
     """
@@ -51,7 +54,7 @@ def draw_low_latency(
     shape = AreaShape(
         num_ranks=num_ranks,
         num_max_tokens=max_tokens,
-        hidden=int(rng.choice([8, 40, 128, 256, 520, 640])),
+        hidden=int(rng.choice(hiddens)),
         num_experts=num_ranks * int(rng.integers(1, 4)),
         num_topk=int(rng.choice([1, 2, 3, 5])),
         has_columns=with_masks,
@@ -263,7 +266,6 @@ def check_survivors(mode: LowLatency, dead: int, *, is_late: bool) -> None:
 
 def draw_engine(rng: np.random.Generator, ranks: Ranks, *, num_rounds: int, max_tokens: int) -> None:
     """The product's own host side: dispatches and combines of changing options, with and without hooks."""
-    results_in_numpy()
     num_ranks = ranks.num_ranks
     engines = Engines(ranks, max_blocks=num_ranks + 2)
     shape = AreaShape(

@@ -128,12 +128,14 @@ def _low_latency(
     with_masks: bool = False,
     has_dead: bool = False,
     dies_midway: bool = False,
+    hiddens: Sequence[int] = (8, 40, 128, 256, 520, 640),
     **fields: Any,
 ) -> Scenario:
     draw = partial(
         low_latency_cases.draw_low_latency,
         num_rounds=num_rounds,
         max_tokens=max_tokens,
+        hiddens=hiddens,
         with_masks=with_masks,
         has_dead=has_dead,
         dies_midway=dies_midway,
@@ -190,6 +192,8 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "low-latency-r1": _low_latency(1, 2, 3),
     "low-latency-r2": _low_latency(2, 3, 3),
     "low-latency-r2-sm80": _low_latency(2, 2, 3, architecture=800),
+    # More pairs than a block lists together.
+    "low-latency-long-r2": _low_latency(2, 1, 120, hiddens=(8,)),
     "low-latency-r3": _low_latency(3, 2, 3, epochs=(0, *_NEAR_WRAP)),
     "low-latency-r8": _low_latency(8, 1, 2),
     "low-latency-masks-r3": _low_latency(3, 2, 3, with_masks=True),
