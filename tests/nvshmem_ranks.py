@@ -1,4 +1,4 @@
-"""A rank of `test_nvshmem.py`: NVSHMEM's life over processes, with fakes. ``nvshmem_ranks.py SCENARIO``."""
+"""A rank of `test_network.py`: NVSHMEM's life over processes, with fakes. ``nvshmem_ranks.py SCENARIO``."""
 
 from __future__ import annotations
 
