@@ -96,8 +96,11 @@ def mistakes(group: Group, library: FakeLibrary) -> None:
     with pytest.raises(BackendError, match=r"versions of NVSHMEM differ: rank 0: 3\.4\.5, rank 1: 3\.4\.6"):
         open_network(group)
     library.version_numbers = (3, 4, 5)
+    with pytest.raises(ConfigError, match="symmetric heaps of different sizes: rank 0: 10, rank 1: 11"):
+        open_network(group, 10 + group.rank)
+    assert library.calls == []
     network = open_network(group)
-    with pytest.raises(ConfigError, match="symmetric memory of different sizes: 1, 2"):
+    with pytest.raises(ConfigError, match="symmetric memory of different sizes: rank 0: 1, rank 1: 2"):
         network.allocate(1 + group.rank)
     library.heap_bytes = 10 if group.rank else 1000
     with pytest.raises(
@@ -130,6 +133,7 @@ def failed_start(group: Group, library: FakeLibrary) -> None:
     ):
         open_network(group)
     library.fails.clear()
+    assert "NVSHMEM_SYMMETRIC_SIZE" not in os.environ
     with pytest.raises(BackendError, match="rank 0: NVSHMEM cannot be used any more in this process"):
         open_network(group)
 

@@ -76,11 +76,12 @@ class _Facts:
     """What a rank tells its peers before NVSHMEM starts.
 
     Attributes:
+        num_bytes: of symmetric memory that it will ask for.
         started: members of the NVSHMEM that runs in its process, empty if started by somebody else; None
             if none runs.
     """
 
-    member: Member
+    num_bytes: int
     version: tuple[int, ...] = ()
     started: tuple[Member, ...] | None = None
     error: str | None = None
@@ -113,6 +114,7 @@ class Network:
 
     Raises:
         TopologyError: ranks share a process or a GPU, or NVSHMEM runs over other ranks.
+        ConfigError: `num_bytes` differs between ranks.
         BackendError: NVSHMEM is missing somewhere, versions do not go together, or no transport reaches all
             ranks. All of these on every rank.
         PeerTimeoutError: ranks did not come.
@@ -138,7 +140,7 @@ class Network:
         members = tuple(group.allgather(member, op="network members", timeout_s=timeout_s))
         _check_members(members)
         make_context_current()
-        library, facts = _library(member)
+        library, facts = _library(num_bytes)
         everyone: list[_Facts] = group.allgather(facts, op="network facts", timeout_s=timeout_s)
         _check_facts(everyone, members)
         assert library is not None
@@ -148,7 +150,12 @@ class Network:
                 symmetric_bytes=num_bytes,
                 is_one_host=len({host for host, _, _ in members}) == 1,
             )
-            self._start(library)
+            try:
+                self._start(library)
+            except EpError as error:
+                _PROCESS.lost = f"its start failed: {error}"
+                restore_environment(environment)
+                raise
             _PROCESS.started = _Started(library, members, is_ours=True, environment=environment)
         elif not facts.started:
             self._adopt(library)
@@ -173,8 +180,7 @@ class Network:
         self._check_open()
         sizes = self._allgather(num_bytes, "network allocate")
         if len(set(sizes)) > 1:
-            listing = ", ".join(map(str, sizes))
-            raise on_all_ranks(ConfigError(f"symmetric memory of different sizes: {listing}"))
+            raise on_all_ranks(ConfigError(f"symmetric memory of different sizes: {_listed(sizes)}"))
         pointer = self._on_device(self._started.library.allocate, num_bytes)
         error = None
         if pointer:
@@ -289,7 +295,6 @@ class Network:
         )
         failed = next((each for each, text in enumerate(failures) if text is not None), None)
         if failed is not None:
-            _PROCESS.lost = f"its start failed: {failures[failed]}"
             raise on_all_ranks(
                 BackendError(
                     f"rank {failed}: {failures[failed]}. Where ranks are on several hosts, a transport must "
@@ -323,19 +328,20 @@ class Network:
             return call(*args)
 
 
-def _library(member: Member) -> tuple[HostLibrary | None, _Facts]:
+def _library(num_bytes: int) -> tuple[HostLibrary | None, _Facts]:
     """Load NVSHMEM; what to tell the peers, errors included."""
     try:
         if _PROCESS.lost is not None:
             raise BackendError(f"NVSHMEM cannot be used any more in this process: {_PROCESS.lost}")
         if _PROCESS.started is not None:
             library = _PROCESS.started.library
-            return library, _Facts(member=member, version=library.version(), started=_PROCESS.started.members)
-        library = nvshmem_host.load(nvshmem_files.find())
-        started = () if library.is_started else None
-        return library, _Facts(member=member, version=library.version(), started=started)
+            started: tuple[Member, ...] | None = _PROCESS.started.members
+        else:
+            library = nvshmem_host.load(nvshmem_files.find())
+            started = () if library.is_started else None
+        return library, _Facts(num_bytes=num_bytes, version=library.version(), started=started)
     except EpError as error:
-        return None, _Facts(member=member, error=str(error))
+        return None, _Facts(num_bytes=num_bytes, error=str(error))
 
 
 def _check_members(members: Sequence[Member]) -> None:
@@ -360,10 +366,12 @@ def _check_facts(everyone: Sequence[_Facts], members: tuple[Member, ...]) -> Non
     for rank, facts in enumerate(everyone):
         if facts.error is not None:
             raise on_all_ranks(BackendError(f"rank {rank}: {facts.error}"))
-    versions = [facts.version for facts in everyone]
+    sizes = [facts.num_bytes for facts in everyone]
+    if len(set(sizes)) > 1:
+        raise on_all_ranks(ConfigError(f"symmetric heaps of different sizes: {_listed(sizes)}"))
+    versions = [".".join(map(str, facts.version)) for facts in everyone]
     if len(set(versions)) > 1:
-        listing = ", ".join(f"rank {rank}: {'.'.join(map(str, each))}" for rank, each in enumerate(versions))
-        raise on_all_ranks(BackendError(f"versions of NVSHMEM differ: {listing}"))
+        raise on_all_ranks(BackendError(f"versions of NVSHMEM differ: {_listed(versions)}"))
     if len({facts.started for facts in everyone}) > 1 or everyone[0].started not in (None, (), members):
         raise on_all_ranks(
             TopologyError(
@@ -371,6 +379,10 @@ def _check_facts(everyone: Sequence[_Facts], members: tuple[Member, ...]) -> Non
                 "a process: close what uses it first, or open it over the same ranks in the same order"
             )
         )
+
+
+def _listed(values: Sequence[object]) -> str:
+    return ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
 
 
 def _attempt(call: Callable[[], T]) -> T | EpError:

@@ -20,7 +20,7 @@ from ep_rt.errors import BackendError, DeviceError, PeerTimeoutError
 from ep_rt.exchange import Group
 from ep_rt.groups import as_group
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(80)]
+pytestmark = pytest.mark.gpu
 
 HEAP_BYTES = 64 << 20
 TIMEOUT_S = 20.0
