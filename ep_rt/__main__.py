@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import _version
+from . import _version, doctor
 from .bench import options, run
 from .errors import ConfigError
 
@@ -19,7 +19,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--version", action="version", version=f"ep_rt {_version.__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     options.add_parser(commands)
+    doctor.add_parser(commands)
     parsed = parser.parse_args(arguments)
+    if parsed.command == "doctor":
+        return doctor.main(doctor.options_of(parsed))
     try:
         chosen = options.options_of(parsed)
     except ConfigError as error:

@@ -19,6 +19,7 @@ class Settings:
     backend: str | None
     ranks_per_node: int | None
     cache_dir: Path
+    nvshmem_home: Path | None
 
 
 def settings(environ: Mapping[str, str] = os.environ) -> Settings:
@@ -27,6 +28,7 @@ def settings(environ: Mapping[str, str] = os.environ) -> Settings:
     ``EP_RT_BACKEND``: backend used when the caller says ``"auto"``.
     ``EP_RT_RANKS_PER_NODE``: split ranks into virtual nodes of this size.
     ``EP_RT_CACHE_DIR``: compiled kernels; default ``$XDG_CACHE_HOME/ep_rt`` or ``~/.cache/ep_rt``.
+    ``NVSHMEM_HOME``: an NVSHMEM other than that of the wheel. What NVSHMEM itself reads: `network_options`.
     """
     ranks_per_node = environ.get("EP_RT_RANKS_PER_NODE", "")
     if ranks_per_node and not (ranks_per_node.isdigit() and int(ranks_per_node) > 0):
@@ -36,6 +38,7 @@ def settings(environ: Mapping[str, str] = os.environ) -> Settings:
         backend=environ.get("EP_RT_BACKEND") or None,
         ranks_per_node=int(ranks_per_node) if ranks_per_node else None,
         cache_dir=Path(environ.get("EP_RT_CACHE_DIR") or cache_home / "ep_rt"),
+        nvshmem_home=Path(environ["NVSHMEM_HOME"]) if environ.get("NVSHMEM_HOME") else None,
     )
 
 

@@ -15,6 +15,7 @@ enum Operation : uint64_t {
     kExpand = 4,  // of one rank alone: never in a signal
     kLowLatencyDispatch = 5,
     kLowLatencyCombine = 6,
+    kPing = 16,        // over NVSHMEM
     kGaveUp = 0xffff,  // the sender left the call; above every call, so that the word still grows
 };
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from nvrtc_here import require_nvrtc
 
-from ep_rt.cuda import jit, kernels, layout
+from ep_rt.cuda import jit, kernels, layout, linker, nvshmem_files
 from ep_rt.cuda.kernels import KernelSpec
-from ep_rt.errors import CompileError
+from ep_rt.errors import BackendError, CompileError
 
 SPEC = kernels.barrier(8)
 SOURCES = Path(__file__).parents[1] / "kernels_cu"
@@ -164,6 +164,118 @@ def test_processes_that_start_at_once_get_the_same_file(tmp_path: Path) -> None:
     assert [str(path) for path in (tmp_path / "kernels").iterdir()] == list(paths)
 
 
+class Toolchain(Compiler):
+    """Stands for NVRTC, nvJitLink and NVSHMEM's files, for kernels that use it."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.linker_version = (13, 0)
+        self.nvshmem_version = (3, 4, 5)
+        self.cuda_major: int | None = 13
+        self.links: list[str] = []
+        self.library = root / "lib" / "libnvshmem_device.a"
+        self.library.parent.mkdir(parents=True)
+        self.library.write_bytes(b"one")
+
+    def find(self) -> nvshmem_files.NvshmemFiles:
+        return nvshmem_files.NvshmemFiles(
+            root=self.library.parents[1], version=self.nvshmem_version, cuda_major=self.cuda_major
+        )
+
+    def compile_ltoir(self, source: jit.Source, architecture: str, *options: str) -> bytes:
+        self.calls.append(source.name)
+        return f"{source.name} {architecture} {' '.join(options)}".encode()
+
+    def link(self, name: str, modules: dict[str, bytes], library: Path, architecture: str) -> bytes:
+        self.links.append(architecture)
+        return b"|".join([name.encode(), *modules.values(), library.read_bytes()])
+
+
+@pytest.fixture
+def toolchain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Toolchain:
+    toolchain = Toolchain(tmp_path / "nvshmem")
+    monkeypatch.setattr(jit, "compile_ltoir", toolchain.compile_ltoir)
+    monkeypatch.setattr(jit, "nvrtc_version", lambda: toolchain.version)
+    monkeypatch.setattr(linker, "version", lambda: toolchain.linker_version)
+    monkeypatch.setattr(linker, "link", toolchain.link)
+    monkeypatch.setattr(nvshmem_files, "find", toolchain.find)
+    monkeypatch.setattr(nvshmem_files, "cccl_dir", lambda: Path("cccl"))
+    return toolchain
+
+
+PING = kernels.nvshmem_ping("warp")
+
+
+def test_a_kernel_on_the_network_is_linked_with_a_bridge(tmp_path: Path, toolchain: Toolchain) -> None:
+    path = jit.cubin(PING, "sm_90a", cache_dir=tmp_path)
+    kernel, bridge = f"{PING.name}.cu sm_90a ", "bridge.cu sm_90a -default-device"
+    image = path.read_text()
+    assert image.startswith(f"{PING.name}|{kernel}|{bridge}")
+    assert image.endswith("|one")
+    assert "/include -Icccl" in image
+    assert toolchain.calls == ["bridge.cu", f"{PING.name}.cu"]
+    source = jit.render(PING)
+    assert "network.cuh" in source.headers
+    assert not any("nvshmem" in name for name in source.headers if name != "nvshmem_ping.cu")
+    assert set(jit.render_bridge().headers) == {"network_bridge.cu", "network.cuh", "base.cuh"}
+
+
+def test_linked_kernels_are_cached_and_share_the_bridge(tmp_path: Path, toolchain: Toolchain) -> None:
+    first = jit.cubin(PING, "sm_90a", cache_dir=tmp_path)
+    assert jit.cubin(PING, "sm_90a", cache_dir=tmp_path) == first
+    assert jit.cubin(kernels.nvshmem_ping("block"), "sm_90a", cache_dir=tmp_path) != first
+    assert toolchain.calls.count("bridge.cu") == 1
+    assert len(toolchain.links) == 2
+    first.write_bytes(b"damaged")
+    assert jit.cubin(PING, "sm_90a", cache_dir=tmp_path) == first
+    assert toolchain.calls.count("bridge.cu") == 1
+
+
+def test_another_compiler_linker_or_nvshmem_is_a_new_kernel(tmp_path: Path, toolchain: Toolchain) -> None:
+    paths = [jit.cubin(PING, "sm_90a", cache_dir=tmp_path)]
+    toolchain.linker_version = (13, 1)
+    paths.append(jit.cubin(PING, "sm_90a", cache_dir=tmp_path))
+    assert toolchain.calls.count("bridge.cu") == 1
+    toolchain.version = (13, 1)
+    paths.append(jit.cubin(PING, "sm_90a", cache_dir=tmp_path))
+    toolchain.nvshmem_version = (3, 8, 0)
+    paths.append(jit.cubin(PING, "sm_90a", cache_dir=tmp_path))
+    toolchain.library.write_bytes(b"two")  # the same version, built again
+    paths.append(jit.cubin(PING, "sm_90a", cache_dir=tmp_path))
+    assert len(set(paths)) == len(toolchain.links) == 5
+    assert toolchain.calls.count("bridge.cu") == 4
+
+
+def test_an_edited_bridge_is_a_new_kernel(
+    tmp_path: Path, toolchain: Toolchain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = jit.cubin(PING, "sm_90a", cache_dir=tmp_path)
+    edited = tmp_path / "kernels_cu"
+    shutil.copytree(SOURCES, edited)
+    with (edited / "network_bridge.cu").open("a") as file:
+        file.write("// edited\n")
+    monkeypatch.setattr(jit, "_sources", lambda: edited)
+    assert jit.render(PING) == jit.render(PING, sources=SOURCES)
+    assert jit.cubin(PING, "sm_90a", cache_dir=tmp_path) != first
+
+
+@pytest.mark.parametrize(
+    ("linker_version", "cuda_major", "text"),
+    [
+        ((12, 9), 13, "nvJitLink 12.9 cannot link what NVRTC 13.0 compiles"),
+        ((14, 0), 13, "must be of CUDA 13"),
+        ((13, 0), 12, "uninstall nvidia-nvshmem-cu12 and install nvidia-nvshmem-cu13"),
+    ],
+)
+def test_versions_that_do_not_go_together(
+    tmp_path: Path, toolchain: Toolchain, linker_version: tuple[int, int], cuda_major: int, text: str
+) -> None:
+    toolchain.linker_version, toolchain.cuda_major = linker_version, cuda_major
+    with pytest.raises(BackendError, match=text):
+        jit.cubin(PING, "sm_90a", cache_dir=tmp_path)
+    assert toolchain.calls == []
+
+
 def test_signal_words_grow_with_epoch_then_operation() -> None:
     words = [
         layout.signal_word(epoch, operation)
@@ -176,6 +288,9 @@ def test_signal_words_grow_with_epoch_then_operation() -> None:
     assert layout.signal_operation(words[1]) == layout.Operation.BARRIER
 
 
-@pytest.mark.parametrize("spec", kernels.all_specs(), ids=lambda spec: spec.name)
+ALL_SPECS = [*kernels.all_specs(), *kernels.network_specs()]
+
+
+@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda spec: spec.name)
 def test_names_of_instances_differ(spec: KernelSpec) -> None:
-    assert [other.name for other in kernels.all_specs()].count(spec.name) == 1
+    assert [other.name for other in ALL_SPECS].count(spec.name) == 1

@@ -15,13 +15,14 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # A room imports only from rooms above it. Rooms of one line do not import each other.
 ORDER = [
     {"_version", "errors", "dlpack"},
-    {"config", "arrays", "events", "handle"},
+    {"config", "network_options", "arrays", "events", "handle"},
     {"cuda_arrays", "exchange", "results", "requests", "reference"},
     {"groups_torch", "topology", "backend"},
     {"groups"},
     {"host", "cuda"},
     {"buffer"},
     {"__init__", "bench"},
+    {"doctor"},
     {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
@@ -84,8 +85,8 @@ def test_optional_libraries_are_imported_where_they_are_used(path: Path) -> None
     [
         (r"\bmpi4py\b.*import|import.*\bmpi4py\b", {"groups.py"}),
         (r"__dlpack__|__cuda_array_interface__", {"arrays.py"}),
-        (r"^\s*(from|import) nvshmem", {"cuda/nvshmem.py"}),
-        (r"os\.environ\b", {"config.py", "groups.py", "bench/places.py"}),
+        (r"^\s*(from|import) nvshmem", {"cuda/nvshmem_host.py"}),
+        (r"os\.environ\b", {"config.py", "network_options.py", "groups.py", "bench/places.py"}),
         (r"\bprint\(", {"bench/console.py"}),
     ],
 )

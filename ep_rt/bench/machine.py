@@ -36,10 +36,10 @@ def facts(place: Place) -> Facts:
         "gpu": properties["name"].decode(),
         "gpu_memory_bytes": properties["totalGlobalMem"],
         "gpu_sms": place.num_sms,
-        "links": None if place.setting.is_shared else _links(),
+        "links": None if place.setting.is_shared else links(),
         "driver": _asked(place, "driver_version"),
-        "cuda_driver": _cuda_version(runtime.driverGetVersion()),
-        "cuda_runtime": _cuda_version(runtime.runtimeGetVersion()),
+        "cuda_driver": cuda_version(runtime.driverGetVersion()),
+        "cuda_runtime": cuda_version(runtime.runtimeGetVersion()),
         "cupy": cupy.__version__,
     }
 
@@ -65,7 +65,8 @@ def links_of(topology: str) -> str | None:
     return ", ".join(of_gpus) or None
 
 
-def _links() -> str | None:
+def links() -> str | None:
+    """How the GPUs of this host are joined, as `links_of`."""
     return links_of(_output("nvidia-smi", "topo", "-m") or "")
 
 
@@ -85,7 +86,8 @@ def _output(*command: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def _cuda_version(number: int) -> str:
+def cuda_version(number: int) -> str:
+    """As CUDA's own functions give it: 13000 is 13.0."""
     return f"{number // 1000}.{number % 1000 // 10}"
 
 

@@ -1,4 +1,8 @@
-"""From a `KernelSpec` to a cubin on disk: render, compile by NVRTC, cache. Needs no GPU and no driver."""
+"""From a `KernelSpec` to a cubin on disk: render, compile by NVRTC, link, cache. Needs no GPU and no driver.
+
+Kernels that use NVSHMEM are compiled to LTO-IR and linked with NVSHMEM's device library and a bridge to it,
+which is compiled once for all of them; see network_bridge.cu. Others are compiled in one step.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from importlib.resources import files
@@ -22,6 +26,7 @@ from typing import Any, Final
 
 from ..config import settings
 from ..errors import BackendError, CompileError
+from . import linker, nvshmem_files
 from .kernels import KernelSpec
 from .layout import layout_asserts, twin_asserts
 
@@ -82,7 +87,10 @@ def prepare(specs: Iterable[KernelSpec], architecture: str, *, cache_dir: Path |
     Raises:
         CompileError, BackendError: see `cubin`.
     """
+    specs = list(specs)
     nvrtc_version()  # loads the library: once, and not in many threads
+    if any(spec.uses_network for spec in specs):
+        linker.version()
     with ThreadPoolExecutor(os.cpu_count(), "ep_rt-compile") as threads:
         for _ in threads.map(lambda spec: cubin(spec, architecture, cache_dir=cache_dir), specs):
             pass
@@ -95,25 +103,76 @@ def cubin(spec: KernelSpec, architecture: str, *, cache_dir: Path | None = None)
     digest of its bytes, so a damaged one is compiled again. Threads of a process that want the same kernel
     compile it once. Where the cache cannot be written, the file goes to a directory of this process alone.
 
+    Args:
+        architecture: of the device. A kernel that uses NVSHMEM may be compiled for an earlier one that it
+            runs too, see `nvshmem_files.link_architecture`.
+
     Raises:
-        CompileError: NVRTC refused the source.
-        BackendError: NVRTC is not installed.
+        CompileError: NVRTC refused the source, or nvJitLink what came of it.
+        BackendError: NVRTC is not installed, or for a kernel that uses NVSHMEM nvJitLink or NVSHMEM is not,
+            or they do not go together.
     """
     source = render(spec)
-    options = _options(architecture)
-    key = _digest(source.text, *options, "NVRTC {}.{}".format(*nvrtc_version()))
+    if spec.uses_network:
+        return _linked_cubin(spec.name, source, architecture, cache_dir)
+    return _cached(
+        f"{spec.name}-{architecture}",
+        [source.text, *_options(architecture), _compiler()],
+        lambda: compile_cubin(source, architecture),
+        cache_dir=cache_dir,
+    )
+
+
+def _linked_cubin(name: str, source: Source, architecture: str, cache_dir: Path | None) -> Path:
+    """The cubin of a kernel that uses NVSHMEM, as `cubin`."""
+    nvrtc = nvrtc_version()
+    nvshmem = nvshmem_files.find()
+    nvshmem.require_cuda(nvrtc[0])
+    linker.require_reads(nvrtc)
+    architecture = nvshmem_files.link_architecture(architecture, nvrtc[0])
+    bridge = render_bridge()
+    key = [*_options(architecture), _compiler(), nvshmem.identity()]
+
+    def compile_bridge() -> bytes:
+        # Headers of NVSHMEM 3.4 lack an annotation of a function that both sides call.
+        folders = (nvshmem.include_dir, nvshmem_files.cccl_dir())
+        return compile_ltoir(bridge, architecture, "-default-device", *(f"-I{folder}" for folder in folders))
+
+    def link() -> bytes:
+        stem = f"network_bridge-{architecture}"
+        bridge_path = _cached(stem, [bridge.text, *key], compile_bridge, suffix=".ltoir", cache_dir=cache_dir)
+        modules = {"kernel": compile_ltoir(source, architecture), "bridge": bridge_path.read_bytes()}
+        return linker.link(name, modules, nvshmem.device_library, architecture)
+
+    linked_by = "nvJitLink {}.{}".format(*linker.version())
+    return _cached(
+        f"{name}-{architecture}", [source.text, bridge.text, *key, linked_by], link, cache_dir=cache_dir
+    )
+
+
+def render_bridge() -> Source:
+    """The translation unit that defines network.cuh. NVSHMEM's own headers are not in its digest."""
+    headers, digest = _included('#include "network_bridge.cu"\n', _sources())
+    text = f'// kernels_cu sha256 {digest}\n#include "network_bridge.cu"\n'
+    return Source(name="bridge.cu", text=text, headers=headers)
+
+
+def _cached(
+    name: str, parts: list[str], make: Callable[[], bytes], *, cache_dir: Path | None, suffix: str = ".cubin"
+) -> Path:
+    """The file of the cache that holds what `make` returns, and depends on `parts` alone."""
     directory = (cache_dir or settings().cache_dir) / "kernels"
-    stem = f"{spec.name}-{architecture}-{key}"
+    stem = f"{name}-{_digest(*parts)}"
     with _COMPILING.setdefault(stem, threading.Lock()):
-        cached = _find(directory, stem) or _find(_own_directory(), stem)
+        cached = _find(directory, stem, suffix) or _find(_own_directory(), stem, suffix)
         if cached is not None:
             return cached
-        image = compile_cubin(source, architecture)
+        image = make()
         try:
-            return _publish(directory, stem, image)
+            return _publish(directory, stem, suffix, image)
         except OSError as error:
             _LOG.warning("the kernel cache %s cannot be written (%s)", directory, error)
-            return _publish(_own_directory(), stem, image)
+            return _publish(_own_directory(), stem, suffix, image)
 
 
 _COMPILING: Final[dict[str, threading.Lock]] = {}
@@ -134,8 +193,18 @@ def compile_cubin(source: Source, architecture: str) -> bytes:
         CompileError: NVRTC refused the source; `log` says why.
         BackendError: NVRTC is not installed.
     """
+    return _compile(source, _options(architecture), "CUBIN")
+
+
+def compile_ltoir(source: Source, architecture: str, *options: str) -> bytes:
+    """Compile to what the linker takes, with more options than those of all kernels. Raises as above."""
+    return _compile(source, [*_options(architecture), "-dlto", *options], "LTOIR")
+
+
+def _compile(source: Source, options: list[str], kind: str) -> bytes:
+    """What NVRTC makes of a source: ``"CUBIN"`` or ``"LTOIR"``."""
     nvrtc = _nvrtc()
-    options = [*_options(architecture), *(f"-I{directory}" for directory in include_dirs())]
+    options = [*options, *(f"-I{directory}" for directory in include_dirs())]
     status, program = nvrtc.nvrtcCreateProgram(
         source.text.encode(),
         source.name.encode(),
@@ -154,7 +223,7 @@ def compile_cubin(source: Source, architecture: str) -> bytes:
                 options=options,
                 log=log or _error_name(nvrtc, status),
             )
-        return _fetch(nvrtc, program, "CUBIN")
+        return _fetch(nvrtc, program, kind)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
@@ -169,6 +238,10 @@ def nvrtc_version() -> tuple[int, int]:
     status, major, minor = nvrtc.nvrtcVersion()
     _check(nvrtc, status, "nvrtcVersion")
     return major, minor
+
+
+def _compiler() -> str:
+    return "NVRTC {}.{}".format(*nvrtc_version())
 
 
 def include_dirs() -> tuple[Path, ...]:
@@ -232,9 +305,9 @@ def _digest(*parts: str) -> str:
     return joined.hexdigest()[:16]
 
 
-def _find(directory: Path, stem: str) -> Path | None:
+def _find(directory: Path, stem: str, suffix: str) -> Path | None:
     """A whole file of this stem, if there is one. Damaged ones are removed."""
-    for path in sorted(directory.glob(f"{stem}-*.cubin")):
+    for path in sorted(directory.glob(f"{stem}-*{suffix}")):
         with contextlib.suppress(OSError):
             if path.stem == f"{stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}":
                 return path
@@ -243,9 +316,9 @@ def _find(directory: Path, stem: str) -> Path | None:
     return None
 
 
-def _publish(directory: Path, stem: str, image: bytes) -> Path:
+def _publish(directory: Path, stem: str, suffix: str, image: bytes) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"{stem}-{hashlib.sha256(image).hexdigest()[:16]}.cubin"
+    path = directory / f"{stem}-{hashlib.sha256(image).hexdigest()[:16]}{suffix}"
     handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{stem}-")
     try:
         with os.fdopen(handle, "wb") as file:

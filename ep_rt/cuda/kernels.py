@@ -23,6 +23,10 @@ WIRES: Final = ("bfloat16", "fp8", "logfmt")
 """How rows of the low-latency combine travel, in the order of `LowLatencyCombineCfg.wire`."""
 
 
+SCOPES: Final = ("thread", "warp", "block")
+"""Who does a put together, in the order of `NvshmemPingCfg.scope`."""
+
+
 class Cfg(Protocol):
     """A dataclass of ints: what shapes the code of a kernel. Twin of the C++ struct of the same name."""
 
@@ -103,6 +107,12 @@ class WireLimitCfg:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NvshmemPingCfg:
+    scope: int
+    num_threads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KernelSpec:
     """One instance of a kernel template.
 
@@ -114,6 +124,7 @@ class KernelSpec:
         shared_bytes: dynamic shared memory from Hopper on, where rows pass through it.
         shared_bytes_sm80: before.
         blocks_per_sm: that are to be resident together, which bounds their registers.
+        uses_network: it includes network.cuh, is linked with NVSHMEM, and runs once NVSHMEM is initialised.
     """
 
     source: str
@@ -123,6 +134,7 @@ class KernelSpec:
     shared_bytes: int = 0
     shared_bytes_sm80: int = 0
     blocks_per_sm: int = 1
+    uses_network: bool = False
 
     @property
     def name(self) -> str:
@@ -411,6 +423,24 @@ def wire_limit() -> KernelSpec:
     )
 
 
+def nvshmem_ping(scope: str) -> KernelSpec:
+    """A block of bytes from every rank to every rank through NVSHMEM, put by one of `SCOPES`."""
+    return KernelSpec(
+        source="nvshmem_ping.cu",
+        function="nvshmem_ping",
+        cfg=NvshmemPingCfg(scope=SCOPES.index(scope), num_threads=MAX_RANKS),
+        args=np.dtype(
+            [
+                *_pointers("hang", "outbox", "inbox", "signals", "epoch", "failed", "num_wrong"),
+                ("timeout_ns", "<u8"),
+                *_ints("rank", "num_ranks", "block_bytes"),
+            ],
+            align=True,
+        ),
+        uses_network=True,
+    )
+
+
 def normal_mode_specs() -> list[KernelSpec]:
     """What one engine of the normal mode loads."""
     combines = [intranode_combine(element) for element in ELEMENTS]
@@ -425,8 +455,13 @@ def low_latency_specs() -> list[KernelSpec]:
     return [*dispatches, *(low_latency_combine(wire) for wire in WIRES)]
 
 
+def network_specs() -> list[KernelSpec]:
+    """Every instance that uses NVSHMEM."""
+    return [nvshmem_ping(scope) for scope in SCOPES]
+
+
 def all_specs() -> list[KernelSpec]:
-    """Every instance that can be asked for."""
+    """Every other instance that can be asked for."""
     return [barrier(8), barrier(MAX_RANKS), *normal_mode_specs(), *low_latency_specs(), wire_limit()]
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ArrayError, DeviceError
+from ..errors import ArrayError, BackendError, DeviceError
 from . import jit
 from .kernels import KernelSpec
 from .layout import Struct
@@ -19,8 +19,17 @@ from .layout import Struct
 _UNASKED_SHARED_BYTES: Final = 48 << 10
 
 
+class ModuleOwner(Protocol):
+    """What makes a loaded module ready for kernels that use NVSHMEM: an `nvshmem.Network`."""
+
+    def adopt(self, module: Any) -> None: ...
+
+
 class Kernel:
     """A kernel compiled for the current device and loaded there.
+
+    Args:
+        network: for a kernel that uses NVSHMEM, which must outlive its launches.
 
     Attributes:
         max_resident_blocks: blocks that run at the same time on an otherwise idle device.
@@ -29,9 +38,13 @@ class Kernel:
         CompileError, BackendError: see `jit.cubin`.
     """
 
-    def __init__(self, spec: KernelSpec, *, cache_dir: Path | None = None) -> None:
+    def __init__(
+        self, spec: KernelSpec, *, cache_dir: Path | None = None, network: ModuleOwner | None = None
+    ) -> None:
         import cupy
 
+        if spec.uses_network and network is None:
+            raise BackendError(f"{spec.name} uses NVSHMEM: it can be loaded with a network alone")
         self.spec = spec
         self.device: int = cupy.cuda.runtime.getDevice()
         make_context_current()
@@ -40,8 +53,11 @@ class Kernel:
         self.shared_bytes = spec.shared_bytes if capability >= (9, 0) else spec.shared_bytes_sm80
         path = jit.cubin(spec, self.architecture, cache_dir=cache_dir)
         # The raw kernel keeps its module loaded.
-        self._raw = cupy.RawModule(path=str(path)).get_function(spec.name)
+        module = cupy.RawModule(path=str(path))
+        self._raw = module.get_function(spec.name)
         self.function: int = self._raw.kernel.ptr
+        if spec.uses_network and network is not None:
+            network.adopt(module.module)
         if self.shared_bytes > _UNASKED_SHARED_BYTES:
             _allow_shared_bytes(self.function, self.shared_bytes, spec.name)
         self._fields = fields_type(spec.args)

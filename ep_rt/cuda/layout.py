@@ -59,6 +59,7 @@ class Operation(IntEnum):
     EXPAND = 4
     LOW_LATENCY_DISPATCH = 5
     LOW_LATENCY_COMBINE = 6
+    PING = 16
     GAVE_UP = 0xFFFF
 
 

@@ -73,7 +73,8 @@ def kernel(spec: KernelSpec, architecture: int, *, sources: Path = KERNELS_CU) -
         root = Path(folder)
         for path in [*sources.glob("*.cu*"), *TEST_KERNELS.glob("*.cu")]:
             shutil.copy(path, root / path.name)
-        shutil.copy(SHIM / "ptx.cuh", root / "ptx.cuh")
+        for name in ("ptx.cuh", "network.cuh"):
+            shutil.copy(SHIM / name, root / name)
         rendered = jit.render(spec, sources=root)
         text = rendered.text + _appendix(spec, rendered.headers, architecture)
         shim = [(SHIM / name).read_text() for name in ("cuda.h", "device.h", "numbers.h", "nvshmem.h")]

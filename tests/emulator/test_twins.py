@@ -30,6 +30,17 @@ def test_every_function_of_ptx_has_a_twin_of_the_same_signature() -> None:
     assert len(real) >= 30
 
 
+def test_every_function_of_network_has_a_twin_of_the_same_signature() -> None:
+    real = re.findall(r"^__device__ (\w+ \w+\(.*?\));", _text(build.KERNELS_CU), re.DOTALL | re.MULTILINE)
+    twins = re.findall(r"^__device__ inline (\w+ \w+\(.*?\)) \{", _text(build.SHIM), re.DOTALL | re.MULTILINE)
+    assert [" ".join(each.split()) for each in real] == [" ".join(each.split()) for each in twins]
+    assert len(real) >= 5
+
+
+def _text(folder: Path) -> str:
+    return (folder / "network.cuh").read_text()
+
+
 def test_twins_are_guarded_alike() -> None:
     guard = re.compile(r"^#(?:if|ifdef|endif|define EP_).*$", re.MULTILINE)
     real, emulated = (
