@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 from ..arrays import ArrayView
 from ..cuda_arrays import Column, glance
@@ -17,10 +17,13 @@ from .domain import Domain
 from .heap import Block
 from .inputs import ROW_ALIGN_BYTES, Inputs, is_contiguous, itemsize
 from .launch import Launch
-from .layout import FIRST_COMBINE_ZONE, LOW_LATENCY_RECORD
+from .layout import FIRST_COMBINE_ZONE, LOW_LATENCY_RECORD, OFFSET_UNIT, align_up
 from .low_latency_areas import Area, Areas
 from .low_latency_calls import CudaLowLatencyHandle, LowLatencyKernels, run
 from .plans import Plans, seen
+
+# Of the result, behind the record of the call.
+_OUT_OFFSET: Final = align_up(LOW_LATENCY_RECORD.itemsize, OFFSET_UNIT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,17 +33,20 @@ class _Plan:
     Attributes:
         launches: by zone, from `FIRST_COMBINE_ZONE` on.
         inputs: what ids and weights are like.
+        is_readable: they need no copy where their addresses are aligned.
+        num_bytes: of an allocation: the record, and where the caller has given no array, the result.
         is_zero_copy: the rows are those of `next_buffer`.
-        make: combined_x over an allocation; None where the caller has given an array.
+        make: combined_x over the allocation; None where the caller has given an array.
     """
 
     area: Area
     launches: tuple[Launch, Launch]
     inputs: tuple[ArrayView | None, ArrayView | None]
+    is_readable: bool
     reads_weights: bool
     frameworks: tuple[str, ...]
     num_blocks: tuple[int, int]
-    out_bytes: int
+    num_bytes: int
     is_zero_copy: bool
     make: Callable[[int, int, object], list[Any]] | None
 
@@ -161,15 +167,20 @@ class LowLatencyCombine:
                 if request.topk_weights is None
                 else replace(request.topk_weights, pointer=0, owner=None),
             ),
+            is_readable=all(
+                is_contiguous(view) and 0 not in view.shape
+                for view in (request.topk_idx, request.topk_weights)
+                if view is not None
+            ),
             reads_weights=request.topk_weights is not None,
             frameworks=frameworks,
             num_blocks=(
                 area.max_send_blocks + (domain.group.size if sends_weights else 0),
                 num_sum_blocks,
             ),
-            out_bytes=2 * num_tokens * handle.hidden,
+            num_bytes=_OUT_OFFSET + (0 if request.out is not None else 2 * num_tokens * handle.hidden),
             is_zero_copy=request.zero_copy,
-            make=None if request.out is not None else results.placed(((0, num_tokens),)),
+            make=None if request.out is not None else results.placed(((_OUT_OFFSET, num_tokens),)),
         )
 
     def _run(
@@ -189,20 +200,22 @@ class LowLatencyCombine:
         if found.is_zero_copy:
             x = self._buffer(handle).pointer
         call = domain.begin(found.frameworks, objects, schedule)
-        block: Block | None = None
+        block = domain.heap.take(found.num_bytes, is_capturing=call.is_capturing)
         if found.make is not None:
-            block = domain.heap.take(found.out_bytes, is_capturing=call.is_capturing)
-            out = block.pointer
+            out = block.pointer + _OUT_OFFSET
         if (x | out) % ROW_ALIGN_BYTES:
             raise ArrayError(f"x and out must begin at multiples of {ROW_ALIGN_BYTES} bytes")
         domain.order(call)
-        ids = self._inputs.readable(found.inputs[0], ids, call)
-        weights = self._inputs.readable(found.inputs[1], weights, call) if found.reads_weights else 0
-        record = domain.heap.take(LOW_LATENCY_RECORD.itemsize, is_capturing=call.is_capturing)
+        if not found.reads_weights:
+            weights = 0
+        if not found.is_readable or (ids | weights) % ROW_ALIGN_BYTES:
+            ids = self._inputs.readable(found.inputs[0], ids, call)
+            if weights:
+                weights = self._inputs.readable(found.inputs[1], weights, call)
         zone = area.take_zone(first=FIRST_COMBINE_ZONE)
         base, at = handle.block.pointer, handle.at
         fields = {
-            "record": record.pointer,
+            "record": block.pointer,
             "dispatch_record": base + at.record,
             "y": x,
             "routes": base + at.routes,
@@ -213,11 +226,11 @@ class LowLatencyCombine:
             "wait_stats": wait_stats,
             "dispatch_zone": handle.zone if handle.area is area else -1,
         }
-        if block is not None:
-            call.keep_with(block, record, handle.block)
+        if found.make is not None:
+            call.keep_with(block, handle.block)
         elif call.is_capturing:
             # Nothing of this call's is returned, so what replays need lives with the handle.
-            handle.block.kept = (handle.block.kept, record, *call.temporaries)
+            handle.block.kept = (handle.block.kept, block, *call.temporaries)
         event, hook = run(
             domain,
             call,
@@ -228,12 +241,12 @@ class LowLatencyCombine:
             frameworks=found.frameworks,
             objects=objects,
             received=[],
-            kept=(block, record, handle, objects, call.temporaries),
+            kept=(block, handle, objects, call.temporaries),
         )
         self.num_calls += 1
-        if block is None or found.make is None:
+        if found.make is None:
             return LowLatencyCombined(out_array, event, hook)
-        return LowLatencyCombined(found.make(block.pointer, found.out_bytes, block)[0], event, hook)
+        return LowLatencyCombined(found.make(block.pointer, found.num_bytes, block)[0], event, hook)
 
     def next_buffer(self, handle: Any) -> Any:
         """bfloat16 [El, R*M, hidden] that combines with ``zero_copy`` read, in the handle's framework."""

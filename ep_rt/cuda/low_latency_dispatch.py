@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -35,6 +35,7 @@ class _Plan:
         launches: by zone.
         inputs: what x, ids and weights are like; None where absent.
         num_blocks: of the send and of the receive phase.
+        facts: of the handle; of plain values, which are hashed fast.
         results_bytes: of the packed rows with their scale factors; 0 where they stay in the zone.
         sf_offset: of the scale factors there, or by zone in the area.
         make, make_count, make_lists: recv_x and recv_sf, for each zone; recv_count; the lists of the handle.
@@ -51,6 +52,7 @@ class _Plan:
     at: HandleLayout
     layout: str
     has_weights: bool
+    facts: tuple[object, ...]
     results_bytes: int
     sf_offset: int
     make: tuple[Callable[[int, int, object], list[Any]], ...]
@@ -222,6 +224,7 @@ class LowLatencyDispatch:
             at=at,
             layout=request.layout,
             has_weights=request.topk_weights is not None,
+            facts=(*astuple(sizes), num_tokens, request.topk_weights is not None, request.layout),
             results_bytes=sf_offset + 4 * num_outer * prod(sf_inner) if is_packed else 0,
             sf_offset=sf_offset,
             make=tuple(
@@ -317,7 +320,7 @@ class LowLatencyDispatch:
             area=area,
             zone=zone,
             sizes=found.sizes,
-            facts=(found.sizes, found.num_tokens, found.has_weights, found.layout),
+            facts=found.facts,
             is_received=received,
         )
         return LowLatencyDispatched(recv_x, recv_count, handle, event, hook)
