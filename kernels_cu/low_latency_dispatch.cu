@@ -15,10 +15,11 @@
 // Order      rows leave by ordinary stores; block barrier, release.sys flag. The receiver acquires the flag.
 //            Ids and weights are relaxed words that carry all there is to know. Those who copy learn of the
 //            lists by a release.gpu word of each block that lists.
-// Blocks     in this order, so that none waits for one behind it that has no place yet: R that send ids,
-//            one for each rank, so that their words do not queue behind rows; those that send rows; R that
-//            make lists, one for each source rank; those that copy. A phase that is not of this kernel has
-//            none.
+// Blocks     in this order, so that none waits for one behind it that has no place yet: R that send ids, one
+// for
+//            each rank, so that their words do not queue behind rows, and then say what came for each expert;
+//            those that send rows; R that make lists, one for each source rank; those that copy. A phase that
+//            is not of this kernel has no blocks of its own.
 // Bad ids    an expert id outside 0 .. num_experts - 1 is treated as -1: none. More than M pairs from one
 //            rank to one expert, which takes an expert that is repeated in a row, fail the call.
 #include "low_latency_dispatch_receive.cuh"
@@ -44,15 +45,14 @@ __device__ void low_latency_dispatch(const LowLatencyDispatchArgs<kCfg>& args) {
     auto number = static_cast<int32_t>(blockIdx.x);
     const bool sends = (args.phases & low_latency::kSends) != 0;
     const bool receives = (args.phases & low_latency::kReceives) != 0;
-    const int32_t num_row_blocks = block.num_send_blocks(args.num_tokens);
-    const int32_t num_senders = sends ? args.num_ranks + num_row_blocks : 0;
-    const bool sends_ids = number < num_senders && number < args.num_ranks;
-    const bool sends_rows = number < num_senders && !sends_ids;
-    const int32_t row_block = number - args.num_ranks;
+    const int32_t num_row_blocks = sends ? block.num_send_blocks(args.num_tokens) : 0;
+    const bool tells = number < args.num_ranks;
+    const int32_t row_block = number - args.num_ranks, src = row_block - num_row_blocks;
+    const bool sends_rows = !tells && row_block < num_row_blocks;
     // On their way while the block begins.
     typename Block::IdWord ids{};
     typename Block::Piece piece{};
-    if (sends_ids) ids = block.load_ids(threadIdx.x);
+    if (tells && sends) ids = block.load_ids(threadIdx.x);
     if (sends_rows) piece = block.load_piece(row_block + num_row_blocks * block.warp);
     if (!low_latency::begin(session, shared.found, args, kLowLatencyDispatch)) return;
     // Until the next dispatch receives, a result may lie in its landing zone.
@@ -60,16 +60,18 @@ __device__ void low_latency_dispatch(const LowLatencyDispatchArgs<kCfg>& args) {
 
     Reason reason = kNothing;
     uint64_t phase = low_latency::kFreeing;
-    if (sends_ids) {
-        reason = block.send_metadata(number, ids);
-    } else if (sends_rows) {
+    if (tells && sends) reason = block.send_metadata(number, ids);
+    if (sends_rows) {
         reason = block.send_rows(row_block, num_row_blocks, piece);
-    } else if (receives && number - num_senders < args.num_ranks) {
-        phase = low_latency::kCounting;
-        reason = block.list(number - num_senders);
-    } else if (receives && number - num_senders - args.num_ranks < args.num_copy_blocks) {
+    } else if (receives && src < args.num_ranks) {
+        if (reason == kNothing) {
+            phase = low_latency::kCounting;
+            reason = block.read_sources(tells ? -1 : src);
+        }
+        if (reason == kNothing) reason = tells ? block.tell(number) : block.list(src);
+    } else if (receives && src - args.num_ranks < args.num_copy_blocks) {
         phase = low_latency::kLanding;
-        reason = block.copy_rows(number - num_senders - args.num_ranks, args.num_copy_blocks);
+        reason = block.copy_rows(src - args.num_ranks, args.num_copy_blocks);
     }
     low_latency::end(session, shared.found, reason, phase);
 }

@@ -89,8 +89,16 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_ids(int32_t first_src, int
 
 // Learns who takes part, and how many rows come for each expert from where. A barrier. With masks a source
 // takes part if all of its rows are there, so that nobody has to change their mind later.
+// `listed_src`: which one's pairs are listed then, -1 for none; its routes are cleared.
 template <LowLatencyDispatchCfg kCfg>
 __device__ Reason LowLatencyDispatchBlock<kCfg>::read_sources(int32_t listed_src) const {
+    if (listed_src >= 0) {
+        const int32_t num_routes = args.num_max_tokens * args.num_topk;
+        Route* routes = args.routes + int64_t{listed_src} * num_routes;
+        for (int32_t i = threadIdx.x; i < num_routes; i += blockDim.x) routes[i] = {-1, 0.0f};
+    }
+    __syncthreads();  // a block that has sent knew to whom
+    if (threadIdx.x == 0) shared.found.ranks = (1u << args.num_ranks) - 1;
     const int32_t step = args.masks == nullptr ? args.num_ranks : 1;
     bool is_decided = false;  // by another block, while this one saw less: the source is there all the same
 #pragma unroll 1
@@ -125,9 +133,11 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_sources(int32_t listed_src
     return kNothing;
 }
 
-// What callers are told of each expert, and clean ends: every R-th expert is of block `part`.
+// What callers are told of each expert, and clean ends of its lists: every R-th expert is of block `part`.
+// Then waits until all rows of source rank `part` have landed.
 template <LowLatencyDispatchCfg kCfg>
-__device__ void LowLatencyDispatchBlock<kCfg>::tell(int32_t part) const {
+__device__ Reason LowLatencyDispatchBlock<kCfg>::tell(int32_t part) const {
+    const uint64_t began_ns = ptx::globaltimer_ns();
     constexpr int32_t kEndRows = 4 * kWarpSize;  // that a warp clears in one turn
     const auto& counts = shared.counts;
 #pragma unroll 1
@@ -166,6 +176,12 @@ __device__ void LowLatencyDispatchBlock<kCfg>::tell(int32_t part) const {
         for (int32_t src = 0; src < args.num_ranks; ++src) most = max(most, shared.tokens[src]);
         args.record->max_tokens = most;
     }
+    if (!(shared.found.ranks >> part & 1)) return kNothing;
+    const Reason landed =
+        low_latency::await_flags(session, shared.found, part, num_send_blocks(shared.tokens[part]));
+    if (args.wait_stats != nullptr && threadIdx.x == 0)
+        args.wait_stats[part] += static_cast<int64_t>((ptx::globaltimer_ns() - began_ns) / 1000);
+    return landed;
 }
 
 // Puts the next ids of a source rank into shared memory, as our experts. Other threads have seen these words,
@@ -286,28 +302,17 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::list_pairs(int32_t src) const {
 // One block for each source rank: the lists of what came from there.
 template <LowLatencyDispatchCfg kCfg>
 __device__ Reason LowLatencyDispatchBlock<kCfg>::list(int32_t src) const {
-    const uint64_t began_ns = ptx::globaltimer_ns();
-    const int32_t num_routes = args.num_max_tokens * args.num_topk;
-    Route* routes = args.routes + int64_t{src} * num_routes;
-    for (int32_t i = threadIdx.x; i < num_routes; i += blockDim.x) routes[i] = {-1, 0.0f};
-    Reason reason = read_sources(src);  // the routes are cleared behind its barriers
-    if (reason != kNothing) return reason;
     bool is_overfull = false;
     for (int32_t e = threadIdx.x; e < args.num_experts; e += blockDim.x)
         is_overfull |= shared.listed[e] > args.num_max_tokens;
     if (__syncthreads_or(is_overfull)) return kOverfull;
-    reason = list_pairs(src);
+    const Reason reason = list_pairs(src);
     if (reason != kNothing) return reason;
     // Those who copy read the routes: a barrier lies behind them.
     if (threadIdx.x == 0)
         ptx::st_release_gpu(&session.state->listed[args.zone][src],
                             stamped(session.call.epoch, shared.tokens[src]));
-    tell(src);  // while rows are on their way
-    if (!(shared.found.ranks >> src & 1)) return kNothing;
-    reason = low_latency::await_flags(session, shared.found, src, num_send_blocks(shared.tokens[src]));
-    if (args.wait_stats != nullptr && threadIdx.x == 0)
-        args.wait_stats[src] += static_cast<int64_t>((ptx::globaltimer_ns() - began_ns) / 1000);
-    return reason;
+    return kNothing;
 }
 
 // The rows of the landing zone to all their experts, in parts of a row for each turn of a warp.

@@ -22,6 +22,7 @@ INSTRUCTIONS = {
     "ld_relaxed_sys": ["ld.relaxed.sys.global.u64", "ld.relaxed.sys.global.v4.u32"],
     "ld_relaxed_gpu": ["ld.relaxed.gpu.global.u64"],
     "st_relaxed_gpu": ["st.relaxed.gpu.global.u64"],
+    "st_release_gpu": ["st.release.gpu.global.u64"],
     "ld_acquire_gpu": ["ld.acquire.gpu.global.u64"],
     "atom_add_acq_rel_gpu": ["atom.acq_rel.gpu.global.add.u64"],
     "atom_cas_acq_rel_gpu": ["atom.acq_rel.gpu.global.cas.b64"],

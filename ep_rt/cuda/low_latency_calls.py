@@ -111,7 +111,7 @@ def run(
     domain: Domain,
     call: Call,
     launch: Launch,
-    num_blocks: tuple[int, int],
+    num_blocks: tuple[int, int, int],
     fields: Mapping[str, int],
     *,
     pending: Pending | None,
@@ -123,14 +123,15 @@ def run(
     """Enqueue a call whose memory was taken: as a whole, or its send phase. Its event, and its hook.
 
     Args:
-        num_blocks: of the send and of the receive phase.
+        num_blocks: of the send phase, of the receive phase, and of both in one.
         fields: of the arguments.
         pending: for a call in two phases.
         received: gets an element when the receive phase is enqueued.
         kept: what the hook must keep alive.
     """
-    _assign(launch, fields, SENDS if pending is not None else SENDS | RECEIVES)
-    launch(call.stream, num_blocks[0] if pending is not None else sum(num_blocks))
+    phases = SENDS if pending is not None else SENDS | RECEIVES
+    _assign(launch, fields, phases)
+    launch(call.stream, num_blocks[phases - 1])
     event = domain.finish(call)
     if pending is None:
         received.append(True)
@@ -143,7 +144,7 @@ def run(
         later = domain.begin(frameworks, objects, Schedule())
         domain.order(later)
         _assign(launch, fields, RECEIVES)
-        launch(later.stream, num_blocks[1])
+        launch(later.stream, num_blocks[RECEIVES - 1])
         received.append(True)
         domain.finish(later)
 

@@ -45,7 +45,7 @@ class _Plan:
     is_readable: bool
     reads_weights: bool
     frameworks: tuple[str, ...]
-    num_blocks: tuple[int, int]
+    num_blocks: tuple[int, int, int]
     num_bytes: int
     is_zero_copy: bool
     make: Callable[[int, int, object], list[Any]] | None
@@ -131,6 +131,7 @@ class LowLatencyCombine:
         num_sum_blocks = plan.num_sum_blocks(
             sizes, num_tokens, area.max_send_blocks, max_blocks=domain.max_blocks
         )
+        num_senders = area.max_send_blocks + (domain.group.size if sends_weights else 0)
         results = domain.results([Column("bfloat16", (handle.hidden,))], frameworks[0])
         return _Plan(
             area=area,
@@ -174,10 +175,7 @@ class LowLatencyCombine:
             ),
             reads_weights=request.topk_weights is not None,
             frameworks=frameworks,
-            num_blocks=(
-                area.max_send_blocks + (domain.group.size if sends_weights else 0),
-                num_sum_blocks,
-            ),
+            num_blocks=(num_senders, num_sum_blocks, num_senders + num_sum_blocks),
             num_bytes=_OUT_OFFSET + (0 if request.out is not None else 2 * num_tokens * handle.hidden),
             is_zero_copy=request.zero_copy,
             make=None if request.out is not None else results.placed(((_OUT_OFFSET, num_tokens),)),

@@ -34,7 +34,7 @@ class _Plan:
     Attributes:
         launches: by zone.
         inputs: what x, ids and weights are like; None where absent.
-        num_blocks: of the send and of the receive phase.
+        num_blocks: of the send phase, of the receive phase, and of both in one.
         facts: of the handle; of plain values, which are hashed fast.
         results_bytes: of the packed rows with their scale factors; 0 where they stay in the zone.
         sf_offset: of the scale factors there, or by zone in the area.
@@ -47,7 +47,7 @@ class _Plan:
     inputs: tuple[ArrayView | None, ...]
     is_readable: bool
     frameworks: tuple[str, ...]
-    num_blocks: tuple[int, int]
+    num_blocks: tuple[int, int, int]
     num_tokens: int
     at: HandleLayout
     layout: str
@@ -219,7 +219,11 @@ class LowLatencyDispatch:
                 if view is not None
             ),
             frameworks=frameworks,
-            num_blocks=(num_senders, num_ranks + num_copy_blocks),
+            num_blocks=(
+                num_senders,
+                2 * num_ranks + num_copy_blocks,
+                num_senders + num_ranks + num_copy_blocks,
+            ),
             num_tokens=num_tokens,
             at=at,
             layout=request.layout,

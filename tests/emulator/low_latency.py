@@ -218,7 +218,8 @@ class LowLatency:
             )
             num_receivers = shape.num_ranks + (num_copy_blocks if is_packed else 0)
             args = bound(kernel, {**arguments[rank], "phases": phases}, self._common(rank))
-            num_blocks = num_senders * (phases & SENDS) + num_receivers * (phases >> 1)
+            num_blocks = num_senders if phases & SENDS else shape.num_ranks
+            num_blocks += num_receivers if phases & RECEIVES else 0
             if rank not in self.elsewhere:
                 ranks.machine.launch(rank, kernel, args, num_blocks)
 

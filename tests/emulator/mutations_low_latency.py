@@ -105,7 +105,7 @@ LOW_LATENCY: Final = (
         "low_latency_dispatch_receive.cuh",
         "lists.numbers[each][e] = static_cast<uint16_t>(before);",
         "lists.numbers[each][e] = 0;",
-        "low-latency-r2",
+        "low-latency-long-r2",
     ),
     Mutation(
         "low latency: rows are copied before their flags are there",
