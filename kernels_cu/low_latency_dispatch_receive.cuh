@@ -46,42 +46,51 @@ __device__ void LowLatencyDispatchBlock<kCfg>::count(uint64_t word, int32_t src,
     }
 }
 
-// Waits for the ids of the source ranks [first_src, last_src), and counts those of our experts. The first
-// ones are loaded before it is known how many there are: words of all sources take turns. A barrier.
+// Waits for the ids of the source ranks [first_src, last_src), and counts those of our experts. A thread has
+// several words on their way at a time. A barrier.
 template <LowLatencyDispatchCfg kCfg>
 __device__ Reason LowLatencyDispatchBlock<kCfg>::read_ids(int32_t first_src, int32_t last_src,
                                                           int32_t listed_src) const {
-    constexpr int32_t kDepth = 8;
-    const int32_t num_sources = last_src - first_src, num_threads = blockDim.x;
-    const auto source_of = [&](int32_t i) { return first_src + i % num_sources; };
-    int32_t num_words = num_sources * num_id_words(args.num_max_tokens);
+    constexpr int32_t kDepth = 4;
     clear_counts(first_src, last_src, listed_src);
-    Reason reason = kNothing;
+    Reason reason = read_tokens(first_src, last_src);
+    if (reason != kNothing) return reason;
+    // Words of all sources take turns.
+    const int32_t num_sources = last_src - first_src;
+    const auto source_of = [&](int32_t i) { return first_src + i % num_sources; };
+    const auto word_of = [&](int32_t i) { return ids(args.rank, source_of(i)) + i / num_sources; };
+    int32_t end = 0;
+    for (int32_t src = first_src; src < last_src; ++src)
+        end = max(end, num_sources * num_id_words(shared.tokens[src]));
 #pragma unroll 1
-    for (int32_t first = threadIdx.x, is_first = 1; is_first || first < num_words;
-         first += kDepth * num_threads, is_first = 0) {
+    for (int32_t first = threadIdx.x; first < end && reason == kNothing; first += kDepth * kCfg.num_threads) {
         uint64_t seen[kDepth];
+        uint32_t missing = 0;
 #pragma unroll
         for (int32_t v = 0; v < kDepth; ++v) {
-            const int32_t i = first + v * num_threads;
-            seen[v] = i < num_words ? ptx::ld_relaxed_sys(ids(args.rank, source_of(i)) + i / num_sources) : 0;
+            const int32_t i = first + v * kCfg.num_threads;
+            if (i < end && i / num_sources < num_id_words(shared.tokens[source_of(i)])) missing |= 1u << v;
         }
-        if (is_first) {
-            reason = read_tokens(first_src, last_src);
-            if (reason != kNothing) return reason;
-            num_words = 0;
-            for (int32_t src = first_src; src < last_src; ++src)
-                num_words = max(num_words, num_sources * num_id_words(shared.tokens[src]));
+        const uint32_t wanted = missing;
+        while (missing != 0 && reason == kNothing) {
+#pragma unroll
+            for (int32_t v = 0; v < kDepth; ++v)
+                if (missing >> v & 1) seen[v] = ptx::ld_relaxed_sys(word_of(first + v * kCfg.num_threads));
+#pragma unroll
+            for (int32_t v = 0; v < kDepth; ++v)
+                if (missing >> v & 1 && is_stamped(seen[v], session.call.epoch)) missing &= ~(1u << v);
+            if (missing == 0) break;
+            // When the first of them is there, the others mostly are.
+            const int32_t i = first + (__ffs(static_cast<int32_t>(missing)) - 1) * kCfg.num_threads;
+            uint64_t word;
+            reason = low_latency::await_stamped(session, word_of(i), source_of(i), word);
+            blame(reason, source_of(i));
         }
 #pragma unroll
         for (int32_t v = 0; v < kDepth; ++v) {
-            const int32_t i = first + v * num_threads, src = source_of(i), at = i / num_sources;
-            if (reason != kNothing || i >= num_words || at >= num_id_words(shared.tokens[src])) continue;
-            if (!is_stamped(seen[v], session.call.epoch)) {
-                reason = low_latency::await_stamped(session, ids(args.rank, src) + at, src, seen[v]);
-                blame(reason, src);
-            }
-            if (reason == kNothing) count(seen[v], src, at, src == listed_src);
+            const int32_t i = first + v * kCfg.num_threads, src = source_of(i);
+            if (reason == kNothing && wanted >> v & 1)
+                count(seen[v], src, i / num_sources, src == listed_src);
         }
     }
     return sync::agree(reason);

@@ -142,8 +142,8 @@ LOW_LATENCY: Final = (
     Mutation(
         "low latency: ids are counted before they have come",
         "low_latency_dispatch_receive.cuh",
-        "            if (!is_stamped(seen[v], session.call.epoch)) {\n",
-        "            if (false) {\n",
+        "if (missing >> v & 1 && is_stamped(seen[v], session.call.epoch)) missing &= ~(1u << v);",
+        "missing &= ~(1u << v);",
         "low-latency-r2",
         48,
     ),
