@@ -172,9 +172,10 @@ __device__ inline Reason settle(const Session& session, Found& found, Reason rea
     return reason;
 }
 
-// Whether this block tells the peers where this rank is: the last one, which is in no hurry where a kernel
-// also receives.
-__device__ inline bool speaks() { return blockIdx.x + 1 == gridDim.x; }
+// Whether this block tells the peers where this rank is. The first one does, and nothing else: peers wait for
+// its words, so it must not wait for a place, and what it releases would hold others up.
+__device__ inline bool speaks() { return blockIdx.x == 0; }
+__device__ inline int32_t block_number() { return static_cast<int32_t>(blockIdx.x) - 1; }
 
 // Begins: every thread of every block. False when an earlier call was given up. A barrier.
 template <class Args>
@@ -223,15 +224,15 @@ __device__ inline bool begin(Session& session, Found& found, const Args& args, u
     return true;
 }
 
-// Tells the peers which uses of this rank's zones it no longer needs: the second warp of one block.
-// `released_zone` is the dispatch zone whose last result is not needed any more, -1 for none. Words only
-// grow, so a use that is still to be received, and all before it, are left to the send phase that takes
+// Tells the peers which uses of this rank's zones it no longer needs: the second warp of the block that
+// speaks. `released_zone` is the dispatch zone whose last result is not needed any more, -1 for none. Words
+// only grow, so a use that is still to be received, and all before it, are left to the send phase that takes
 // its zone.
 __device__ inline void post_freed(const Session& session, int32_t released_zone) {
     static_assert(kLowLatencyZones * kMaxLocalRanks == kWarpSize);
     const int32_t lane = static_cast<int32_t>(threadIdx.x) - kWarpSize;
     const int32_t zone = lane / kMaxLocalRanks, peer = lane % kMaxLocalRanks;
-    if (!speaks() || lane < 0 || lane >= kWarpSize || peer >= session.call.num_ranks) return;
+    if (lane < 0 || lane >= kWarpSize || peer >= session.call.num_ranks) return;
     if (session.is_masked(peer)) return;
     uint64_t use = session.use - 1;
     if (zone == session.zone) {

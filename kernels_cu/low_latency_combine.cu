@@ -13,7 +13,9 @@
 //            that comes too late to be waited for (masks) leaves rows that nobody takes: all these use flags,
 //            one for each block of a sender.
 // Order      rows leave by ordinary stores; block barrier, release.sys flag. Polled data are relaxed words.
-// Blocks     in this order: R that send weights, if they have to; those that send rows; those that add.
+// Blocks     in this order: one that tells the peers where this rank is; R that send weights, if they have
+// to;
+//            those that send rows; those that add.
 // Sums       products and sums in float32, each rounded by itself, in ascending order: of columns on the
 //            experts' rank, of ranks on the token's.
 #include "low_latency_combine_receive.cuh"
@@ -30,11 +32,13 @@ __device__ void low_latency_combine(const LowLatencyCombineArgs<kCfg>& args) {
     low_latency::Session session;
     if (!low_latency::begin(session, shared.found, args, kLowLatencyCombine)) return;
     const bool sends = (args.phases & low_latency::kSends) != 0;
-    // The rows that were dispatched have done their service, if they are still the last ones of their zone.
     if (low_latency::speaks()) {
+        // The rows that were dispatched have done their service, if they are still the last ones of their
+        // zone.
         const int32_t zone = args.dispatch_zone;
         const bool is_last = zone >= 0 && args.dispatch_record->use == args.state->uses[zone][0];
         low_latency::post_freed(session, sends && is_last ? zone : -1);
+        return low_latency::end(session, shared.found, kNothing, low_latency::kFreeing);
     }
 
     Block block{.args = args,
@@ -56,7 +60,7 @@ __device__ void low_latency_combine(const LowLatencyCombineArgs<kCfg>& args) {
     block.num_row_blocks =
         max(1, low_latency::num_send_blocks(num_turns * block.num_groups(), args.max_send_blocks));
 
-    auto number = static_cast<int32_t>(blockIdx.x);
+    int32_t number = low_latency::block_number();
     const int32_t num_weight_blocks = args.sends_weights ? args.num_ranks : 0;
     const int32_t num_senders = sends ? num_weight_blocks + args.max_send_blocks : 0;
     Reason reason = kNothing;

@@ -15,11 +15,11 @@
 // Order      rows leave by ordinary stores; block barrier, release.sys flag. The receiver acquires the flag.
 //            Ids and weights are relaxed words that carry all there is to know. Those who copy learn of the
 //            lists by a release.gpu word of each block that lists.
-// Blocks     in this order, so that none waits for one behind it that has no place yet: R that send ids, one
-// for
-//            each rank, so that their words do not queue behind rows, and then say what came for each expert;
-//            those that send rows; R that make lists, one for each source rank; those that copy. A phase that
-//            is not of this kernel has no blocks of its own.
+// Blocks     in this order, so that none waits for one behind it that has no place yet: one that tells the
+//            peers where this rank is; R that send ids, one for each rank, so that their words do not queue
+//            behind rows, and then say what came for each expert; those that send rows; R that make lists,
+//            one for each source rank; those that copy. A phase that is not of this kernel has no blocks of
+//            its own.
 // Bad ids    an expert id outside 0 .. num_experts - 1 is treated as -1: none. More than M pairs from one
 //            rank to one expert, which takes an expert that is repeated in a row, fail the call.
 #include "low_latency_dispatch_receive.cuh"
@@ -42,22 +42,24 @@ __device__ void low_latency_dispatch(const LowLatencyDispatchArgs<kCfg>& args) {
                 .num_pieces = (args.hidden + low_latency::kPieceChannels - 1) / low_latency::kPieceChannels,
                 .warp = static_cast<int32_t>(threadIdx.x) / kWarpSize,
                 .lane = static_cast<int32_t>(threadIdx.x) % kWarpSize};
-    auto number = static_cast<int32_t>(blockIdx.x);
+    const int32_t number = low_latency::block_number();
     const bool sends = (args.phases & low_latency::kSends) != 0;
     const bool receives = (args.phases & low_latency::kReceives) != 0;
     const int32_t num_row_blocks = sends ? block.num_send_blocks(args.num_tokens) : 0;
-    const bool tells = number < args.num_ranks;
+    const bool tells = number >= 0 && number < args.num_ranks;
     const int32_t row_block = number - args.num_ranks, src = row_block - num_row_blocks;
-    const bool sends_rows = !tells && row_block < num_row_blocks;
+    const bool sends_rows = row_block >= 0 && row_block < num_row_blocks;
     // On their way while the block begins.
     typename Block::IdWord ids{};
     typename Block::Piece piece{};
     if (tells && sends) ids = block.load_ids(threadIdx.x);
     if (sends_rows) piece = block.load_piece(row_block + num_row_blocks * block.warp);
     if (!low_latency::begin(session, shared.found, args, kLowLatencyDispatch)) return;
-    // Until the next dispatch receives, a result may lie in its landing zone.
-    low_latency::post_freed(session, receives ? args.zone ^ 1 : -1);
-
+    if (low_latency::speaks()) {
+        // Until the next dispatch receives, a result may lie in its landing zone.
+        low_latency::post_freed(session, receives ? args.zone ^ 1 : -1);
+        return low_latency::end(session, shared.found, kNothing, low_latency::kFreeing);
+    }
     Reason reason = kNothing;
     uint64_t phase = low_latency::kFreeing;
     if (tells && sends) reason = block.send_metadata(number, ids);

@@ -175,7 +175,11 @@ class LowLatencyCombine:
             ),
             reads_weights=request.topk_weights is not None,
             frameworks=frameworks,
-            num_blocks=(num_senders, num_sum_blocks, num_senders + num_sum_blocks),
+            num_blocks=(
+                plan.SPEAKERS + num_senders,
+                plan.SPEAKERS + num_sum_blocks,
+                plan.SPEAKERS + num_senders + num_sum_blocks,
+            ),
             num_bytes=_OUT_OFFSET + (0 if request.out is not None else 2 * num_tokens * handle.hidden),
             is_zero_copy=request.zero_copy,
             make=None if request.out is not None else results.placed(((_OUT_OFFSET, num_tokens),)),

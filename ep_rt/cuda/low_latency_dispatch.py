@@ -220,9 +220,9 @@ class LowLatencyDispatch:
             ),
             frameworks=frameworks,
             num_blocks=(
-                num_senders,
-                2 * num_ranks + num_copy_blocks,
-                num_senders + num_ranks + num_copy_blocks,
+                plan.SPEAKERS + num_senders,
+                plan.SPEAKERS + 2 * num_ranks + num_copy_blocks,
+                plan.SPEAKERS + num_senders + num_ranks + num_copy_blocks,
             ),
             num_tokens=num_tokens,
             at=at,

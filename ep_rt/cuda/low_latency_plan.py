@@ -28,6 +28,9 @@ PIECE_CHANNELS: Final = 512
 TURNS_PER_BLOCK: Final = 4
 """Blocks are added until each has so many turns."""
 
+SPEAKERS: Final = 1
+"""Blocks of every kernel that only tell the peers where this rank is."""
+
 POISON: Final = 0xFF
 """What zones whose data are polled hold at rest, in every byte."""
 
@@ -146,10 +149,10 @@ def max_send_blocks(shape: AreaShape, *, max_blocks: int) -> int:
     Raises:
         ConfigError: no room for all kinds of blocks that a call has.
     """
-    room = 2 * max_blocks - 2 * shape.num_ranks
+    room = 2 * max_blocks - 2 * shape.num_ranks - SPEAKERS
     if room < 2:
         raise ConfigError(
-            f"low-latency calls of {shape.num_ranks} ranks need {shape.num_ranks + 1} SMs for each rank, and "
+            f"low-latency calls of {shape.num_ranks} ranks need {shape.num_ranks + 2} SMs for each rank, and "
             f"{max_blocks} are there"
         )
     most = max_blocks if room - max_blocks >= max_blocks // 2 else room // 2
@@ -159,12 +162,12 @@ def max_send_blocks(shape: AreaShape, *, max_blocks: int) -> int:
 
 def num_copy_blocks(shape: AreaShape, num_senders: int, *, max_blocks: int) -> int:
     """Blocks that copy rows to their experts, beside `num_senders`."""
-    return max(1, 2 * max_blocks - 2 * shape.num_ranks - num_senders)
+    return max(1, 2 * max_blocks - 2 * shape.num_ranks - SPEAKERS - num_senders)
 
 
 def num_sum_blocks(shape: AreaShape, num_tokens: int, num_senders: int, *, max_blocks: int) -> int:
     """Blocks that add what came back, beside `num_senders`."""
-    room = 2 * max_blocks - shape.num_ranks - num_senders
+    room = 2 * max_blocks - shape.num_ranks - SPEAKERS - num_senders
     return max(1, num_send_blocks(num_tokens * shape.num_pieces, room))
 
 

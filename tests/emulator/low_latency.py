@@ -218,7 +218,7 @@ class LowLatency:
             )
             num_receivers = shape.num_ranks + (num_copy_blocks if is_packed else 0)
             args = bound(kernel, {**arguments[rank], "phases": phases}, self._common(rank))
-            num_blocks = num_senders if phases & SENDS else shape.num_ranks
+            num_blocks = plan.SPEAKERS + (num_senders if phases & SENDS else shape.num_ranks)
             num_blocks += num_receivers if phases & RECEIVES else 0
             if rank not in self.elsewhere:
                 ranks.machine.launch(rank, kernel, args, num_blocks)
@@ -348,7 +348,7 @@ class LowLatency:
         def launch(rank: int, phases: int) -> None:
             num_senders = self.num_blocks + (shape.num_ranks if sends_weights else 0)
             args = bound(kernel, {**arguments[rank][1], "phases": phases}, self._common(rank))
-            num_blocks = num_senders * (phases & SENDS) + num_sum_blocks * (phases >> 1)
+            num_blocks = plan.SPEAKERS + num_senders * (phases & SENDS) + num_sum_blocks * (phases >> 1)
             ranks.machine.launch(rank, kernel, args, num_blocks)
 
         def receive(rank: int) -> None:

@@ -145,7 +145,7 @@ def _low_latency(
         draw=draw,
         kernels=_low_latency_kernels,
         dies_midway=dies_midway,
-        max_grid=2 * num_ranks + 4,
+        max_grid=2 * num_ranks + 5,
         **fields,
     )
 
