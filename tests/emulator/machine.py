@@ -46,6 +46,7 @@ class Conditions:
         strategy: None to draw it.
         dead_rank: stops at step `dead_step`; 0: it never starts.
         lost_node: cut off from the network from step `lost_step` on.
+        max_resident: blocks of a kernel that have a place at a time, the next one when one has ended. 0: all.
     """
 
     max_steps: int = 30_000_000
@@ -59,6 +60,7 @@ class Conditions:
     dead_step: int = 0
     lost_node: int | None = None
     lost_step: int = 0
+    max_resident: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -228,6 +230,7 @@ def _options(seed: int, conditions: Conditions) -> runtime.Options:
         dead_step=conditions.dead_step,
         lost_node=number(conditions.lost_node),
         lost_step=conditions.lost_step,
+        max_resident=conditions.max_resident,
     )
 
 

@@ -156,6 +156,16 @@ LOW_LATENCY: Final = (
         48,
     ),
     Mutation(
+        "low latency: who speaks for a rank may have no place while others wait for peers",
+        "low_latency.cuh",
+        "__device__ inline bool speaks() { return blockIdx.x == 0; }\n"
+        "__device__ inline int32_t block_number() { return static_cast<int32_t>(blockIdx.x) - 1; }",
+        "__device__ inline bool speaks() { return blockIdx.x + 1 == gridDim.x; }\n"
+        "__device__ inline int32_t block_number() { return static_cast<int32_t>(blockIdx.x); }",
+        "low-latency-crowded-r3",
+        48,
+    ),
+    Mutation(
         "low latency: polled data are not put back",
         "low_latency_combine_receive.cuh",
         "        if (expected >> i & 1) ptx::st_relaxed_sys(at[i], kRest);\n",

@@ -56,6 +56,7 @@ class Options(Structure):
         ("lost_node", c_int32),
         ("dead_step", c_uint64),
         ("lost_step", c_uint64),
+        ("max_resident", c_int32),
     )
 
 

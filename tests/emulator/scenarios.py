@@ -78,6 +78,7 @@ class Scenario:
         max_dead_step: the latest step at which a rank dies.
         dies_midway: the rank without which a program goes on stops at a random step.
         max_grid: blocks of the largest kernel, beside those of the normal mode.
+        max_resident: of `Conditions`.
     """
 
     num_ranks: int
@@ -96,6 +97,7 @@ class Scenario:
     max_dead_step: int = 60_000
     dies_midway: bool = False
     max_grid: int = 0
+    max_resident: int = 0
 
     @property
     def is_failing(self) -> bool:
@@ -194,6 +196,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "low-latency-r2-sm80": _low_latency(2, 2, 3, architecture=800),
     # More pairs than a block lists together.
     "low-latency-long-r2": _low_latency(2, 1, 120, hiddens=(8,)),
+    "low-latency-crowded-r3": _low_latency(3, 3, 3, max_resident=5),
     "low-latency-r3": _low_latency(3, 2, 3, epochs=(0, *_NEAR_WRAP)),
     "low-latency-r8": _low_latency(8, 1, 2),
     "low-latency-masks-r3": _low_latency(3, 2, 3, with_masks=True),
@@ -307,7 +310,9 @@ class Runner:
             epoch=int(rng.choice(scenario.epochs)),
             place_bytes=scenario.place_bytes,
             timeout_ns=int(2.0 ** rng.uniform(8, 17)) if scenario.expires else TIMEOUT_NS,
-            conditions=Conditions(checks_uninitialised=scenario.checks_uninitialised),
+            conditions=Conditions(
+                checks_uninitialised=scenario.checks_uninitialised, max_resident=scenario.max_resident
+            ),
             is_failing=scenario.is_failing,
             max_grid=scenario.max_grid,
         )

@@ -26,6 +26,7 @@ struct EmuOptions {
     int32_t orders_queue_pairs;     // the network delivers the puts of one queue pair in order
     int32_t dead_rank, lost_node;   // -1: none
     uint64_t dead_step, lost_step;  // when; 0 for before the start
+    int32_t max_resident;           // blocks of a kernel that have a place at a time, in order; 0: all
 };
 
 struct EmuAccess {

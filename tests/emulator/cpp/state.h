@@ -135,6 +135,7 @@ struct Stream {
     std::vector<Launch> launches;
     size_t next;
     int num_alive;    // threads of the kernel that runs
+    int num_started;  // its blocks that have had a place
     Knowledge known;  // behind what has ended
 };
 extern std::vector<Stream> streams;

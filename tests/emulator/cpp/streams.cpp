@@ -20,9 +20,17 @@ std::vector<Event> events;
 
 bool is_dead(int rank) { return rank == options.dead_rank && result.steps >= options.dead_step; }
 
+// Gives the next block of a kernel a place.
+void start_block(Stream& stream) {
+    const int slot_number = stream.first_slot + stream.num_started++;
+    for (int t = 0; t < slots[slot_number].num_threads; ++t)
+        make_runnable(&fibers[slot_number * geometry.max_threads + t]);
+}
+
 void start_kernel(int number, const Launch& launch) {
     Stream& stream = streams[number];
     stream.num_alive = launch.num_blocks * launch.num_threads;
+    stream.num_started = 0;
     num_live += stream.num_alive;
     for (int b = 0; b < launch.num_blocks; ++b) {
         const int slot_number = stream.first_slot + b;
@@ -52,9 +60,10 @@ void start_kernel(int number, const Launch& launch) {
             fiber.unfenced_mbarriers.clear();
             fiber.priority = random_numbers.next() >> 1 | uint64_t{1} << 62;
             prepare(fiber);
-            make_runnable(&fiber);
         }
     }
+    const int num_places = options.max_resident > 0 ? options.max_resident : launch.num_blocks;
+    while (stream.num_started < std::min(num_places, launch.num_blocks)) start_block(stream);
 }
 
 // What is behind all that the kernel's threads know and did.
@@ -178,6 +187,8 @@ void end_thread() {
              access_of(waiting->agent, waiting->pc, "barrier"),
              access_of(fiber->agent, fiber->pc, "the end"));
     }
+    if (slot.num_alive == 0 && stream.num_started < stream.launches[stream.next].num_blocks)
+        start_block(stream);
     if (--stream.num_alive == 0) {
         stream.known = end_of_kernel(stream, stream.launches[stream.next]);
         ++stream.next;
