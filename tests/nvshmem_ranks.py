@@ -102,6 +102,8 @@ def mistakes(group: Group, library: FakeLibrary) -> None:
     network = open_network(group)
     with pytest.raises(ConfigError, match="symmetric memory of different sizes: rank 0: 1, rank 1: 2"):
         network.allocate(1 + group.rank)
+    with pytest.raises(ConfigError, match="2097152 bytes of symmetric memory are more than the"):
+        network.allocate(2 << 20)
     library.heap_bytes = 10 if group.rank else 1000
     with pytest.raises(
         DeviceError, match="rank 1: allocating symmetric memory: 500 bytes are more than is left"

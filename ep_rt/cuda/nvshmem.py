@@ -104,7 +104,7 @@ class Network:
 
     Args:
         group: every rank a process of its own, with a GPU of its own, which is current. Any kind of group.
-        num_bytes: that will be allocated: the symmetric heap is made so large, unless
+        num_bytes: that will be allocated at most: the symmetric heap is made so large, unless
             ``NVSHMEM_SYMMETRIC_SIZE`` is set. What is opened while NVSHMEM runs shares its heap.
         options: settings of the network; they count for the first that opens.
         timeout_s: deadline of each exchange between the ranks, and of NVSHMEM's start.
@@ -133,6 +133,7 @@ class Network:
         self.group = group
         self.device: int = cupy.cuda.runtime.getDevice()
         self._timeout_s = timeout_s
+        self._num_bytes = num_bytes
         self._memory: list[SymmetricMemory] = []
         self._is_closed = False
         bus_id = cupy.cuda.runtime.deviceGetPCIBusId(self.device)
@@ -174,13 +175,22 @@ class Network:
         """Symmetric memory of the same size on every rank, zero on all of them when this returns.
 
         Raises:
-            ConfigError: sizes differ.
-            DeviceError: there is not enough. Both on every rank.
+            ConfigError: sizes differ, or it is more than the network was opened for. NVSHMEM, which ends the
+                process when it has no room, is not asked then.
+            DeviceError: there is not enough. All on every rank.
         """
         self._check_open()
         sizes = self._allgather(num_bytes, "network allocate")
         if len(set(sizes)) > 1:
             raise on_all_ranks(ConfigError(f"symmetric memory of different sizes: {_listed(sizes)}"))
+        left = self._num_bytes - sum(memory.num_bytes for memory in self._memory)
+        if num_bytes > left:
+            raise on_all_ranks(
+                ConfigError(
+                    f"{num_bytes} bytes of symmetric memory are more than the {left} that are left of the "
+                    f"{self._num_bytes} which the network was opened for"
+                )
+            )
         pointer = self._on_device(self._started.library.allocate, num_bytes)
         error = None
         if pointer:
