@@ -37,7 +37,7 @@ def agree(group: Group, problem: str | None) -> None:
         raise on_all_ranks(CheckError(listing))
 
 
-def check_call(layer: Layer, call: Call) -> None:
+def check_call(layer: Layer | LowLatencyLayer, call: Call) -> None:
     """Run one call on new rows and compare.
 
     Raises:
@@ -49,24 +49,10 @@ def check_call(layer: Layer, call: Call) -> None:
     out = call.run()
     place.synchronize()
     group.barrier()
-    check = _combined if call.name.startswith("combine") else _dispatched
-    problem = check(layer, call, out)
-    agree(group, None if problem is None else f"{call.name}, {len(layer.tokens)} tokens: {problem}")
-
-
-def check_low_latency_call(layer: LowLatencyLayer, call: Call) -> None:
-    """The same for a call of the low-latency mode.
-
-    Raises:
-        CheckError: on every rank.
-    """
-    group, place = layer.group, layer.place
-    layer.renew()
-    group.barrier()
-    out = call.run()
-    place.synchronize()
-    group.barrier()
-    problem = layer.problem(call, out)
+    if isinstance(layer, LowLatencyLayer):
+        problem = layer.problem(call, out)
+    else:
+        problem = (_combined if call.name.startswith("combine") else _dispatched)(layer, call, out)
     agree(group, None if problem is None else f"{call.name}, {len(layer.tokens)} tokens: {problem}")
 
 

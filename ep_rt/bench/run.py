@@ -11,7 +11,7 @@ from ..errors import ConfigError, EpError, on_all_ranks
 from ..exchange import Group
 from ..groups import as_group
 from . import first_call, machine, nccl, plot, report, wire
-from .check import CheckError, check_against_reference, check_call, check_low_latency_call
+from .check import CheckError, check_against_reference, check_call
 from .console import Console, say
 from .layer import Layer, open_buffer
 from .low_latency import LowLatencyLayer, open_low_latency_buffer
@@ -146,43 +146,40 @@ def _measure_low_latency(
     """The operations of the low-latency mode, for one element and number of tokens."""
     with open_low_latency_buffer(group, place, routing, found.options) as buffer:
         layer = LowLatencyLayer(group, buffer, place, element, routing, found.options)
-        for call in layer.calls():
-            console.step(f"{element.name} {len(layer.tokens)} {call.name}")
-            check_low_latency_call(layer, call)
-            result = Result.of(
-                _gathered(group, timer.measure(call)),
-                element=element.name,
-                num_tokens=len(layer.tokens),
-                num_sms=None,
-                operation=call.name,
-                row_bytes=element.row_bytes(found.options.hidden),
-                traffic=routing.traffic(),
-            )
-            found.results.append(result)
-            console.lines([report.line(found, result)])
+        _measure_calls(layer, timer, found, console, num_sms=None)
         del layer  # its arrays, before the buffer that they lie in
         group.barrier()
 
 
 def _measure_layer(layer: Layer, timer: CudaTimer | HostTimer, found: Report, console: Console) -> None:
-    num_tokens = len(layer.tokens)
-    row_bytes = layer.element.row_bytes(found.options.hidden)
     for num_sms in found.options.sms if layer.buffer.backend == "cuda" else (None,):
         layer.use_sms(num_sms)
-        for call in layer.calls():
-            console.step(f"{layer.element.name} {num_tokens} {call.name}")
-            check_call(layer, call)
-            result = Result.of(
-                _gathered(layer.group, timer.measure(call)),
-                element=layer.element.name,
-                num_tokens=num_tokens,
-                num_sms=num_sms,
-                operation=call.name,
-                row_bytes=row_bytes,
-                traffic=layer.routing.traffic(),
-            )
-            found.results.append(result)
-            console.lines([report.line(found, result)])
+        _measure_calls(layer, timer, found, console, num_sms=num_sms)
+
+
+def _measure_calls(
+    layer: Layer | LowLatencyLayer,
+    timer: CudaTimer | HostTimer,
+    found: Report,
+    console: Console,
+    *,
+    num_sms: int | None,
+) -> None:
+    num_tokens = len(layer.tokens)
+    for call in layer.calls():
+        console.step(f"{layer.element.name} {num_tokens} {call.name}")
+        check_call(layer, call)
+        result = Result.of(
+            _gathered(layer.group, timer.measure(call)),
+            element=layer.element.name,
+            num_tokens=num_tokens,
+            num_sms=num_sms,
+            operation=call.name,
+            row_bytes=layer.element.row_bytes(found.options.hidden),
+            traffic=layer.routing.traffic(),
+        )
+        found.results.append(result)
+        console.lines([report.line(found, result)])
 
 
 def _compare(

@@ -71,6 +71,15 @@ def check_low_latency(
         between: what is done between the phases, with `hook`.
         options: of both calls.
     """
+
+    def receive(result: Any) -> None:
+        if hook:
+            between()
+            pause()
+            result.hook()
+        else:
+            result.event.current_stream_wait()
+
     case = case or draw_case(seed, buffer.num_ranks)
     rng, rank = case.rng, buffer.rank
     use_fp8, round_scale, use_ue8m0 = SCALES[seed % 4 if case.hidden % 128 == 0 else 0]
@@ -110,13 +119,7 @@ def check_low_latency(
         **scales,
         **options,
     )
-    if hook:
-        between()
-        pause()
-        assert out.hook is not None
-        out.hook()
-    else:
-        out.event.current_stream_wait()
+    receive(out)
     recv_x, recv_sf = out.recv_x if use_fp8 else (out.recv_x, None)
     assert same_bits(fetch(out.recv_count), mine.recv_count)
     assert same_bits(fetch(stats), mine.recv_count + np.int32(5))
@@ -162,12 +165,6 @@ def check_low_latency(
         **back_options,
         **options,
     )
-    if hook:
-        between()
-        pause()
-        assert back.hook is not None
-        back.hook()
-    else:
-        back.event.current_stream_wait()
+    receive(back)
     assert same_but_for_nan(fetch(back.combined_x), combined)
     assert target is None or back.combined_x is target
