@@ -29,10 +29,11 @@ may be used again, in any order.
 A backward pass is collective like its forward pass. Its calls are the same on every rank if the forward's
 were, and if the same arguments required gradients: a rank that received nothing computes with its 0 rows like
 the others. To that end the token takes part in autograd: a combine is recorded if the dispatch of its handle
-was, even if a rank's rows need no gradient.
+was, even if a rank's rows need no gradient. Calls of a compiled graph that do not depend on each other, as of
+two layers side by side, are made in the compiler's order, which may differ between ranks with other numbers
+of tokens: compile such layers apart.
 
-Double backward works, but not for weights of layout "expert". Ranks that are threads may compile each for
-itself, but processes are what compiled programs are tested with.
+Gradients have gradients, but not those of weights of layout "expert". Needs PyTorch 2.4, is tested with 2.13.
 """
 
 from __future__ import annotations
@@ -180,18 +181,20 @@ def dispatch(
         Dispatched: ``recv_x``, ``recv_topk_idx`` and ``recv_topk_weights`` as from `Buffer.dispatch`, None in
         the same cases, and ``handle``.
 
-    Raises: as `Buffer.dispatch`.
+    Raises: as `Buffer.dispatch`; ClosedError and HandleError if what a key or a handle stands for is gone.
 
     Collective, in the backward pass too.
     """
+    key = buffer if isinstance(buffer, BufferKey) else key_of(buffer)
     if handle is not None:
         if topk_idx is not None or topk_weights is not None:
             raise ConfigError("with handle= the routing is that of the handle; give x alone")
+        if not torch.compiler.is_compiling() and _buffer(key.number) is not _contents(handle.token).buffer:
+            raise HandleError("handle comes from another buffer")
         recv_x, _ = torch.ops.ep_rt.dispatch_again(x, handle.token, None, handle.num_recv_rows)
         return Dispatched(recv_x, None, None, handle)
     if topk_idx is None or num_experts is None:
         raise ConfigError("dispatch needs topk_idx and num_experts=, or a handle")
-    key = buffer if isinstance(buffer, BufferKey) else key_of(buffer)
     recv_x, recv_topk_idx, recv_topk_weights, psum, token = torch.ops.ep_rt.dispatch(
         x,
         topk_idx,
@@ -247,6 +250,13 @@ def combine(
 # Operators: what they do, their shapes, their gradients. A tensor that is not there has no elements.
 
 
+def _buffer(number: int) -> Buffer:
+    buffer = _buffers.get(number)
+    if buffer is None:
+        raise ClosedError("the buffer of this key is gone; a key does not keep it")
+    return buffer
+
+
 def _contents(token: Tensor) -> _Contents:
     contents = _handles.get(int(token.item()))
     if contents is None:
@@ -277,9 +287,7 @@ def _dispatch(
     expert_alignment: int,
     layout: str,
 ) -> tuple[Tensor, ...]:
-    found = _buffers.get(buffer)
-    if found is None:
-        raise ClosedError("the buffer of this key is gone; a key does not keep it")
+    found = _buffer(buffer)
     sent = found.dispatch(
         x,
         topk_idx=topk_idx,

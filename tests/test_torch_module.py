@@ -279,12 +279,15 @@ def test_a_rank_whose_rows_need_no_gradient(options: dict[str, Any]) -> None:
     run(check)
 
 
-@pytest.mark.parametrize("options", BY_RANK)
+@pytest.mark.parametrize("options", OPTIONS)
 def test_second_derivatives(options: dict[str, Any]) -> None:
     def check(buffer: ep_rt.Buffer) -> None:
         case = Case.of(buffer.rank)
+        is_by_expert = options["layout"] == "expert"
+        if is_by_expert:
+            case = case._replace(topk_weights=case.topk_weights.detach())
         scale = torch.full((HIDDEN,), 2.0)
-        inputs = (case.x, case.topk_weights)
+        inputs = (case.x,) if is_by_expert else (case.x, case.topk_weights)
         found, wanted = (
             torch.autograd.grad(
                 (torch.autograd.grad(result, case.x, case.grad, create_graph=True)[0] ** 2).sum(), inputs
@@ -295,6 +298,19 @@ def test_second_derivatives(options: dict[str, Any]) -> None:
             assert torch.equal(a, b)
 
     run(check)
+
+
+def test_second_derivatives_that_are_not_there() -> None:
+    """Those of weights of layout "expert": an error, not a wrong number."""
+
+    def check(buffer: ep_rt.Buffer) -> None:
+        case = Case.of(1)
+        result = layer(buffer, case, torch.ones(HIDDEN), {"layout": "expert"})
+        [first] = torch.autograd.grad(result, case.topk_weights, case.grad, create_graph=True)
+        with pytest.raises(RuntimeError, match="combine_expert_weights"):
+            torch.autograd.grad(first.sum(), case.x)
+
+    run(check, 1)
 
 
 def test_dropped_rows_have_no_gradient() -> None:
@@ -438,6 +454,9 @@ def test_arguments_that_do_not_go_together() -> None:
         sent = ep.dispatch(buffer, x, topk_idx, num_experts=1)
         with pytest.raises(ep_rt.ConfigError, match="give x alone"):
             ep.dispatch(buffer, x, topk_idx, handle=sent.handle)
+        other = ep_rt.Buffer(ep_rt.as_group(), backend="host")
+        with pytest.raises(ep_rt.HandleError, match="from another buffer"):
+            ep.dispatch(other, x, handle=sent.handle)
         with pytest.raises(ep_rt.ConfigError, match="at most 2"):
             ep.combine(x, sent.handle, bias=(x, x, x))
         compiled = torch.compile(ep.dispatch, backend="eager", fullgraph=True)
