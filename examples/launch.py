@@ -52,9 +52,17 @@ def positive(text: str) -> int:
     return value
 
 
-def launch(parser: argparse.ArgumentParser, run: Callable[[ep_rt.Group, argparse.Namespace], object]) -> None:
-    """Call ``run(group, options)`` on every rank. What is wrong with the options is said once, by rank 0."""
-    group = ep_rt.as_group(None)  # the processes of mpiexec; a single rank without it
+def launch(
+    parser: argparse.ArgumentParser,
+    run: Callable[[ep_rt.Group, argparse.Namespace], object],
+    peers: object = None,
+) -> None:
+    """Call ``run(group, options)`` on every rank. What is wrong with the options is said once, by rank 0.
+
+    Args:
+        peers: the ranks that a launcher started; default: the processes of mpiexec, a single rank without it.
+    """
+    group = ep_rt.as_group(peers)
     unheard = io.StringIO()
     with contextlib.ExitStack() as stack:
         if group.rank > 0:
@@ -62,7 +70,8 @@ def launch(parser: argparse.ArgumentParser, run: Callable[[ep_rt.Group, argparse
             stack.enter_context(contextlib.redirect_stderr(unheard))
         options = parser.parse_args()
         if options.ranks and group.size > 1:
-            parser.error(f"--ranks starts threads, but mpiexec started {group.size} processes already")
+            launcher = "mpiexec" if peers is None else "torchrun"
+            parser.error(f"--ranks starts threads, but {launcher} started {group.size} processes already")
         if (options.backend, options.framework) in (("cuda", "numpy"), ("host", "cupy")):
             parser.error(f"--framework {options.framework} has no arrays for --backend {options.backend}")
         if options.framework and importlib.util.find_spec(options.framework) is None:

@@ -26,6 +26,7 @@ SMALL_LAYER = "--backend=host --tokens=40 --decode-tokens=8 --hidden=64 --ffn=32
 SMALL_MODEL = (
     "--backend=host --steps=40 --batch=130 --context=8 --embedding=8 --hidden=32 --ffn=32 --sample=20"
 )
+SMALL_TORCH = "--backend=host --steps=40 --batch=60 --hidden=16 --ffn=16"
 SMALL_OVERLAP = "--backend=host --tokens=32 --hidden=64 --num-experts=16 --columns=32"
 
 RunExample = Callable[..., "tuple[int, str]"]
@@ -47,8 +48,12 @@ def run_on_4_ranks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 
 def run_alone(script: str, *args: str) -> tuple[int, str]:
+    return run_python(str(EXAMPLES / script), *args)
+
+
+def run_python(*args: str) -> tuple[int, str]:
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / script), *args],
+        [sys.executable, *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -270,6 +275,66 @@ def test_gradients_are_those_of_the_loss(example: Callable[[str], Any], num_rank
             np.testing.assert_allclose(numerical, analytical, rtol=1e-3, atol=2e-5, err_msg=name)
 
 
+# torch_moe.py
+
+
+def test_torch_moe(run_on_4_ranks: RunExample) -> None:
+    pytest.importorskip("torch")
+    code, printed = run_on_4_ranks("torch_moe.py", *SMALL_TORCH.split())
+    assert code == 0, printed
+    check_torch_moe(printed, "4 ranks")
+
+
+def check_torch_moe(printed: str, label: str) -> None:
+    assert f"{label}, cpu, step 0: loss 1." in printed
+    assert "loss fell: first 1." in printed
+    assert f"equality check passed: {label} and 1 rank differ by at most" in printed
+    assert printed.count("equality check") == 1
+
+
+def test_torch_moe_under_torchrun() -> None:
+    pytest.importorskip("torch.distributed.run")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    script = str(EXAMPLES / "torch_moe.py")
+    code, printed = run_python(*launcher, script, *SMALL_TORCH.split(), "--topk", "1")
+    assert code == 0, printed
+    check_torch_moe(printed, "2 ranks")
+    code, printed = run_python(*launcher, script, "--ranks", "2")
+    assert code != 0
+    assert printed.count("torchrun started 2 processes already") == 1, printed
+
+
+def test_torch_moe_compiled() -> None:
+    pytest.importorskip("torch")
+    args = ("--ranks", "2", "--compile", "aot_eager")
+    code, printed = run_alone("torch_moe.py", *SMALL_TORCH.split(), *args)
+    assert code == 0, printed
+    check_torch_moe(printed, "2 ranks")
+
+
+def test_torch_moe_notices_a_wrong_gradient(
+    example: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch = pytest.importorskip("torch")
+    torch_moe = example("torch_moe")
+    options = torch_moe.parser().parse_args([*SMALL_TORCH.split(), "--steps=3"])
+
+    def train(num_ranks: int) -> Any:
+        return ep_rt.run_local(torch_moe.train, num_ranks, options)[0]
+
+    alone = train(1)
+    assert torch_moe.is_equal(train(2), alone, "2 ranks")
+    combine = torch_moe.ep_rt.torch.combine
+
+    def forgetful(rows: Any, *args: Any) -> Any:
+        is_kept = torch.arange(len(rows))[:, None] > 0
+        return combine(torch.where(is_kept, rows, rows.detach()), *args)
+
+    monkeypatch.setattr(torch_moe.ep_rt.torch, "combine", forgetful)
+    assert not torch_moe.is_equal(train(2), alone, "2 ranks")
+    assert "equality check FAILED" in capsys.readouterr().out
+
+
 # decode_overlap.py
 
 
@@ -348,6 +413,7 @@ def test_gpus_that_cannot_be_shared(example: Callable[[str], Any]) -> None:
         ("moe_layer.py", ("--hidden", "30"), "pad hidden so that a row is a multiple of 16 bytes"),
         ("moe_layer.py", ("--tokens", "0"), "argument --tokens: 0 is not positive"),
         ("train_moe.py", ("--topk", "2", "--num-experts", "1"), "--topk 2 of --num-experts 1 is impossible"),
+        ("torch_moe.py", ("--topk", "2", "--num-experts", "1"), "--topk 2 of --num-experts 1 is impossible"),
         ("moe_layer.py", ("--backend=cuda", "--framework=numpy"), "numpy has no arrays for --backend cuda"),
         ("overlap.py", ("--backend=host", "--framework=cupy"), "cupy has no arrays for --backend host"),
     ],
@@ -355,6 +421,8 @@ def test_gpus_that_cannot_be_shared(example: Callable[[str], Any]) -> None:
 def test_wrong_options_are_explained_once(
     run_on_4_ranks: RunExample, script: str, args: tuple[str, ...], complaint: str
 ) -> None:
+    if script.startswith("torch"):
+        pytest.importorskip("torch")
     code, printed = run_on_4_ranks(script, *args)
     assert code in (1, 2)
     assert printed.count(complaint) == 1, printed
