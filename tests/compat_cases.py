@@ -284,3 +284,171 @@ def check_low_latency(buffer: Any, seed: int) -> None:
             assert equal(got, combined)
             assert target is None or got is target
     assert (waits >= 0).all()
+
+
+def check_elastic(buffer: Any, seed: int, *, do_cpu_sync: bool = True) -> None:
+    """One layer through `ElasticBuffer`, by rank and expanded: dispatched, repeated, combined."""
+    num_ranks, rank = buffer.num_ranks, buffer.rank_idx
+    case = Case.draw(seed, num_ranks, hidden=128 * (1 + seed % 3))
+    rng, ids, counts, hidden = case.rng, case.topk_idx, case.num_tokens, case.hidden
+    if not do_cpu_sync:  # no capacity for experts that repeat within a row
+        ids = [distinct(each) for each in ids]
+    num_local_experts = case.num_experts // num_ranks
+    num_max_tokens = max(1, *counts)
+    alignment = (1, 16)[seed % 2]
+    is_fp8 = bool(seed // 2 % 2)
+    x = [random_bits(rng, (count, hidden), FP8 if is_fp8 else BF16) for count in counts]
+    sf = [random_values(rng, (count, hidden // 128), np.float32) for count in counts] if is_fp8 else None
+    given: Any = tensor(x[rank]) if sf is None else (tensor(x[rank]), tensor(sf[rank]))
+    dispatched = reference.dispatch(
+        x,
+        ids,
+        num_experts=case.num_experts,
+        topk_weights=case.topk_weights,
+        sf=sf,
+        expert_alignment=alignment,
+    )
+    mine = dispatched[rank]
+    num_recv_tokens = mine.num_recv_tokens
+    expanded = [
+        reference.expand(each, num_local_experts=num_local_experts, alignment=alignment)
+        for each in dispatched
+    ]
+    e = expanded[rank]
+    is_row = e.row >= 0
+    ids_here, weights_here = tensor(ids[rank]), tensor(case.topk_weights[rank])
+    is_async = bool(seed // 3 % 2)
+
+    def launch(name: str, *args: Any, **options: Any) -> Any:
+        if seed % 3 == 0:
+            options |= {"previous_event": buffer.capture(), "allocate_on_comm_stream": True}
+        if seed % 3 == 1:
+            options["previous_event_before_epilogue"] = buffer.capture()
+        *results, event = getattr(buffer, name)(*args, **options, async_with_compute_stream=is_async)
+        if is_async:
+            event.current_stream_wait()
+        return results
+
+    def rows_of(got: Any, keep: Any) -> Any:
+        return tuple(part[keep] for part in got) if isinstance(got, tuple) else got[keep]
+
+    for do_expand in (False, True):
+        stats = tensor(np.zeros(num_local_experts, np.int32))
+        recv_x, recv_idx, recv_weights, handle = launch(
+            "dispatch",
+            given,
+            ids_here,
+            weights_here,
+            cumulative_local_expert_recv_stats=stats,
+            num_experts=case.num_experts,
+            num_max_tokens_per_rank=num_max_tokens,
+            expert_alignment=alignment,
+            do_handle_copy=bool(seed % 2),
+            do_cpu_sync=do_cpu_sync,
+            do_expand=do_expand,
+            use_tma_aligned_col_major_sf=is_fp8,
+        )
+        keep = torch.from_numpy(np.flatnonzero(is_row)) if do_expand else slice(num_recv_tokens)
+        sf_rows = None
+        if is_fp8:
+            sf_rows = e.sf[is_row] if do_expand and e.sf is not None else mine.recv_sf
+            assert recv_x[1].stride(0) == 1
+            assert recv_x[1].stride(1) % 4 == 0 or len(recv_x[1]) == 0
+        x_rows = e.x[is_row] if do_expand else mine.recv_x
+        got = rows_of(recv_x, keep)
+        check_rows((got[0], got[1].contiguous()) if is_fp8 else got, x_rows, sf_rows)
+        true_counts = [int((mine.recv_topk_idx == each).sum()) for each in range(num_local_experts)]
+        assert stats.tolist() == true_counts
+        if do_expand:
+            assert recv_idx is None
+            assert equal(recv_weights[keep], None if e.weights is None else e.weights[is_row])
+        else:
+            assert equal(recv_idx[keep], mine.recv_topk_idx)
+            assert equal(recv_weights[keep], mine.recv_topk_weights)
+
+        # What programs read of a handle.
+        assert (handle.do_expand, handle.num_experts) == (do_expand, case.num_experts)
+        assert torch.equal(handle.topk_idx, ids_here)
+        assert (handle.topk_idx is ids_here) == (seed % 2 == 0)
+        assert list(handle.num_recv_tokens_per_expert_list) == mine.num_recv_tokens_per_expert
+        assert handle.psum_num_recv_tokens_per_scaleup_rank.shape == (num_ranks,)
+        assert handle.psum_num_recv_tokens_per_scaleup_rank[-1] == num_recv_tokens
+        if do_cpu_sync:
+            assert handle.num_recv_tokens == num_recv_tokens
+        ends = handle.psum_num_recv_tokens_per_expert
+        if do_expand:
+            assert equal(ends, e.psum_num_tokens_per_expert)
+            assert handle.num_unaligned_recv_tokens_per_expert.tolist() == true_counts
+        else:
+            assert ends.tolist() == np.cumsum(mine.num_recv_tokens_per_expert).tolist()
+        metadata = handle.recv_src_metadata
+        sources = [
+            src * num_max_tokens + token
+            for src, each in enumerate(ids)
+            for token in np.flatnonzero((each // num_local_experts == rank).any(axis=1))
+        ]
+        assert metadata.shape == (num_recv_tokens, 2 + ids_here.shape[1])
+        assert metadata[:, 0].tolist() == sources
+        slots = np.full((num_recv_tokens, ids_here.shape[1]), -1, np.int32)
+        if do_expand:
+            slots[e.row[is_row], e.topk[is_row]] = np.flatnonzero(is_row)
+        assert equal(metadata[:, 2:].contiguous(), slots)
+        assert handle.recv_src_metadata is metadata
+
+        again_x, again_idx, again_weights, same = launch(
+            "dispatch", given, handle=handle, do_expand=do_expand
+        )
+        assert same is handle
+        assert again_idx is recv_idx
+        assert again_weights is None
+        check_rows(rows_of(again_x, keep), x_rows, sf_rows)
+        again_x, _, again_weights, _ = launch(
+            "dispatch",
+            given,
+            topk_weights=weights_here,
+            handle=handle,
+            do_expand=do_expand,
+            do_zero_padding=do_expand,
+        )
+        check_rows(rows_of(again_x, keep), x_rows, sf_rows)
+        assert torch.equal(again_weights[keep], recv_weights[keep])
+        num_rows = len(again_weights)
+        if do_expand:
+            assert num_rows >= len(e.row)
+            padding = torch.ones(num_rows, dtype=torch.bool)
+            padding[keep] = False
+            first = again_x[0] if is_fp8 else again_x
+            assert (first[padding].float() == 0).all()
+            assert (again_weights[padding] == 0).all()
+
+        biases: list[Any] = [None] * num_ranks
+        if seed % 2:
+            biases = [random_values(rng, (count, hidden), BF16) for count in counts]
+        if do_expand:
+            y = [random_values(rng, (len(each.row), hidden), BF16) for each in expanded]
+            sent = [
+                reference.collapse(rows, each, d.num_recv_tokens, weighted=False)
+                for rows, each, d in zip(y, expanded, dispatched, strict=True)
+            ]
+        else:
+            sent = y = [random_values(rng, each.recv_x.shape, BF16) for each in dispatched]
+        expected = reference.combine(sent, dispatched, num_tokens=counts, bias=biases)[rank]
+        mine_y = np.concatenate([y[rank], np.zeros((num_rows - len(y[rank]), hidden), BF16)])
+        combined_x, combined_weights = launch(
+            "combine",
+            tensor(mine_y),
+            handle,
+            topk_weights=recv_weights,
+            bias=None if biases[rank] is None else tensor(biases[rank]),
+        )
+        assert equal(combined_x, expected.x)
+        assert torch.equal(combined_weights, weights_here.masked_fill(ids_here < 0, 0))
+        assert launch("combine", tensor(mine_y), handle)[1] is None
+
+
+def distinct(ids: Array) -> Array:
+    """The same without experts that repeat within a row."""
+    out = ids.copy()
+    for column in range(1, ids.shape[1]):
+        out[(out[:, column, None] == out[:, :column]).any(axis=1), column] = -1
+    return out

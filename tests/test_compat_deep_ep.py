@@ -57,6 +57,19 @@ def test_low_latency_mode_equals_the_oracle(seed: int) -> None:
     ep_rt.run_local(run, 2 + seed % 2, timeout_s=20)
 
 
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("do_cpu_sync", [True, False])
+def test_elastic_buffer_equals_the_oracle(seed: int, do_cpu_sync: bool) -> None:
+    def run(group: Group) -> None:
+        buffer = deep_ep.ElasticBuffer(
+            group, num_max_tokens_per_rank=64, hidden=384, num_topk=8, backend="host"
+        )
+        compat_cases.check_elastic(buffer, seed, do_cpu_sync=do_cpu_sync)
+        buffer.destroy()
+
+    ep_rt.run_local(run, 2 + seed % 3, timeout_s=20)
+
+
 # A user's whole program: nothing in it but DeepEP's and torch's own names.
 PROGRAM = """
 import torch, torch.distributed as dist
@@ -187,6 +200,24 @@ def low_latency(buffer, group, rank, num_ranks, use_logfmt):
                 expected = x * weights.masked_fill(idx == -1, 0).sum(dim=1, keepdim=True)
                 assert difference(expected, combined_x) < (9e-4 if use_fp8 or use_logfmt else 1e-5)
 
+def elastic(buffer, rank, num_ranks):
+    num_tokens, hidden, num_topk, num_experts = 16 - rank, 256, 4, 4 * num_ranks
+    x = torch.randn((num_tokens, hidden)).bfloat16()
+    weights, idx = torch.topk(torch.rand((num_tokens, num_experts)), num_topk, dim=-1)
+    recv_x, recv_idx, recv_weights, handle, event = buffer.dispatch(
+        x, idx, weights, num_experts=num_experts, expert_alignment=8, do_expand=True,
+        previous_event=buffer.capture(), allocate_on_comm_stream=True, async_with_compute_stream=True)
+    event.current_stream_wait()
+    assert recv_idx is None and len(recv_x) == sum(handle.num_recv_tokens_per_expert_list)
+    begin = 0
+    y = torch.zeros_like(recv_x)
+    for end in handle.psum_num_recv_tokens_per_expert.tolist():
+        y[begin:end] = recv_x[begin:end] * recv_weights[begin:end].view(-1, 1)
+        begin = (end + 7) // 8 * 8
+    combined_x, combined_weights, _ = buffer.combine(y, handle, topk_weights=recv_weights)
+    assert torch.equal(combined_weights, weights)
+    assert difference(combined_x, x * weights.sum(dim=1, keepdim=True)) < 1e-4
+
 def main():
     dist.init_process_group("gloo")
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
@@ -201,6 +232,10 @@ def main():
     buffer.clean_low_latency_buffer(16, 1024, 4 * num_ranks)
     low_latency(buffer, group, rank, num_ranks, use_logfmt=False)
     low_latency(buffer, group, rank, num_ranks, use_logfmt=True)
+    buffer.destroy()
+    buffer = deep_ep.ElasticBuffer(group, num_max_tokens_per_rank=16, hidden=256, num_topk=4,
+                                   explicitly_destroy=True)
+    elastic(buffer, rank, num_ranks)
     buffer.destroy()
     dist.barrier()
     dist.destroy_process_group()
@@ -276,9 +311,10 @@ def test_the_names_are_the_same_objects_by_either_module() -> None:
         deep_ep.nothing  # noqa: B018
     for name in deep_ep.__all__:
         assert getattr(deep_ep, name) is not None
-    for name, member in vars(deep_ep.Buffer).items():
-        if callable(member) and not name.startswith("_"):
-            assert member.__doc__, f"Buffer.{name}"
+    for kind in (deep_ep.Buffer, deep_ep.ElasticBuffer):
+        for name, member in vars(kind).items():
+            if callable(member) and not name.startswith("_"):
+                assert member.__doc__, f"{kind.__name__}.{name}"
 
 
 def test_positional_arguments_are_those_of_deep_ep() -> None:
@@ -425,6 +461,43 @@ def test_sums_on_the_ranks_of_the_experts_when_asked() -> None:
     ep_rt.run_local(run, 2, timeout_s=20)
 
 
+def test_what_an_elastic_buffer_tells() -> None:
+    def run(group: Group) -> None:
+        hint = deep_ep.ElasticBuffer.get_buffer_size_hint(group, 128, 7168, num_topk=8)
+        assert hint % (2 << 20) == 0
+        assert hint > 2 * 4 * 128 * 2 * 7168
+        buffer = deep_ep.ElasticBuffer(group, hint, backend="host", ranks_per_node=2)
+        assert (buffer.num_bytes, buffer.rank_idx, buffer.num_ranks) == (hint, group.rank, 4)
+        assert buffer.get_logical_domain_size() == buffer.get_physical_domain_size() == (2, 2)
+        assert (buffer.scaleout_rank_idx, buffer.scaleup_rank_idx) == divmod(group.rank, 2)
+        num_sms = buffer.get_theoretical_num_sms(256, 8)
+        assert 1 <= buffer.get_theoretical_num_qps(num_sms) <= buffer.num_allocated_qps
+        buffer.barrier(with_cpu_sync=True)
+        ids = torch.arange(4).view(4, 1)
+        x = torch.full((4, 128), 1.0 + group.rank, dtype=torch.bfloat16)
+        with pytest.raises(ep_rt.ConfigError, match="num_max_tokens_per_rank=0"):
+            buffer.dispatch(x, ids, num_experts=4)
+        with pytest.raises(ep_rt.ConfigError, match="needs topk_idx and num_experts"):
+            buffer.dispatch(x, ids)
+        recv_x, *_, handle, _ = buffer.dispatch(x, ids, num_experts=4, num_max_tokens_per_rank=4)
+        assert recv_x[:, 0].tolist() == [1, 2, 3, 4]
+        assert handle.psum_num_recv_tokens_per_scaleup_rank.tolist() == [2, 4]
+        with pytest.raises(ep_rt.HandleError, match="do_expand=True"):
+            buffer.dispatch(x, handle=handle, do_expand=True)
+        with pytest.raises(ep_rt.ConfigError, match="those of the handle"):
+            buffer.dispatch(x, ids, handle=handle)
+        no_handle: Any = None
+        with pytest.raises(ep_rt.HandleError, match="expected an EPHandle"):
+            buffer.combine(recv_x, no_handle)
+        with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+            handle.nothing  # noqa: B018
+        with pytest.raises(ep_rt.BackendError, match="host backend has no streams"):
+            buffer.get_comm_stream()
+        buffer.destroy()
+
+    ep_rt.run_local(run, 4, timeout_s=20)
+
+
 def test_masked_ranks_are_left_out() -> None:
     def run(group: Group) -> None:
         num_ranks, num_local_experts, rank = 3, 2, group.rank
@@ -472,6 +545,9 @@ assert buffer.group is MPI.COMM_WORLD and buffer.group_size == 2
 for seed in range(2):
     compat_cases.check_normal(buffer, seed)
 compat_cases.check_low_latency(buffer, 0)
+buffer.destroy()
+buffer = deep_ep.ElasticBuffer(MPI.COMM_WORLD, 1 << 21, backend="host", num_gpu_timeout_secs=20)
+compat_cases.check_elastic(buffer, 1)
 buffer.destroy()
 print("equal")
 """

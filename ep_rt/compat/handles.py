@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, overload
 
 import numpy as np
@@ -20,10 +19,14 @@ class Handle(Sequence[Any], abc.ABC):
     """
 
     handle: DispatchHandle | LowLatencyHandle
+    _made: tuple[Any, ...] | None = None
 
-    @cached_property
+    @property
     def _elements(self) -> tuple[Any, ...]:
-        return self._make()
+        # Not cached_property: until Python 3.12 it has a lock, which ranks that are threads would share.
+        if self._made is None:
+            self._made = self._make()
+        return self._made
 
     @abc.abstractmethod
     def _make(self) -> tuple[Any, ...]:
@@ -101,8 +104,7 @@ class ExpertHandle(Handle):
         import torch
 
         # The host backend makes NumPy arrays; a tensor shares their memory, into which a hook writes.
-        src_info, layout_range, *sizes = self.handle
-        return torch.as_tensor(src_info), torch.as_tensor(layout_range), *sizes
+        return tuple(torch.from_numpy(each) if isinstance(each, np.ndarray) else each for each in self.handle)
 
 
 def unwrapped(handle: Any) -> Any:
