@@ -415,7 +415,7 @@ def check_elastic(buffer: Any, seed: int, *, do_cpu_sync: bool = True) -> None:
         num_rows = len(again_weights)
         if do_expand:
             assert num_rows >= len(e.row)
-            padding = torch.ones(num_rows, dtype=torch.bool)
+            padding = torch.ones(num_rows, dtype=torch.bool, device="cpu")
             padding[keep] = False
             first = again_x[0] if is_fp8 else again_x
             assert (first[padding].float() == 0).all()

@@ -14,6 +14,7 @@ from .config import Config
 from .handles import ExpertHandle, NormalHandle, unwrapped
 
 _MIN_NVL_BYTES = 1 << 30
+_MEETING_HIDDEN = 128
 
 
 class Buffer:
@@ -31,7 +32,8 @@ class Buffer:
     - Handles of the normal mode go back whole; `NormalHandle` says which elements there are to look at.
     - Construction, `destroy` and the first low-latency call of a shape are collective, and nothing
       collective happens when a buffer is garbage: its memory on a GPU stays until `destroy`, which may
-      always be called.
+      always be called. With `enable_shrink`, a rank that stays away while others go on must not call it:
+      to them it is a call like any other, and not theirs.
     - With `topk_idx`, tokens go where the ids say, and routing that says otherwise is an error, or ignored.
     - Received rows of a source rank, and of an expert, are in the order of their tokens, in every run.
     - ``*_wait_recv_cost_stats`` count microseconds.
@@ -129,7 +131,9 @@ class Buffer:
         num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
     ) -> int:
         """Bytes to pass as ``num_rdma_bytes``, for calls of one shape with up to 32 columns of ids."""
-        return buffer.Buffer.get_low_latency_rdma_size_hint(
+        hint = buffer.Buffer.get_low_latency_rdma_size_hint
+        meeting_bytes = hint(1, _MEETING_HIDDEN, num_ranks, num_ranks, with_columns=True)
+        return meeting_bytes + hint(
             num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts, with_columns=True
         )
 
@@ -343,8 +347,22 @@ class Buffer:
     def clean_low_latency_buffer(
         self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int
     ) -> None:
-        """Nothing needs cleaning between modes. Local."""
+        """Nothing needs cleaning between modes. Local; with `enable_shrink` ranks meet, as in DeepEP.
+
+        A rank that does not call is masked then.
+        """
         self._buffer.clean_low_latency_buffer(num_max_dispatch_tokens_per_rank, hidden, num_experts)
+        if self.enable_shrink:
+            import torch
+
+            device = "cpu" if self._buffer.backend == "host" else "cuda"
+            self._buffer.low_latency_dispatch(
+                torch.empty((0, _MEETING_HIDDEN), dtype=torch.bfloat16, device=device),
+                torch.empty((0, 1), dtype=torch.int64, device=device),
+                1,
+                self.group_size,
+                use_fp8=False,
+            )
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Leave a peer out of this rank's low-latency calls, or not. Local; needs `enable_shrink`."""
