@@ -34,7 +34,7 @@ class Buffer:
       collective happens when a buffer is garbage: its memory on a GPU stays until `destroy`, which may
       always be called. With `enable_shrink`, a rank that stays away while others go on must not call it:
       to them it is a call like any other, and not theirs.
-    - With `topk_idx`, tokens go where the ids say, and routing that says otherwise is an error, or ignored.
+    - With `topk_idx`, tokens go where the ids say; `is_token_in_rank` and the counts are not looked at.
     - Received rows of a source rank, and of an expert, are in the order of their tokens, in every run.
     - ``*_wait_recv_cost_stats`` count microseconds.
     - Low-latency results do not lie in landing zones, so any number of them may be held.
@@ -218,14 +218,16 @@ class Buffer:
             As there: recv_x, recv_topk_idx, recv_topk_weights, num_recv_tokens_per_expert_list, handle,
             event. The list is empty with `num_worst_tokens`; with `handle` all but recv_x and event are None.
         """
+        num_experts = None if num_tokens_per_expert is None else len(num_tokens_per_expert)
+        # A handle or ids say where tokens go, and what else is given is not even to be checked each time.
+        needs_layout = handle is None and topk_idx is None
         out = self._buffer.dispatch(
             x,
             unwrapped(handle),
             num_tokens_per_rank,
             num_tokens_per_rdma_rank,
-            # DeepEP takes the routing of the handle and does not look at these.
-            is_token_in_rank if handle is None else None,
-            num_tokens_per_expert if handle is None else None,
+            is_token_in_rank if needs_layout else None,
+            num_tokens_per_expert if needs_layout else None,
             topk_idx,
             topk_weights,
             expert_alignment,
@@ -234,6 +236,7 @@ class Buffer:
             previous_event,
             async_finish,
             allocate_on_comm_stream,
+            num_experts=num_experts,
         )
         if handle is not None:
             return out.recv_x, None, None, None, None, out.event
