@@ -563,16 +563,32 @@ class Buffer:
 
     @staticmethod
     def get_low_latency_rdma_size_hint(
-        num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
+        num_max_dispatch_tokens_per_rank: int,
+        hidden: int,
+        num_ranks: int,
+        num_experts: int,
+        *,
+        num_topk: int = 32,
+        with_columns: bool = False,
     ) -> int:
-        """Bytes to pass as ``num_rdma_bytes`` for low-latency mode.
+        """Bytes to pass as ``num_rdma_bytes`` for low-latency mode, for calls of one shape.
 
         Two landing zones, of one bfloat16 row for each (source rank, token), for each direction. Combines
         with ``reduce="source"``, LogFMT or FP8 need two more of their own, larger ones with more than
-        `num_ranks` columns of ``topk_idx``; the error says how much.
+        `num_ranks` columns of ``topk_idx``: give `with_columns` for these.
+
+        Args:
+            num_topk: columns of ``topk_idx``, at most.
         """
         local_experts(num_experts, num_ranks)
-        return area_bytes_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
+        return area_bytes_hint(
+            num_max_dispatch_tokens_per_rank,
+            hidden,
+            num_ranks,
+            num_experts,
+            num_topk,
+            with_columns=with_columns,
+        )
 
     @staticmethod
     def capture() -> EventOverlap:

@@ -48,6 +48,11 @@ class DispatchHandle(abc.ABC):
         """
 
     @property
+    @abc.abstractmethod
+    def num_recv_tokens_per_rank(self) -> list[int]:
+        """The same by source rank. On a GPU reading it waits for the dispatch."""
+
+    @property
     def num_needed_rows(self) -> int:
         """Rows that ``num_worst_tokens`` would have to be at least, for nothing to be dropped.
 
@@ -97,6 +102,10 @@ class HostDispatchHandle(DispatchHandle):
     @property
     def num_recv_tokens(self) -> int:
         return sum(self.recv_counts)
+
+    @property
+    def num_recv_tokens_per_rank(self) -> list[int]:
+        return list(self.recv_counts)
 
     @property
     def num_needed_rows(self) -> int:

@@ -116,6 +116,9 @@ def check_normal(buffer: Buffer, seed: int) -> None:
     assert same_bits(out.recv_topk_weights, mine.recv_topk_weights)
     assert out.num_recv_tokens_per_expert_list == mine.num_recv_tokens_per_expert
     assert out.handle.num_recv_tokens == mine.num_recv_tokens
+    num_local_experts = case.num_experts // case.num_ranks
+    from_each = [int((ids // num_local_experts == rank).any(axis=1).sum()) for ids in case.topk_idx]
+    assert out.handle.num_recv_tokens_per_rank == from_each
     assert not out.handle.overflow
 
     cached = buffer.dispatch((again[rank], sf[rank]), handle=out.handle)

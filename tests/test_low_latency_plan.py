@@ -53,6 +53,9 @@ def test_landing_zones_of_a_model_stay_below_64_megabytes() -> None:
     assert AreaLayout.of(DSV3).num_bytes < 64_000_000
     assert AreaLayout.of(DSV3).num_bytes == plan.area_bytes_hint(128, 7168, 8, 256, num_topk=8)
     assert AreaLayout.of(DSV3).num_bytes < plan.area_bytes_hint(128, 7168, 8, 256) < 64_000_000
+    by_column = AreaLayout.of(replace(DSV3, is_main=False, has_columns=True)).num_bytes
+    both = plan.area_bytes_hint(128, 7168, 8, 256, num_topk=8, with_columns=True)
+    assert both == AreaLayout.of(DSV3).num_bytes + by_column
 
 
 @pytest.mark.parametrize("max_blocks", [9, 16, 33, 66, 78, 132, 256])

@@ -22,7 +22,7 @@ ORDER = [
     {"host", "cuda"},
     {"buffer"},
     {"__init__", "bench", "torch"},
-    {"doctor"},
+    {"doctor", "compat"},
     {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

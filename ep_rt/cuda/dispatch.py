@@ -333,6 +333,7 @@ class Dispatch:
                 num_recv_rows=made.num_rows,
                 num_recv_tokens_per_expert_list=counts,
                 call=number,
+                num_ranks=domain.group.size,
                 routing=routing,
                 num_local_experts=found.num_local_experts,
                 expert_alignment=found.expert_alignment,

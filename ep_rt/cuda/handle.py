@@ -19,6 +19,7 @@ SEND_PLAN_OFFSET: Final = 0
 RESULT_OFFSET: Final = SEND_PLAN.itemsize
 NUM_RECV_TOKENS_OFFSET: Final = RESULT_OFFSET + field_offset(DISPATCH_RESULT, "num_recv_tokens")
 EXPERT_COUNTS_OFFSET: Final = RESULT_OFFSET + field_offset(DISPATCH_RESULT, "expert_counts")
+RECV_COUNTS_OFFSET: Final = SEND_PLAN_OFFSET + field_offset(SEND_PLAN, "recv_counts")
 SEND_ROW_OFFSET: Final = align_up(RESULT_OFFSET + DISPATCH_RESULT.itemsize, 256)
 
 _INT32: Final[Struct] = np.dtype("<i4")
@@ -36,6 +37,7 @@ class CudaDispatchHandle(DispatchHandle):
 
     Attributes:
         call: the number of the dispatch, the same on every rank.
+        num_ranks: of the buffer.
         routing: see `routing_bytes`.
         num_local_experts: of the model; 0 where that is not known.
         num_landed_rows: that the peers could write, or wrote where that is known.
@@ -45,6 +47,7 @@ class CudaDispatchHandle(DispatchHandle):
     """
 
     call: int
+    num_ranks: int
     routing: Block = field(repr=False)
     num_local_experts: int = field(repr=False)
     expert_alignment: int = field(repr=False)
@@ -71,6 +74,12 @@ class CudaDispatchHandle(DispatchHandle):
         if self.known_recv_tokens is not None:
             return self.known_recv_tokens
         return int(self.read(self.routing.pointer + NUM_RECV_TOKENS_OFFSET, _INT32)[0])
+
+    @property
+    def num_recv_tokens_per_rank(self) -> list[int]:
+        counts = self.read(self.routing.pointer + RECV_COUNTS_OFFSET, np.dtype(("<i4", (self.num_ranks,))))
+        per_rank: list[int] = counts[0].tolist()
+        return per_rank
 
     @property
     def num_needed_rows(self) -> int:

@@ -5,7 +5,7 @@ Twin of what `kernels_cu/low_latency.cuh` and `wire.cuh` say of turns and slots.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from ..errors import ConfigError
@@ -172,9 +172,20 @@ def num_sum_blocks(shape: AreaShape, num_tokens: int, num_senders: int, *, max_b
 
 
 def area_bytes_hint(
-    num_max_tokens: int, hidden: int, num_ranks: int, num_experts: int, num_topk: int = 32
+    num_max_tokens: int,
+    hidden: int,
+    num_ranks: int,
+    num_experts: int,
+    num_topk: int = 32,
+    *,
+    with_columns: bool = False,
 ) -> int:
-    """Slab bytes for calls of one shape. The columns hardly matter, so more than usual are assumed."""
+    """Slab bytes for calls of one shape.
+
+    Args:
+        num_topk: hardly matters without `with_columns`, so more than usual are assumed.
+        with_columns: with the area of combines whose rows come back for each column.
+    """
     shape = AreaShape(
         num_ranks=min(num_ranks, MAX_LOCAL_RANKS),
         num_max_tokens=num_max_tokens,
@@ -182,4 +193,7 @@ def area_bytes_hint(
         num_experts=num_experts,
         num_topk=num_topk,
     )
-    return AreaLayout.of(shape).num_bytes
+    num_bytes = AreaLayout.of(shape).num_bytes
+    if with_columns:
+        num_bytes += AreaLayout.of(replace(shape, is_main=False, has_columns=True)).num_bytes
+    return num_bytes

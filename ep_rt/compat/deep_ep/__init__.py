@@ -1,0 +1,35 @@
+"""What DeepEP's users import, on ep_rt.
+
+Programs run unchanged after::
+
+    import sys
+    from ep_rt.compat import deep_ep
+    sys.modules["deep_ep"] = deep_ep
+
+Calls, argument order, tuples, dtypes and strides are those of DeepEP; `Buffer` and `ElasticBuffer` say what
+differs. The files of this package hold names only and import absolutely: under the name ``deep_ep`` Python
+loads the submodules a second time, and what they name must stay the same.
+"""
+
+from typing import Any
+
+from ep_rt.compat.buffer import Buffer
+from ep_rt.compat.config import Config
+from ep_rt.compat.elastic import ElasticBuffer
+from ep_rt.compat.ep_handle import EPHandle
+from ep_rt.compat.events import EventHandle
+from ep_rt.events import EventOverlap
+
+__version__ = "1.2.1"
+"""Of the interface that is followed."""
+
+__all__ = ["Buffer", "Config", "EPHandle", "ElasticBuffer", "EventHandle", "EventOverlap", "topk_idx_t"]
+
+
+def __getattr__(name: str) -> Any:
+    """`topk_idx_t`, for which torch is imported only when somebody asks."""
+    if name == "topk_idx_t":
+        import torch
+
+        return torch.int64
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,454 @@
+"""Random layers through the calls of `ep_rt.compat.deep_ep`, on torch CPU tensors, beside the oracle."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from host_cases import Array, Case, random_bits, random_values, same_bits
+
+from ep_rt import arrays, reference
+from ep_rt.compat import deep_ep
+
+BF16 = ml_dtypes.bfloat16
+FP8 = ml_dtypes.float8_e4m3fn
+
+
+def tensor(array: Array) -> Any:
+    made = arrays.to_framework(array, "torch")
+    assert isinstance(made, torch.Tensor)
+    return made
+
+
+def equal(got: Any, expected: Array | None) -> bool:
+    """The same bits, in a torch tensor."""
+    assert arrays.view(got).framework == "torch"
+    return same_bits(arrays.host(got), expected)
+
+
+def options_of(buffer: Any, number: int) -> dict[str, Any]:
+    """Every way to order a call, in turn; none changes a result."""
+    chunk = 1 + number % 7
+    options: dict[str, Any] = {"async_finish": bool(number & 1)}
+    if number & 2:
+        options["previous_event"] = buffer.capture()
+        options["allocate_on_comm_stream"] = options["async_finish"]
+    if number & 4:
+        options["config"] = deep_ep.Config(24, chunk, 256, 2 * chunk, 128)
+    return options
+
+
+def check_normal(buffer: Any, seed: int, *, ranks_per_node: int | None = None) -> None:
+    """One layer, with and without ids, FP8 or bfloat16, cached, worst case, and combined."""
+    num_ranks, rank = buffer.group_size, buffer.rank
+    case = Case.draw(seed, num_ranks, hidden=128 * (1 + seed % 3))
+    rng, ids = case.rng, case.topk_idx
+    is_fp8 = bool(seed % 2)
+    alignment = (1, 8)[seed // 2 % 2]
+    counts, hidden = case.num_tokens, case.hidden
+    dtype = FP8 if is_fp8 else BF16
+    x = [random_bits(rng, (count, hidden), dtype) for count in counts]
+    sf = [random_values(rng, (count, hidden // 128), np.float32) for count in counts] if is_fp8 else None
+    # Column-major scale factors, as DeepEP's users make them for TMA.
+    given: Any = tensor(x[rank])
+    if sf is not None:
+        given = given, tensor(np.ascontiguousarray(sf[rank].T)).T
+
+    per_rank, per_node, per_expert, in_rank, event = buffer.get_dispatch_layout(
+        tensor(ids[rank]), case.num_experts, async_finish=True
+    )
+    event.current_stream_wait()
+    layout = reference.dispatch_layout(
+        ids[rank], num_experts=case.num_experts, num_ranks=num_ranks, ranks_per_node=ranks_per_node
+    )
+    assert equal(per_rank, layout.num_tokens_per_rank)
+    assert equal(per_expert, layout.num_tokens_per_expert)
+    assert equal(in_rank, layout.is_token_in_rank)
+    if ranks_per_node is None:
+        assert per_node is None
+    else:
+        assert equal(per_node, layout.num_tokens_per_node)
+
+    for number, with_topk in enumerate((True, False)):
+        expected = reference.dispatch(
+            x,
+            ids,
+            num_experts=case.num_experts,
+            topk_weights=case.topk_weights,
+            sf=sf,
+            expert_alignment=alignment,
+        )
+        mine = expected[rank]
+        call: dict[str, Any] = {
+            "x": given,
+            "num_tokens_per_rank": per_rank,
+            "num_tokens_per_rdma_rank": per_node,
+            "is_token_in_rank": in_rank,
+            "num_tokens_per_expert": per_expert,
+            "expert_alignment": alignment,
+        }
+        if with_topk:
+            call |= {"topk_idx": tensor(ids[rank]), "topk_weights": tensor(case.topk_weights[rank])}
+        recv_x, recv_idx, recv_weights, recv_list, handle, event = buffer.dispatch(
+            **call, **options_of(buffer, seed + number)
+        )
+        event.current_stream_wait()
+        check_rows(recv_x, mine.recv_x, mine.recv_sf)
+        assert type(recv_list) is list
+        assert recv_list == mine.num_recv_tokens_per_expert
+        if with_topk:
+            assert equal(recv_idx, mine.recv_topk_idx)
+            assert equal(recv_weights, mine.recv_topk_weights)
+        else:
+            assert recv_idx is recv_weights is None
+        check_handle(handle, in_rank, x, ids, case, rank, ranks_per_node)
+
+        again = [random_bits(rng, (count, hidden), dtype) for count in counts]
+        expected_x, expected_sf = reference.dispatch_cached(again, expected, sf)[rank]
+        cached = buffer.dispatch(
+            tensor(again[rank]) if sf is None else (tensor(again[rank]), given[1]),
+            handle=handle,
+            num_tokens_per_rank=per_rank,
+            is_token_in_rank=in_rank,
+            **options_of(buffer, seed + number + 1),
+        )
+        assert cached[1:5] == (None, None, None, None)
+        check_rows(cached[0], expected_x, expected_sf)
+
+        y = [random_values(rng, each.recv_x.shape, BF16) for each in expected]
+        num_biases = (seed + number) % 3
+        biases: list[Any] = [
+            tuple(random_values(rng, (count, hidden), BF16) for _ in range(num_biases)) for count in counts
+        ]
+        if num_biases < 2:
+            biases = [each[0] if each else None for each in biases]
+        weights = [each.recv_topk_weights for each in expected if each.recv_topk_weights is not None]
+        combined = reference.combine(
+            y, expected, num_tokens=counts, bias=biases, topk_weights=weights if with_topk else None
+        )[rank]
+        bias = biases[rank]
+        if bias is not None:
+            bias = tuple(map(tensor, bias)) if isinstance(bias, tuple) else tensor(bias)
+        combined_x, combined_weights, event = buffer.combine(
+            tensor(y[rank]),
+            handle,
+            topk_weights=tensor(weights[rank]) if with_topk else None,
+            bias=bias,
+            **options_of(buffer, seed + number + 2),
+        )
+        event.current_stream_wait()
+        assert equal(combined_x, combined.x)
+        if with_topk:
+            assert equal(combined_weights, combined.topk_weights)
+        else:
+            assert combined_weights is None
+
+        if with_topk:
+            call["num_worst_tokens"] = capacity = max(1, sum(counts))
+            worst_x, worst_idx, worst_weights, empty, worst_handle, event = buffer.dispatch(
+                **call, async_finish=True
+            )
+            with event:
+                pass
+            rows = mine.num_recv_tokens
+            assert empty == []
+            parts = worst_x if is_fp8 else (worst_x,)
+            assert all(len(part) == capacity for part in (*parts, worst_idx, worst_weights))
+            check_rows(tuple(part[:rows] for part in parts), mine.recv_x, mine.recv_sf)
+            assert equal(worst_idx[:rows], mine.recv_topk_idx)
+            assert (worst_idx[rows:] == -1).all()
+            y_worst = np.concatenate([y[rank], np.ones((capacity - rows, hidden), BF16)])
+            back = buffer.combine(tensor(y_worst), worst_handle)
+            plain = reference.combine(y, expected, num_tokens=counts)[rank]
+            assert equal(back[0], plain.x)
+
+
+def check_rows(got: Any, x: Array, sf: Array | None) -> None:
+    parts = got if isinstance(got, tuple) else (got,)
+    assert equal(parts[0], x)
+    assert len(parts) == (1 if sf is None else 2)
+    if sf is not None:
+        assert equal(parts[1], sf)
+
+
+def check_handle(
+    handle: Any,
+    in_rank: Any,
+    x: list[Array],
+    ids: list[Array],
+    case: Case,
+    rank: int,
+    ranks_per_node: int | None,
+) -> None:
+    """What programs look at: where the rows of each source end."""
+    num_ranks = len(x)
+    from_each = [
+        int(
+            reference.dispatch_layout(
+                each, num_experts=case.num_experts, num_ranks=num_ranks
+            ).num_tokens_per_rank[rank]
+        )
+        for each in ids
+    ]
+    ends = np.cumsum(from_each).tolist()
+    if ranks_per_node is None:
+        prefix, _, _, _, is_token_in_rank, _ = handle
+        assert prefix.shape == (num_ranks, num_ranks)
+        assert prefix[:, rank].tolist() == ends
+    else:
+        assert len(handle) == 10
+        is_token_in_rank = handle[0]
+        assert handle[-4].tolist() == ends
+    assert is_token_in_rank is in_rank
+
+
+def check_low_latency(buffer: Any, seed: int) -> None:
+    """One layer of decode in every mode: formats, hooks, zero-copy, LogFMT, -1 ids, statistics."""
+    num_ranks, rank = buffer.group_size, buffer.rank
+    case = Case.draw(seed, num_ranks, hidden=512)
+    rng, ids, counts = case.rng, case.topk_idx, case.num_tokens
+    num_local_experts = case.num_experts // num_ranks
+    # An expert may repeat in a row of ids, so one rank may send it more rows than it has tokens.
+    num_max_tokens = max(1, *(np.bincount(each[each >= 0]).max(initial=len(each)) for each in ids))
+    formats = ((False, False, False), (True, False, False), (True, True, False), (True, True, True))
+    stats = tensor(np.zeros(num_local_experts, np.int32))
+    waits = tensor(np.zeros(num_ranks, np.int64))
+    total = np.zeros(num_local_experts, np.int32)
+    for number, ((use_fp8, round_scale, use_ue8m0), with_hook) in enumerate(product(formats, (False, True))):
+        x = [random_values(rng, (count, case.hidden), BF16) for count in counts]
+        expected = reference.low_latency_dispatch(
+            x,
+            ids,
+            num_max_dispatch_tokens_per_rank=num_max_tokens,
+            num_experts=case.num_experts,
+            use_fp8=use_fp8,
+            round_scale=round_scale,
+            use_ue8m0=use_ue8m0,
+        )
+        mine = expected[rank]
+        recv_x, recv_count, handle, event, hook = buffer.low_latency_dispatch(
+            tensor(x[rank]),
+            tensor(ids[rank]),
+            num_max_tokens,
+            case.num_experts,
+            cumulative_local_expert_recv_stats=stats,
+            dispatch_wait_recv_cost_stats=waits,
+            use_fp8=use_fp8,
+            round_scale=round_scale,
+            use_ue8m0=use_ue8m0,
+            async_finish=not with_hook,
+            return_recv_hook=with_hook,
+        )
+        src_info, layout_range, *sizes = handle  # before the hook, which fills them
+        hook() if with_hook else event.current_stream_wait()
+        assert sizes == [num_max_tokens, case.hidden, case.num_experts]
+        assert equal(recv_count, mine.recv_count)
+        assert equal(src_info, mine.src_info)
+        assert equal(layout_range, mine.layout_range)
+        assert handle[0] is src_info
+        total += mine.recv_count
+        assert equal(stats, total)
+        rows, scales = recv_x if use_fp8 else (recv_x, None)
+        for expert, count in enumerate(mine.recv_count):
+            assert equal(rows[expert, :count].contiguous(), mine.recv_x[expert, :count])
+            if scales is not None and mine.sf is not None:
+                assert scales.stride(1) == 1  # column-major
+                assert equal(scales[expert, :count].contiguous(), mine.sf[expert, :count])
+
+        shape = (*mine.src_info.shape, case.hidden)
+        for zero_copy, use_logfmt in ((False, False), (True, False), (False, True)):
+            y = [(random_values(rng, shape, np.float32) / 64).astype(BF16) for _ in expected]
+            combined = reference.low_latency_combine(
+                y, expected, ids, case.topk_weights, use_logfmt=use_logfmt
+            )[rank]
+            given = tensor(y[rank])
+            if zero_copy:
+                buffer.get_next_low_latency_combine_buffer(handle)[:, :, :] = given
+            target = tensor(np.zeros((counts[rank], case.hidden), BF16)) if number % 2 else None
+            got, event, hook = buffer.low_latency_combine(
+                given,
+                tensor(ids[rank]),
+                tensor(case.topk_weights[rank]),
+                handle,
+                use_logfmt=use_logfmt,
+                zero_copy=zero_copy,
+                async_finish=not with_hook,
+                return_recv_hook=with_hook,
+                out=target,
+                combine_wait_recv_cost_stats=waits,
+            )
+            hook() if with_hook else event.current_stream_wait()
+            assert equal(got, combined)
+            assert target is None or got is target
+    assert (waits >= 0).all()
+
+
+def check_elastic(buffer: Any, seed: int, *, do_cpu_sync: bool = True) -> None:
+    """One layer through `ElasticBuffer`, by rank and expanded: dispatched, repeated, combined."""
+    num_ranks, rank = buffer.num_ranks, buffer.rank_idx
+    case = Case.draw(seed, num_ranks, hidden=128 * (1 + seed % 3))
+    rng, ids, counts, hidden = case.rng, case.topk_idx, case.num_tokens, case.hidden
+    if not do_cpu_sync:  # no capacity for experts that repeat within a row
+        ids = [distinct(each) for each in ids]
+    num_local_experts = case.num_experts // num_ranks
+    num_max_tokens = max(1, *counts)
+    alignment = (1, 16)[seed % 2]
+    is_fp8 = bool(seed // 2 % 2)
+    x = [random_bits(rng, (count, hidden), FP8 if is_fp8 else BF16) for count in counts]
+    sf = [random_values(rng, (count, hidden // 128), np.float32) for count in counts] if is_fp8 else None
+    given: Any = tensor(x[rank]) if sf is None else (tensor(x[rank]), tensor(sf[rank]))
+    dispatched = reference.dispatch(
+        x,
+        ids,
+        num_experts=case.num_experts,
+        topk_weights=case.topk_weights,
+        sf=sf,
+        expert_alignment=alignment,
+    )
+    mine = dispatched[rank]
+    num_recv_tokens = mine.num_recv_tokens
+    expanded = [
+        reference.expand(each, num_local_experts=num_local_experts, alignment=alignment)
+        for each in dispatched
+    ]
+    e = expanded[rank]
+    is_row = e.row >= 0
+    ids_here, weights_here = tensor(ids[rank]), tensor(case.topk_weights[rank])
+    is_async = bool(seed // 3 % 2)
+
+    def launch(name: str, *args: Any, **options: Any) -> Any:
+        if seed % 3 == 0:
+            options |= {"previous_event": buffer.capture(), "allocate_on_comm_stream": True}
+        if seed % 3 == 1:
+            options["previous_event_before_epilogue"] = buffer.capture()
+        *results, event = getattr(buffer, name)(*args, **options, async_with_compute_stream=is_async)
+        if is_async:
+            event.current_stream_wait()
+        return results
+
+    def rows_of(got: Any, keep: Any) -> Any:
+        return tuple(part[keep] for part in got) if isinstance(got, tuple) else got[keep]
+
+    for do_expand in (False, True):
+        stats = tensor(np.zeros(num_local_experts, np.int32))
+        recv_x, recv_idx, recv_weights, handle = launch(
+            "dispatch",
+            given,
+            ids_here,
+            weights_here,
+            cumulative_local_expert_recv_stats=stats,
+            num_experts=case.num_experts,
+            num_max_tokens_per_rank=num_max_tokens,
+            expert_alignment=alignment,
+            do_handle_copy=bool(seed % 2),
+            do_cpu_sync=do_cpu_sync,
+            do_expand=do_expand,
+            use_tma_aligned_col_major_sf=is_fp8,
+        )
+        keep = torch.from_numpy(np.flatnonzero(is_row)) if do_expand else slice(num_recv_tokens)
+        sf_rows = None
+        if is_fp8:
+            sf_rows = e.sf[is_row] if do_expand and e.sf is not None else mine.recv_sf
+            assert recv_x[1].stride(0) == 1
+            assert recv_x[1].stride(1) % 4 == 0 or len(recv_x[1]) == 0
+        x_rows = e.x[is_row] if do_expand else mine.recv_x
+        got = rows_of(recv_x, keep)
+        check_rows((got[0], got[1].contiguous()) if is_fp8 else got, x_rows, sf_rows)
+        true_counts = [int((mine.recv_topk_idx == each).sum()) for each in range(num_local_experts)]
+        assert stats.tolist() == true_counts
+        if do_expand:
+            assert recv_idx is None
+            assert equal(recv_weights[keep], None if e.weights is None else e.weights[is_row])
+        else:
+            assert equal(recv_idx[keep], mine.recv_topk_idx)
+            assert equal(recv_weights[keep], mine.recv_topk_weights)
+
+        # What programs read of a handle.
+        assert (handle.do_expand, handle.num_experts) == (do_expand, case.num_experts)
+        assert torch.equal(handle.topk_idx, ids_here)
+        assert (handle.topk_idx is ids_here) == (seed % 2 == 0)
+        assert list(handle.num_recv_tokens_per_expert_list) == mine.num_recv_tokens_per_expert
+        assert handle.psum_num_recv_tokens_per_scaleup_rank.shape == (num_ranks,)
+        assert handle.psum_num_recv_tokens_per_scaleup_rank[-1] == num_recv_tokens
+        if do_cpu_sync:
+            assert handle.num_recv_tokens == num_recv_tokens
+        ends = handle.psum_num_recv_tokens_per_expert
+        if do_expand:
+            assert equal(ends, e.psum_num_tokens_per_expert)
+            assert handle.num_unaligned_recv_tokens_per_expert.tolist() == true_counts
+        else:
+            assert ends.tolist() == np.cumsum(mine.num_recv_tokens_per_expert).tolist()
+        metadata = handle.recv_src_metadata
+        sources = [
+            src * num_max_tokens + token
+            for src, each in enumerate(ids)
+            for token in np.flatnonzero((each // num_local_experts == rank).any(axis=1))
+        ]
+        assert metadata.shape == (num_recv_tokens, 2 + ids_here.shape[1])
+        assert metadata[:, 0].tolist() == sources
+        slots = np.full((num_recv_tokens, ids_here.shape[1]), -1, np.int32)
+        if do_expand:
+            slots[e.row[is_row], e.topk[is_row]] = np.flatnonzero(is_row)
+        assert equal(metadata[:, 2:].contiguous(), slots)
+        assert handle.recv_src_metadata is metadata
+
+        again_x, again_idx, again_weights, same = launch(
+            "dispatch", given, handle=handle, do_expand=do_expand
+        )
+        assert same is handle
+        assert again_idx is recv_idx
+        assert again_weights is None
+        check_rows(rows_of(again_x, keep), x_rows, sf_rows)
+        again_x, _, again_weights, _ = launch(
+            "dispatch",
+            given,
+            topk_weights=weights_here,
+            handle=handle,
+            do_expand=do_expand,
+            do_zero_padding=do_expand,
+        )
+        check_rows(rows_of(again_x, keep), x_rows, sf_rows)
+        assert torch.equal(again_weights[keep], recv_weights[keep])
+        num_rows = len(again_weights)
+        if do_expand:
+            assert num_rows >= len(e.row)
+            padding = torch.ones(num_rows, dtype=torch.bool, device="cpu")
+            padding[keep] = False
+            first = again_x[0] if is_fp8 else again_x
+            assert (first[padding].float() == 0).all()
+            assert (again_weights[padding] == 0).all()
+
+        biases: list[Any] = [None] * num_ranks
+        if seed % 2:
+            biases = [random_values(rng, (count, hidden), BF16) for count in counts]
+        if do_expand:
+            y = [random_values(rng, (len(each.row), hidden), BF16) for each in expanded]
+            sent = [
+                reference.collapse(rows, each, d.num_recv_tokens, weighted=False)
+                for rows, each, d in zip(y, expanded, dispatched, strict=True)
+            ]
+        else:
+            sent = y = [random_values(rng, each.recv_x.shape, BF16) for each in dispatched]
+        expected = reference.combine(sent, dispatched, num_tokens=counts, bias=biases)[rank]
+        mine_y = np.concatenate([y[rank], np.zeros((num_rows - len(y[rank]), hidden), BF16)])
+        combined_x, combined_weights = launch(
+            "combine",
+            tensor(mine_y),
+            handle,
+            topk_weights=recv_weights,
+            bias=None if biases[rank] is None else tensor(biases[rank]),
+        )
+        assert equal(combined_x, expected.x)
+        assert torch.equal(combined_weights, weights_here.masked_fill(ids_here < 0, 0))
+        assert launch("combine", tensor(mine_y), handle)[1] is None
+
+
+def distinct(ids: Array) -> Array:
+    """The same without experts that repeat within a row."""
+    out = ids.copy()
+    for column in range(1, ids.shape[1]):
+        out[(out[:, column, None] == out[:, :column]).any(axis=1), column] = -1
+    return out
