@@ -66,11 +66,12 @@ __device__ void low_latency_dispatch(const LowLatencyDispatchArgs<kCfg>& args) {
     if (sends_rows) {
         reason = block.send_rows(row_block, num_row_blocks, piece);
     } else if (receives && src < args.num_ranks) {
+        const uint64_t began_ns = ptx::globaltimer_ns();
         if (reason == kNothing) {
             phase = low_latency::kCounting;
             reason = block.read_sources(tells ? -1 : src);
         }
-        if (reason == kNothing) reason = tells ? block.tell(number) : block.list(src);
+        if (reason == kNothing) reason = tells ? block.tell(number, began_ns) : block.list(src);
     } else if (receives && src - args.num_ranks < args.num_copy_blocks) {
         phase = low_latency::kLanding;
         reason = block.copy_rows(src - args.num_ranks, args.num_copy_blocks);

@@ -152,7 +152,7 @@ struct LowLatencyDispatchBlock {
     template <class Each>
     __device__ void of_warp(int32_t num_loaded, uint16_t* numbers, Each each) const;
     __device__ Reason list_pairs(int32_t src) const;
-    __device__ Reason tell(int32_t part) const;
+    __device__ Reason tell(int32_t part, uint64_t began_ns) const;
     __device__ Reason list(int32_t src) const;
     __device__ Reason copy_rows(int32_t block, int32_t num_blocks) const;
     __device__ Reason copy_row(int32_t src, int32_t token, int32_t part) const;

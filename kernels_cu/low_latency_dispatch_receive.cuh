@@ -113,9 +113,8 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_sources(int32_t listed_src
 #pragma unroll 1
     for (int32_t src = 0; src < args.num_ranks;) {
         Reason reason = kExpired;
-        if (is_decided || !__syncthreads_or(session.is_masked(src))) {
+        if (is_decided || !__syncthreads_or(session.is_masked(src)))
             reason = read_ids(src, src + step, listed_src);
-        }
         if (args.masks != nullptr && !is_decided) {
             if (reason == kNothing)
                 reason = low_latency::await_flags(session, shared.found, src,
@@ -143,10 +142,9 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_sources(int32_t listed_src
 }
 
 // What callers are told of each expert, and clean ends of its lists: every R-th expert is of block `part`.
-// Then waits until all rows of source rank `part` have landed.
+// Then waits until all rows of source rank `part` have landed; `began_ns`: since when this rank has waited.
 template <LowLatencyDispatchCfg kCfg>
-__device__ Reason LowLatencyDispatchBlock<kCfg>::tell(int32_t part) const {
-    const uint64_t began_ns = ptx::globaltimer_ns();
+__device__ Reason LowLatencyDispatchBlock<kCfg>::tell(int32_t part, uint64_t began_ns) const {
     constexpr int32_t kEndRows = 4 * kWarpSize;  // that a warp clears in one turn
     const auto& counts = shared.counts;
 #pragma unroll 1

@@ -14,7 +14,7 @@ from host_cases import low_latency_combine_options, random_values, same_bits
 from ranks import PLACES, device_count, run_ranks
 
 import ep_rt
-from ep_rt import Buffer, Group, reference
+from ep_rt import Buffer, Group, as_group, reference
 
 if device_count():
     import cupy
@@ -352,6 +352,29 @@ def test_late_rank_is_named(place: str) -> None:
             buffer.reset()
             check_low_latency(buffer, 2)
             context_is_alive()
+
+    run(place, body)
+
+
+def test_waiting_for_a_rank_is_counted(place: str) -> None:
+    if place == "mpi" and as_group().size < 2:
+        pytest.skip("needs a peer")
+
+    def body(group: Group) -> None:
+        late, delay_s = group.size - 1, 0.2
+        x, ids = put(np.ones((1, 8), BF16)), put(np.zeros((1, 1), np.int64))
+        waited = put(np.zeros(group.size, np.int64))
+        with low_latency_buffer(group) as buffer:
+            buffer.low_latency_dispatch(x, ids, 1, group.size, use_fp8=False)
+            cupy.cuda.get_current_stream().synchronize()
+            group.barrier()
+            if group.rank == late:
+                time.sleep(delay_s)
+            buffer.low_latency_dispatch(
+                x, ids, 1, group.size, use_fp8=False, dispatch_wait_recv_cost_stats=waited
+            )
+            microseconds = fetch(waited)
+            assert (microseconds[late] > 0.5e6 * delay_s) == (group.rank != late)
 
     run(place, body)
 
