@@ -59,6 +59,7 @@ struct LowLatencyDispatchShared {
 
     low_latency::Found found;
     int32_t tokens[kMaxLocalRanks];                     // of each source rank
+    uint64_t arrived_ns[kMaxLocalRanks];                // when that was known
     int32_t counts[kMaxLocalRanks * kMaxLocalExperts];  // [src][expert]: pairs for our experts
     int16_t experts[kStretch];                          // of one source: of ours, -1 for others
     union {

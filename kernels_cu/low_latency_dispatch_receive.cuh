@@ -27,7 +27,10 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_tokens(int32_t first_src, 
             session, is_digest ? &own->digests[args.zone][src] : &own->num_tokens[args.zone][src], src, seen);
         const auto value = static_cast<uint32_t>(seen);
         if (reason == kNothing && is_digest && value != args.digest) reason = kDisagreed;
-        if (reason == kNothing && !is_digest) shared.tokens[src] = static_cast<int32_t>(value);
+        if (reason == kNothing && !is_digest) {
+            shared.tokens[src] = static_cast<int32_t>(value);
+            shared.arrived_ns[src] = ptx::globaltimer_ns();
+        }
         blame(reason, src);
     }
     return sync::agree(reason);
@@ -142,7 +145,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_sources(int32_t listed_src
 }
 
 // What callers are told of each expert, and clean ends of its lists: every R-th expert is of block `part`.
-// Then waits until all rows of source rank `part` have landed; `began_ns`: since when this rank has waited.
+// Then waits until all rows of source rank `part` have landed; `began_ns`: when this block began to receive.
 template <LowLatencyDispatchCfg kCfg>
 __device__ Reason LowLatencyDispatchBlock<kCfg>::tell(int32_t part, uint64_t began_ns) const {
     constexpr int32_t kEndRows = 4 * kWarpSize;  // that a warp clears in one turn
@@ -184,10 +187,14 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::tell(int32_t part, uint64_t beg
         args.record->max_tokens = most;
     }
     if (!(shared.found.ranks >> part & 1)) return kNothing;
+    const uint64_t told_ns = ptx::globaltimer_ns();
     const Reason landed =
         low_latency::await_flags(session, shared.found, part, num_send_blocks(shared.tokens[part]));
-    if (args.wait_stats != nullptr && threadIdx.x == 0)
-        args.wait_stats[part] += static_cast<int64_t>((ptx::globaltimer_ns() - began_ns) / 1000);
+    if (args.wait_stats != nullptr && threadIdx.x == 0) {
+        // For its first word, and for its rows; not for other ranks in between.
+        const uint64_t waited_ns = shared.arrived_ns[part] - began_ns + ptx::globaltimer_ns() - told_ns;
+        args.wait_stats[part] += static_cast<int64_t>(waited_ns / 1000);
+    }
     return landed;
 }
 

@@ -375,6 +375,7 @@ def test_waiting_for_a_rank_is_counted(place: str) -> None:
             )
             microseconds = fetch(waited)
             assert (microseconds[late] > 0.5e6 * delay_s) == (group.rank != late)
+            assert (microseconds[:late] < 0.5e6 * delay_s).all()
 
     run(place, body)
 
