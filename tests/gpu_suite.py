@@ -36,6 +36,7 @@ SANITIZED_ON_ONE_GPU = (
     "tests/gpu/test_low_latency.py::test_any_number_of_ranks[1-virtual]",
     "tests/gpu/test_low_latency.py::test_any_number_of_ranks[2-virtual]",
 )
+LOW_LATENCY = ("ll-dispatch", "ll-dispatch-packed", "ll-dispatch-split", "ll-combine", "ll-pair")
 SUMMARY = re.compile(r"((?:\d+ (?:passed|failed|skipped|errors?|deselected|warnings?)(?:, )?)+) in [\d.]+s")
 
 
@@ -64,6 +65,8 @@ def main() -> int:
         parts[f"mpirun -n {num_ranks}"] = [*mpirun, *pytest, "tests/gpu"]
         parts[f"barrier figures, mpirun -n {num_ranks}"] = [*mpirun, *barrier]
         parts[f"figures, mpirun -n {num_ranks}"] = [*mpirun, *bench, "128", "4096"]
+        low_latency = [*bench, "8", "128", "--operations", *LOW_LATENCY]
+        parts[f"low-latency figures, mpirun -n {num_ranks}"] = [*mpirun, *low_latency]
     if shutil.which("compute-sanitizer"):
         for tool in ("memcheck", "racecheck"):
             # CUDA's own search for optional entry points is not an error of ours. Host backtraces hold the
@@ -110,7 +113,7 @@ def _run(name: str, command: list[str], timeout_s: float) -> tuple[str, bool]:
     passed = status == "0" and not any("failed" in closing or "error" in closing for closing in closings)
     verdict = "; ".join(f"{closings.count(closing)} x ({closing})" for closing in dict.fromkeys(closings))
     word = "passed" if passed else f"FAILED (status {status})"
-    return f"{name:<32}{word:<24}{time.monotonic() - start:>6.1f} s  {verdict}", passed
+    return f"{name:<36}{word:<24}{time.monotonic() - start:>6.1f} s  {verdict}", passed
 
 
 def _num_gpus() -> int:
