@@ -95,6 +95,7 @@ class Buffer:
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
+        self._device = "cpu" if self._buffer.backend == "host" else "cuda"
         self._raw: dict[bool, Any] = {}
 
     def destroy(self) -> None:
@@ -170,8 +171,7 @@ class Buffer:
 
         if use_rdma_buffer not in self._raw:
             num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
-            device = "cpu" if self._buffer.backend == "host" else "cuda"
-            self._raw[use_rdma_buffer] = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+            self._raw[use_rdma_buffer] = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
         rest = self._raw[use_rdma_buffer][offset:]
         flat = rest[: rest.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
         if size is None:
@@ -358,10 +358,9 @@ class Buffer:
         if self.enable_shrink:
             import torch
 
-            device = "cpu" if self._buffer.backend == "host" else "cuda"
             self._buffer.low_latency_dispatch(
-                torch.empty((0, _MEETING_HIDDEN), dtype=torch.bfloat16, device=device),
-                torch.empty((0, 1), dtype=torch.int64, device=device),
+                torch.empty((0, _MEETING_HIDDEN), dtype=torch.bfloat16, device=self._device),
+                torch.empty((0, 1), dtype=torch.int64, device=self._device),
                 1,
                 self.group_size,
                 use_fp8=False,
