@@ -131,7 +131,6 @@ class LowLatencyCombine:
         num_sum_blocks = plan.num_sum_blocks(
             sizes, num_tokens, area.max_send_blocks, max_blocks=domain.max_blocks
         )
-        num_senders = area.max_send_blocks + (domain.group.size if sends_weights else 0)
         results = domain.results([Column("bfloat16", (handle.hidden,))], frameworks[0])
         return _Plan(
             area=area,
@@ -175,10 +174,8 @@ class LowLatencyCombine:
             ),
             reads_weights=request.topk_weights is not None,
             frameworks=frameworks,
-            num_blocks=(
-                plan.SPEAKERS + num_senders,
-                plan.SPEAKERS + num_sum_blocks,
-                plan.SPEAKERS + num_senders + num_sum_blocks,
+            num_blocks=plan.combine_blocks(
+                sizes, area.max_send_blocks, num_sum_blocks, sends_weights=sends_weights
             ),
             num_bytes=_OUT_OFFSET + (0 if request.out is not None else 2 * num_tokens * handle.hidden),
             is_zero_copy=request.zero_copy,

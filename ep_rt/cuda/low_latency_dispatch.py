@@ -179,7 +179,6 @@ class LowLatencyDispatch:
         num_copy_blocks = 0
         if is_packed:
             num_copy_blocks = plan.num_copy_blocks(sizes, area.max_send_blocks, max_blocks=max_blocks)
-        num_senders = num_ranks + plan.num_send_blocks(num_tokens * sizes.num_pieces, area.max_send_blocks)
         dispatch_zones = area.layout.dispatch
         return _Plan(
             area=area,
@@ -219,11 +218,7 @@ class LowLatencyDispatch:
                 if view is not None
             ),
             frameworks=frameworks,
-            num_blocks=(
-                plan.SPEAKERS + num_senders,
-                plan.SPEAKERS + 2 * num_ranks + num_copy_blocks,
-                plan.SPEAKERS + num_senders + num_ranks + num_copy_blocks,
-            ),
+            num_blocks=plan.dispatch_blocks(sizes, num_tokens, area.max_send_blocks, num_copy_blocks),
             num_tokens=num_tokens,
             at=at,
             layout=request.layout,

@@ -171,6 +171,27 @@ def num_sum_blocks(shape: AreaShape, num_tokens: int, num_senders: int, *, max_b
     return max(1, num_send_blocks(num_tokens * shape.num_pieces, room))
 
 
+def dispatch_blocks(
+    shape: AreaShape, num_tokens: int, max_send_blocks: int, num_copy_blocks: int
+) -> tuple[int, int, int]:
+    """Blocks of a dispatch: of its send phase, of its receive phase, and of both in one kernel.
+
+    Those that send ids also tell what came, and a receive phase by itself has them too.
+    """
+    num_row_blocks = num_send_blocks(num_tokens * shape.num_pieces, max_send_blocks)
+    num_first = SPEAKERS + shape.num_ranks
+    num_receivers = shape.num_ranks + num_copy_blocks
+    return num_first + num_row_blocks, num_first + num_receivers, num_first + num_row_blocks + num_receivers
+
+
+def combine_blocks(
+    shape: AreaShape, max_send_blocks: int, num_sum_blocks: int, *, sends_weights: bool
+) -> tuple[int, int, int]:
+    """Blocks of a combine, as `dispatch_blocks`."""
+    num_senders = max_send_blocks + (shape.num_ranks if sends_weights else 0)
+    return SPEAKERS + num_senders, SPEAKERS + num_sum_blocks, SPEAKERS + num_senders + num_sum_blocks
+
+
 def area_bytes_hint(
     num_max_tokens: int,
     hidden: int,

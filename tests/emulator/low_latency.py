@@ -213,15 +213,12 @@ class LowLatency:
         sums = [np.zeros(num_local, np.int32) for _ in every]
 
         def launch(rank: int, phases: int) -> None:
-            num_senders = shape.num_ranks + plan.num_send_blocks(
-                len(ids[rank]) * shape.num_pieces, self.num_blocks
+            num_blocks = plan.dispatch_blocks(
+                shape, len(ids[rank]), self.num_blocks, num_copy_blocks if is_packed else 0
             )
-            num_receivers = shape.num_ranks + (num_copy_blocks if is_packed else 0)
             args = bound(kernel, {**arguments[rank], "phases": phases}, self._common(rank))
-            num_blocks = plan.SPEAKERS + (num_senders if phases & SENDS else shape.num_ranks)
-            num_blocks += num_receivers if phases & RECEIVES else 0
             if rank not in self.elsewhere:
-                ranks.machine.launch(rank, kernel, args, num_blocks)
+                ranks.machine.launch(rank, kernel, args, num_blocks[phases - 1])
 
         def compare(rank: int, wanted: list[reference.LowLatencyDispatched]) -> None:
             mine, out = wanted[rank], outputs[rank]
@@ -346,10 +343,11 @@ class LowLatency:
             )
 
         def launch(rank: int, phases: int) -> None:
-            num_senders = self.num_blocks + (shape.num_ranks if sends_weights else 0)
+            num_blocks = plan.combine_blocks(
+                shape, self.num_blocks, num_sum_blocks, sends_weights=bool(sends_weights)
+            )
             args = bound(kernel, {**arguments[rank][1], "phases": phases}, self._common(rank))
-            num_blocks = plan.SPEAKERS + num_senders * (phases & SENDS) + num_sum_blocks * (phases >> 1)
-            ranks.machine.launch(rank, kernel, args, num_blocks)
+            ranks.machine.launch(rank, kernel, args, num_blocks[phases - 1])
 
         def receive(rank: int) -> None:
             launch(rank, RECEIVES)
