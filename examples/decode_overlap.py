@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from frameworks import BF16, Library
-from launch import example_parser, launch, place_of, positive
+from launch import add_sizes, example_parser, launch, place_of
 
 import ep_rt
 
@@ -147,9 +147,7 @@ def parser() -> argparse.ArgumentParser:
         "topk": (4, "experts per token"),
         "rounds": (20, "times to repeat"),
     }
-    for name, (default, meaning) in sizes.items():
-        help_text = f"{meaning} (default: {default})"
-        parser.add_argument(f"--{name}", type=positive, default=default, help=help_text, metavar="N")
+    add_sizes(parser, sizes)
     return parser
 
 

@@ -9,7 +9,7 @@ import io
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import ep_rt
@@ -42,6 +42,13 @@ def example_parser(description: str | None, *, frameworks: Sequence[str]) -> arg
     )
     parser.add_argument("--seed", type=int, default=0)
     return parser
+
+
+def add_sizes(parser: argparse.ArgumentParser, sizes: Mapping[str, tuple[int, str]]) -> None:
+    """Add flags for integers of at least 1: default and meaning by name."""
+    for name, (default, meaning) in sizes.items():
+        help_text = f"{meaning} (default: {default})"
+        parser.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=help_text)
 
 
 def positive(text: str) -> int:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from frameworks import BF16, Library
-from launch import FRAMEWORKS, example_parser, launch, place_of, positive
+from launch import FRAMEWORKS, add_sizes, example_parser, launch, place_of
 from numpy.typing import NDArray
 
 import ep_rt
@@ -285,9 +285,7 @@ def parser() -> argparse.ArgumentParser:
         "topk": (4, "experts per token"),
         "rounds": (3, "times to repeat; the fastest is shown"),
     }
-    for name, (default, meaning) in sizes.items():
-        help_text = f"{meaning} (default: {default})"
-        parser.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=help_text)
+    add_sizes(parser, sizes)
     return parser
 
 

@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from frameworks import BF16, Library
-from launch import example_parser, launch, place_of, positive
+from launch import add_sizes, example_parser, launch, place_of, positive
 from numpy.typing import NDArray
 
 import ep_rt
@@ -276,9 +276,7 @@ def parser() -> argparse.ArgumentParser:
         "columns": (4096, "of the shared expert's matrix"),
         "rounds": (30, "times to repeat; the median is shown"),
     }
-    for name, (default, meaning) in sizes.items():
-        help_text = f"{meaning} (default: {default})"
-        parser.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=help_text)
+    add_sizes(parser, sizes)
     sms = [4, 8, 16, 24, 32, 48]
     parser.add_argument("--sms", type=positive, nargs="+", default=sms, metavar="N", help=f"default: {sms}")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="save a bar chart")

@@ -25,21 +25,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks are the parallelism; libr
 import argparse
 import math
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from launch import example_parser, launch, place_of, positive
-from numpy.typing import NDArray
+from launch import add_sizes, example_parser, launch, place_of
+from training import Trained, is_equal, ranks_in_words
 
 import ep_rt
 import ep_rt.torch
 
 Tensor = Any  # torch.Tensor
-
-# As in train_moe.py: what travels is float32, arithmetic on a rank is float64, for the choice of experts is
-# not continuous; what is left of another order of additions is some 1e-8.
-TOLERANCE = 1e-6
 
 
 class EPMoE(torch.nn.Module):  # type: ignore[misc]  # see pyproject.toml: torch is Any
@@ -153,11 +149,6 @@ def sum_gradients(group: ep_rt.Group, model: Imitator) -> None:
         p.grad = torch.from_numpy(np.sum([part[name] for part in parts], axis=0)).to(p.device)
 
 
-class Trained(NamedTuple):
-    losses: NDArray[np.float64]
-    parameters: dict[str, NDArray[np.float64]]
-
-
 def train(group: ep_rt.Group, options: argparse.Namespace) -> Trained:
     """Train over the ranks of `group`. Every rank gets the whole result. Collective."""
     with (
@@ -187,27 +178,13 @@ def train(group: ep_rt.Group, options: argparse.Namespace) -> Trained:
             adam.step()
             losses.append(sum(group.allgather(loss.item())))
             if group.rank == 0 and step % 50 == 0:
-                print(f"{in_words(group.size)}, {device}, step {step}: loss {losses[-1]:.4f}", flush=True)
+                print(
+                    f"{ranks_in_words(group.size)}, {device}, step {step}: loss {losses[-1]:.4f}", flush=True
+                )
         trained = {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
     for name in EXPERT_PARAMETERS:
         trained[name] = np.concatenate(group.allgather(trained[name]))
     return Trained(np.array(losses), trained)
-
-
-def in_words(num_ranks: int) -> str:
-    return "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
-
-
-def is_equal(many: Trained, alone: Trained, label: str) -> bool:
-    """Compare the two runs, and say how far they are apart."""
-    in_losses = np.abs(many.losses - alone.losses).max()
-    in_parameters = np.max([np.abs(p - alone.parameters[name]).max() for name, p in many.parameters.items()])
-    passed = bool(in_losses <= TOLERANCE and in_parameters <= TOLERANCE)
-    print(
-        f"equality check {'passed' if passed else 'FAILED'}: {label} and 1 rank differ by at most "
-        f"{in_losses:.1e} in the losses, {in_parameters:.1e} in the parameters (allowed: {TOLERANCE:.0e})"
-    )
-    return passed
 
 
 def report(trained: Trained, options: argparse.Namespace, num_ranks: int) -> bool:
@@ -217,7 +194,7 @@ def report(trained: Trained, options: argparse.Namespace, num_ranks: int) -> boo
     print(f"loss {'fell' if passed else 'DID NOT FALL'}: first {first:.4f}, last {last:.4f}", flush=True)
     if num_ranks > 1:
         [alone] = ep_rt.run_local(train, 1, options)
-        passed &= is_equal(trained, alone, in_words(num_ranks))
+        passed &= is_equal(trained, alone, ranks_in_words(num_ranks))
     return passed
 
 
@@ -247,9 +224,7 @@ def parser() -> argparse.ArgumentParser:
         "outputs": (4, "numbers to predict"),
         "num-experts": (8, "experts, of all ranks together"),
     }
-    for name, (default, meaning) in sizes.items():
-        help_text = f"{meaning} (default: {default})"
-        parser.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=help_text)
+    add_sizes(parser, sizes)
     # More than two terms would be added in an order that depends on the ranks, in float32.
     parser.add_argument("--topk", type=int, choices=(1, 2), default=2, help="experts per token (default: 2)")
     parser.add_argument("--learning-rate", type=float, default=3e-3, metavar="X")

@@ -31,16 +31,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks are the parallelism; NumP
 import argparse
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
 import numpy as np
 from frameworks import Library
-from launch import example_parser, launch, place_of, positive
+from launch import add_sizes, example_parser, launch, place_of
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from tqdm import tqdm
+from training import Trained, is_equal, ranks_in_words
 
 import ep_rt
 
@@ -51,12 +53,6 @@ Floats = Any  # float64 array of the library that computes
 Payload = Any  # float32
 Ints = Any  # int64
 Parameters = dict[str, Floats]
-
-# Runs on different numbers of ranks add the same numbers in another order, so they begin 1e-16 apart. Where
-# that moves a value across a rounding boundary, it travels one float32 step away from its twin, 6e-8 of the
-# value; a few of those leave the runs about 1e-8 apart, a larger learning rate a little more. To lose one
-# token of one batch moves some parameter by 1e-4, even in the last step.
-TOLERANCE = 1e-6
 
 EXPERT_PARAMETERS = ("up", "down")  # a rank holds those of its own experts; all others are replicated
 
@@ -262,13 +258,12 @@ def sum_over_ranks(group: ep_rt.Group, lib: Library, values: Parameters) -> Para
     return {name: lib.put(sum(part[name] for part in parts)) for name in values}
 
 
-class Trained(NamedTuple):
-    losses: NDArray[np.float64]
-    parameters: dict[str, NDArray[np.float64]]
+@dataclass(frozen=True)
+class TrainedWriter(Trained):
     sample: str
 
 
-def train(group: ep_rt.Group, options: argparse.Namespace, text: Text) -> Trained:
+def train(group: ep_rt.Group, options: argparse.Namespace, text: Text) -> TrainedWriter:
     """Train over the ranks of `group`. Every rank gets the whole result. Collective."""
     with (
         place_of(group, options) as place,
@@ -309,7 +304,7 @@ def train(group: ep_rt.Group, options: argparse.Namespace, text: Text) -> Traine
         trained = {name: lib.fetch(value) for name, value in p.items()}
     for name in EXPERT_PARAMETERS:
         trained[name] = np.concatenate(group.allgather(trained[name]))
-    return Trained(np.array(losses), trained, sample)
+    return TrainedWriter(np.array(losses), trained, sample)
 
 
 def write(
@@ -327,22 +322,6 @@ def write(
     return text.spell(written)
 
 
-def ranks_in_words(num_ranks: int) -> str:
-    return "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
-
-
-def is_equal(many: Trained, alone: Trained, label: str) -> bool:
-    """Compare the two runs, and say how far they are apart."""
-    in_losses = np.abs(many.losses - alone.losses).max()
-    in_parameters = np.max([np.abs(p - alone.parameters[name]).max() for name, p in many.parameters.items()])
-    passed = bool(in_losses <= TOLERANCE and in_parameters <= TOLERANCE)
-    print(
-        f"equality check {'passed' if passed else 'FAILED'}: {label} and 1 rank differ by at most "
-        f"{in_losses:.1e} in the losses, {in_parameters:.1e} in the parameters (allowed: {TOLERANCE:.0e})"
-    )
-    return passed
-
-
 def save_plot(path: Path, curves: dict[str, NDArray[np.float64]]) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
@@ -353,7 +332,7 @@ def save_plot(path: Path, curves: dict[str, NDArray[np.float64]]) -> None:
     figure.savefig(path, dpi=150)
 
 
-def report(trained: Trained, options: argparse.Namespace, num_ranks: int, text: Text) -> bool:
+def report(trained: TrainedWriter, options: argparse.Namespace, num_ranks: int, text: Text) -> bool:
     """Print and plot how the training went; compare it with one rank. Whether all is as it should be."""
     first, last = trained.losses[0], trained.losses[-10:].mean()
     passed = bool(last < 0.9 * first)
@@ -396,9 +375,7 @@ def parser() -> argparse.ArgumentParser:
         "num-experts": (8, "experts, of all ranks together"),
         "sample": (300, "characters to write at the end"),
     }
-    for name, (default, meaning) in sizes.items():
-        help_text = f"{meaning} (default: {default})"
-        parser.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=help_text)
+    add_sizes(parser, sizes)
     # More than two terms would be added in an order that depends on the ranks, in float32: see Floats.
     parser.add_argument("--topk", type=int, choices=(1, 2), default=2, help="experts per token (default: 2)")
     parser.add_argument("--learning-rate", type=float, default=2e-3, metavar="X")
