@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gloo_launch import run_ranks
 
 torch: Any = pytest.importorskip("torch")
 
@@ -254,35 +254,10 @@ exec(compile(open(sys.argv[1]).read(), sys.argv[1], "exec"))
 def test_a_program_for_deep_ep_runs_unchanged(tmp_path: Path) -> None:
     num_ranks = 2
     (tmp_path / "program.py").write_text(PROGRAM)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environ = dict(
-        os.environ,
-        PYTHONPATH=str(TESTS.parent),
-        EP_RT_BACKEND="host",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        WORLD_SIZE=str(num_ranks),
-        OMP_NUM_THREADS="1",
-        GLOO_SOCKET_IFNAME="lo",
+    codes, outputs = run_ranks(
+        ["-c", LAUNCHER, str(tmp_path / "program.py")], num_ranks, timeout_s=120, EP_RT_BACKEND="host"
     )
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER, str(tmp_path / "program.py")],
-            env=dict(environ, RANK=str(rank)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0] * num_ranks, outputs
+    assert codes == [0] * num_ranks, outputs
     assert all("passed" in output for output in outputs), outputs
 
 

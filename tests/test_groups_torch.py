@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+from gloo_launch import run_ranks
 
 pytest.importorskip("torch.distributed")
 
@@ -42,34 +39,7 @@ def caught(kind, fn):
 def run(folder: Path, script: str, num_ranks: int) -> tuple[list[int], list[str]]:
     """Exit codes and outputs of the ranks."""
     (folder / "script.py").write_text(PRELUDE + textwrap.dedent(script))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environ = dict(
-        os.environ,
-        PYTHONPATH=str(Path(__file__).parents[1]),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        WORLD_SIZE=str(num_ranks),
-        OMP_NUM_THREADS="1",
-        GLOO_SOCKET_IFNAME="lo",
-    )
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(folder / "script.py")],
-            env=dict(environ, RANK=str(rank)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
-    try:
-        outputs = [process.communicate(timeout=40)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    return [process.returncode for process in ranks], outputs
+    return run_ranks([str(folder / "script.py")], num_ranks, timeout_s=40)
 
 
 def test_values_bytes_mismatches_and_sub_groups(tmp_path: Path) -> None:
