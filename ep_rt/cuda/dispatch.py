@@ -120,6 +120,10 @@ class Dispatch:
         self.num_calls = 0
         self.num_copied_results = 0
 
+    def close(self) -> None:
+        """After the domain."""
+        self._told.close()
+
     def reset(self, num_calls: int) -> None:
         """After `HangWatch.reset`; `num_calls` is the same on every rank."""
         self._told.reset()

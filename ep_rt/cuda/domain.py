@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar
@@ -104,17 +103,15 @@ class Domain:
         self.runtime = cupy.cuda.runtime
         self.device: int = self.runtime.getDevice()
         bus_id = self.runtime.deviceGetPCIBusId(self.device)
-        places = group.allgather((platform.node(), bus_id, os.getpid()), op="devices", timeout_s=timeout_s)
-        mine = places[group.rank]
-        self.num_sharing = sum(place[:2] == mine[:2] for place in places)
-        self._has_threads_beside = places.count(mine) > 1
+        places = group.allgather((platform.node(), bus_id), op="devices", timeout_s=timeout_s)
+        self.num_sharing = places.count(places[group.rank])
         self.num_device_sms = int(cupy.cuda.Device().attributes["MultiProcessorCount"])
         self.slab = Slab(group, num_bytes, timeout_s=timeout_s)
         self.base = self.slab.pointers[group.rank] + PAYLOAD_OFFSET
         self.watch = HangWatch(self.slab, timeout_s=timeout_s)
         self.pool = Pool(num_bytes)
-        self.heap = Heap()
-        if self._has_threads_beside:
+        self.heap = Heap(shared_device=self.device if self.slab.has_threads_beside else None)
+        if self.slab.has_threads_beside:
             # The driver allocates only once the device's kernels are done, and those of the ranks beside wait
             # for this one.
             self.heap.reserve(_SHARED_DEVICE_RESERVE_BYTES)
@@ -132,6 +129,7 @@ class Domain:
         self.is_closed = True
         self.slab.close(timeout_s=self.timeout_s, when_unused=self.pool.close)
         self.comm.close()
+        self.watch.close()
 
     def together(self, what: str, step: Callable[[], T]) -> T:
         """Do a local step; if it fails on any rank, close the slab and raise on all."""
@@ -193,7 +191,7 @@ class Domain:
             # JAX orders its arrays by the communication stream when they are exported to it.
             streams = tuple([current_stream(each, self.device) for each in frameworks if each != "jax"])
             is_plain = False
-        if self._has_threads_beside and arrays.CUDA_STREAM_LEGACY in streams:
+        if self.slab.has_threads_beside and arrays.CUDA_STREAM_LEGACY in streams:
             raise ConfigError(
                 "ranks that are threads on one GPU wait for each other, and the default stream is common to "
                 "them: give each a non-blocking stream of its own, and make it current"

@@ -171,6 +171,7 @@ class CudaEngine:
     def close(self) -> None:
         """Collective. Arrays that are still held stay valid; handles do not."""
         self._domain.close()
+        self._dispatch.close()
 
     def reset(self) -> None:
         """Start again after an error of the ranks. Collective; see `HangWatch.reset`."""

@@ -37,6 +37,7 @@ from .layout import (
     signal_operation,
     signal_word,
 )
+from .leftovers import give_pinned_back, take_pinned
 from .memory import Slab
 
 # A rank that gave up told its peers, and their kernels leave within microseconds of hearing it.
@@ -69,15 +70,17 @@ class PinnedStruct:
     """
 
     def __init__(self, struct: Struct) -> None:
-        import cupy
-
-        self._memory = cupy.cuda.PinnedMemory(struct.itemsize, _HOST_ALLOC_PORTABLE_MAPPED)
+        self._memory = take_pinned(struct.itemsize, _HOST_ALLOC_PORTABLE_MAPPED)
         self.pointer: int = self._memory.ptr
         buffer = (ctypes.c_uint8 * struct.itemsize).from_address(self.pointer)
         self.array: NDArray[Any] = np.frombuffer(memoryview(buffer), struct)
         self.array[:] = 0
         self.fields = fields_type(struct).from_address(self.pointer)
         self.word = ctypes.c_uint64.from_address(self.pointer)
+
+    def close(self) -> None:
+        """Nobody uses it any more."""
+        give_pinned_back(self.array.nbytes, self._memory)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,6 +276,10 @@ class HangWatch:
         self._error = None
         meanwhile()
         group.allgather(None, op="reset done", timeout_s=timeout_s)
+
+    def close(self) -> None:
+        """No kernel is watched any more, and nobody asks."""
+        self._pinned.close()
 
     def _explain(self) -> EpError:
         own = self._slab.group.rank

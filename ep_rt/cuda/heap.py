@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from ..errors import DeviceError
+from . import leftovers
 from .streams import allocation_in_capture
 
 
@@ -59,13 +61,17 @@ class Heap:
     A pool of CuPy's, but its own one: what one call gave back the next one may use, whatever their streams,
     because `Turns` keeps them in order.
 
+    Args:
+        shared_device: the device, if other ranks of it are threads of this process; see `leftovers`.
+
     Attributes:
         num_released: blocks given back so far. Grows before any of them is handed out again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, shared_device: int | None = None) -> None:
         import cupy
 
+        self._shared_device = shared_device
         self._pool = cupy.cuda.MemoryPool()
         self._out_of_memory = cupy.cuda.memory.OutOfMemoryError
         self.num_released = 0
@@ -73,6 +79,10 @@ class Heap:
     def reserve(self, num_bytes: int) -> None:
         """Have memory at hand, so that `take` need not ask the driver for it."""
         self.take(num_bytes)
+
+    def __del__(self) -> None:
+        if self._shared_device is not None:
+            leftovers.leave(self._shared_device, partial(_has_freed_all, self._pool))
 
     @property
     def num_bytes(self) -> int:
@@ -97,3 +107,8 @@ class Heap:
             return Block(self, self._pool.malloc(max(1, num_bytes)))
         except self._out_of_memory as error:
             raise DeviceError(f"allocating {num_bytes} bytes: {error}") from error
+
+
+def _has_freed_all(pool: Any) -> bool:
+    pool.free_all_blocks()
+    return bool(pool.total_bytes() == 0)

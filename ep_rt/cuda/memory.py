@@ -26,6 +26,7 @@ from ..errors import (
     on_all_ranks,
 )
 from ..exchange import LATE, Group
+from . import leftovers
 from .layout import PAYLOAD_OFFSET, align_up
 
 _LOG = logging.getLogger("ep_rt")
@@ -59,6 +60,7 @@ class Slab:
 
     Attributes:
         device: the current device at construction, where the slab lies.
+        has_threads_beside: whether other ranks of it are threads of this process, on this device.
         pointers: [num_ranks] base addresses, valid on `device`. Each slab starts with a `SLAB_HEADER` and
             an `EXCHANGE` of zeros; the payload is not initialised.
 
@@ -79,7 +81,10 @@ class Slab:
         self._pointer = 0
         self._opened: dict[int, int] = {}
         self._is_closed = False
+        leftovers.settle(self.device)
         offers: list[_Offer] = group.allgather(self._allocate(), op="slab", timeout_s=timeout_s)
+        places = [(offer.host, offer.pid, offer.device) for offer in offers]
+        self.has_threads_beside = places.count(places[group.rank]) > 1
         error = next(
             (f"rank {rank}: {offer.error}" for rank, offer in enumerate(offers) if offer.error), None
         )
@@ -142,6 +147,7 @@ class Slab:
             except cupy.cuda.runtime.CUDARuntimeError as error:
                 _LOG.warning("device %d failed before its slab was closed: %s", self.device, error)
             self._unmap()
+            leftovers.settle(self.device)
         try:
             confirmed = self.group.allgather(None, op="slab close", timeout_s=timeout_s, skip_late=True)
             missing = [rank for rank, value in enumerate(confirmed) if value is LATE]
@@ -235,6 +241,9 @@ class Slab:
         """For garbage collection, on any thread: raises nothing."""
         if sys.is_finalizing():  # the memory goes with the process, and nothing can be imported any more
             return
+        if self.has_threads_beside:
+            leftovers.leave(self.device, self._is_released)
+            return
         try:
             import cupy
 
@@ -242,6 +251,10 @@ class Slab:
                 self._release()
         except Exception as error:
             _LOG.warning("freeing a slab of %d bytes: %s", self.num_bytes, error)
+
+    def _is_released(self) -> bool:
+        self._release()
+        return True
 
     def _copy(self, destination: int, source: int, num_bytes: int) -> None:
         import cupy

@@ -35,6 +35,10 @@ class HostResult:
         self.pointer = self._struct.pointer
         self._abandoned: list[Lease] = []
 
+    def close(self) -> None:
+        """No kernel writes any more, and nobody waits."""
+        self._struct.close()
+
     def reset(self) -> None:
         """The ranks reset together: nobody writes to what was given up."""
         self._abandoned.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from collections.abc import Callable
@@ -190,6 +191,32 @@ def test_ten_thousand_rounds(place: str) -> None:
                     assert errors.total() == 0
 
     run(place, body)
+
+
+def test_garbage_is_collected_while_peers_wait(place: str) -> None:
+    """What a buffer leaves must not go back to the driver then: it would wait for the peers' kernels."""
+
+    def body(group: Group) -> None:
+        with low_latency_buffer(group) as old:
+            check_low_latency(old, 0)
+            held: list[Any] = [old, check_normal(old, 0)]
+        held.append(held)  # only garbage collection finds it
+        del old, held
+        with low_latency_buffer(group, timeout_s=5.0) as buffer:
+            for seed in range(8):
+                group.barrier()
+                if seed % group.size == group.rank:
+                    time.sleep(0.1)
+                    gc.collect()
+                check_low_latency(buffer, seed)
+            group.barrier()
+
+    gc.collect()
+    gc.disable()
+    try:
+        run(place, body)
+    finally:
+        gc.enable()
 
 
 def test_two_batches_overlap(place: str) -> None:
