@@ -211,4 +211,61 @@ struct Route {
     float weight;
 };
 
+// Two-level mode: several NVLink domains, called nodes, on a network.
+
+constexpr int kMaxNodes = 32;
+
+// Tokens that a rank dispatches within its node: those of each node's rank of the same local index.
+struct Segments {
+    int32_t num_tokens;                         // of all segments
+    int32_t num, own;                           // segments; the one of this rank's own tokens
+    int32_t first[kMaxNodes + 1];               // token at which each begins, and the end
+    int32_t counts[kMaxNodes][kMaxLocalRanks];  // tokens of a segment that go to each rank of this node
+};
+
+constexpr int kMaxChannels = 32;  // rings between two ranks in one direction
+constexpr int kMaxSlots = 8;      // of a ring
+
+// What a rank tells those that its tokens go to before they come.
+struct CountMessage {
+    int32_t counts[kMaxLocalRanks];  // tokens that go to each rank of the receiver's node
+    int32_t num_tokens;              // tokens that go to any of them
+    uint32_t digest;                 // of everything that must be the same on all ranks
+};
+
+// At the start of a rank's symmetric memory; the rings follow.
+struct NetworkArea {
+    uint64_t doing[kMaxNodes];       // [src_node]: the call that it is in
+    uint64_t farewells[kMaxNodes];   // [src_node]: 0, or the call that it gave up
+    uint64_t counted[2][kMaxNodes];  // [call & 1][src_node]: the call of its CountMessage
+    uint64_t landed[kMaxNodes][kMaxChannels][kMaxSlots];  // [src_node]: the chunk that lies in the slot
+    uint64_t freed[kMaxNodes][kMaxChannels][kMaxSlots];   // [dst_node]: the chunk that it has taken out
+    CountMessage incoming[2][kMaxNodes], outgoing[2][kMaxNodes];  // [call & 1]
+};
+
+// Of one rank, in its own memory. Chunks of a ring are counted from 1, over all calls.
+struct NetworkState {
+    uint64_t calls;    // layouts so far
+    uint64_t leaving;  // 1: a block is giving a call up; cleared by reset alone
+    uint64_t sent[kMaxNodes][kMaxChannels], received[kMaxNodes][kMaxChannels];
+};
+
+// Which tokens cross the network, kept by the handle. Arrays of what came, or comes back, hold the parts of
+// all nodes but this one, one after another.
+struct NetworkPlan {
+    Segments segments;
+    int32_t send_counts[kMaxNodes];     // tokens of this rank that go to each node
+    int32_t landed_first[kMaxNodes];    // where the tokens of each node begin
+    int32_t returned_first[kMaxNodes];  // where the rows that each node sends back begin
+};
+
+// What belongs to a row: `bytes` of it, a multiple of 4, from here to there.
+struct Section {
+    const uint8_t* from;
+    uint8_t* to;
+    int32_t bytes;
+    int32_t offset;  // within a record, a multiple of 16
+};
+constexpr int kMaxSections = 4;
+
 }  // namespace ep

@@ -13,7 +13,15 @@ import numpy as np
 
 from ..errors import TopologyError
 from . import plan
-from .layout import MAX_LOCAL_EXPERTS, MAX_LOCAL_RANKS, MAX_RANKS, Struct, align_up
+from .layout import (
+    MAX_LOCAL_EXPERTS,
+    MAX_LOCAL_RANKS,
+    MAX_RANKS,
+    MAX_SECTIONS,
+    SECTION,
+    Struct,
+    align_up,
+)
 
 ELEMENTS: Final = ("float32", "float16", "bfloat16")
 """What `combine` sums, in the order of `IntranodeCombineCfg.element`."""
@@ -110,6 +118,22 @@ class WireLimitCfg:
 class NvshmemPingCfg:
     scope: int
     num_threads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InternodeLayoutCfg:
+    num_threads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InternodeExchangeCfg:
+    num_threads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InternodeSumCfg:
+    num_threads: int
+    element: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -441,6 +465,69 @@ def nvshmem_ping(scope: str) -> KernelSpec:
     )
 
 
+def internode_layout() -> KernelSpec:
+    """Which tokens of a two-level dispatch go to which node, and how many come."""
+    return KernelSpec(
+        source="internode_layout.cu",
+        function="internode_layout",
+        cfg=InternodeLayoutCfg(num_threads=1024),
+        args=np.dtype(
+            [
+                *_pointers("hang", "area", "state", "plan", "topk_idx", "is_token_in_rank", "lists"),
+                *_pointers("positions"),
+                ("timeout_ns", "<u8"),
+                ("digest", "<u4"),
+                *_ints("rank", "num_ranks", "node", "num_nodes", "num_tokens", "num_topk", "num_experts"),
+                *_ints("idx_bytes"),
+                ("slabs", "<u8", (MAX_LOCAL_RANKS,)),
+            ],
+            align=True,
+        ),
+        uses_network=True,
+    )
+
+
+def internode_exchange() -> KernelSpec:
+    """Rows to and from the other nodes."""
+    return KernelSpec(
+        source="internode_exchange.cu",
+        function="internode_exchange",
+        cfg=InternodeExchangeCfg(num_threads=512),
+        args=np.dtype(
+            [
+                *_pointers("hang", "area", "state", "plan", "lists", "outbox", "inbox"),
+                ("timeout_ns", "<u8"),
+                *_ints("rank", "num_ranks", "node", "num_nodes", "num_tokens"),
+                *_ints("num_channels", "num_slots", "slot_bytes", "num_sections", "record_bytes"),
+                ("sections", SECTION, (MAX_SECTIONS,)),
+                ("slabs", "<u8", (MAX_LOCAL_RANKS,)),
+            ],
+            align=True,
+        ),
+        blocks_per_sm=2,
+        uses_network=True,
+    )
+
+
+def internode_sum(element: str) -> KernelSpec:
+    """The end of a two-level combine of rows of one of `ELEMENTS`: what the nodes sent back, added."""
+    return KernelSpec(
+        source="internode_sum.cu",
+        function="internode_sum",
+        cfg=InternodeSumCfg(num_threads=512, element=ELEMENTS.index(element)),
+        args=np.dtype(
+            [
+                *_pointers("header", "plan", "positions", "here", "returned", "here_weights"),
+                *_pointers("returned_weights"),
+                ("bias", "<u8", (2,)),
+                *_pointers("out", "out_weights"),
+                *_ints("node", "num_nodes", "num_tokens", "row_bytes", "num_topk"),
+            ],
+            align=True,
+        ),
+    )
+
+
 def normal_mode_specs() -> list[KernelSpec]:
     """What one engine of the normal mode loads."""
     combines = [intranode_combine(element) for element in ELEMENTS]
@@ -457,12 +544,13 @@ def low_latency_specs() -> list[KernelSpec]:
 
 def network_specs() -> list[KernelSpec]:
     """Every instance that uses NVSHMEM."""
-    return [nvshmem_ping(scope) for scope in SCOPES]
+    return [*(nvshmem_ping(scope) for scope in SCOPES), internode_layout(), internode_exchange()]
 
 
 def all_specs() -> list[KernelSpec]:
     """Every other instance that can be asked for."""
-    return [barrier(8), barrier(MAX_RANKS), *normal_mode_specs(), *low_latency_specs(), wire_limit()]
+    sums = [internode_sum(element) for element in ELEMENTS]
+    return [barrier(8), barrier(MAX_RANKS), *normal_mode_specs(), *low_latency_specs(), wire_limit(), *sums]
 
 
 # The best shape of the prototype, which had no tickets: on H200 325 GB/s with 8 SMs, 342 with all.

@@ -45,6 +45,18 @@ FIRST_COMBINE_ZONE: Final = 2
 MAX_SEND_BLOCKS: Final = 256
 """Most blocks that send rows in a low-latency call."""
 
+MAX_NODES: Final = 32
+"""Most nodes that the two-level mode serves."""
+
+MAX_CHANNELS: Final = 32
+"""Most rings between two ranks in one direction."""
+
+MAX_SLOTS: Final = 8
+"""Most slots of a ring."""
+
+MAX_SECTIONS: Final = 4
+"""Most parts of a row that cross the network."""
+
 Struct = np.dtype[Any]
 """A C struct: fields by name, aligned as C++ aligns them."""
 
@@ -187,6 +199,58 @@ LOW_LATENCY_RECORD: Final[Struct] = np.dtype(
 
 ROUTE: Final[Struct] = np.dtype([("row", "<i4"), ("weight", "<f4")], align=True)
 
+SEGMENTS: Final[Struct] = np.dtype(
+    [
+        ("num_tokens", "<i4"),
+        ("num", "<i4"),
+        ("own", "<i4"),
+        ("first", "<i4", (MAX_NODES + 1,)),
+        ("counts", "<i4", (MAX_NODES, MAX_LOCAL_RANKS)),
+    ],
+    align=True,
+)
+
+COUNT_MESSAGE: Final[Struct] = np.dtype(
+    [("counts", "<i4", (MAX_LOCAL_RANKS,)), ("num_tokens", "<i4"), ("digest", "<u4")], align=True
+)
+
+NETWORK_AREA: Final[Struct] = np.dtype(
+    [
+        ("doing", "<u8", (MAX_NODES,)),
+        ("farewells", "<u8", (MAX_NODES,)),
+        ("counted", "<u8", (2, MAX_NODES)),
+        ("landed", "<u8", (MAX_NODES, MAX_CHANNELS, MAX_SLOTS)),
+        ("freed", "<u8", (MAX_NODES, MAX_CHANNELS, MAX_SLOTS)),
+        ("incoming", COUNT_MESSAGE, (2, MAX_NODES)),
+        ("outgoing", COUNT_MESSAGE, (2, MAX_NODES)),
+    ],
+    align=True,
+)
+
+NETWORK_STATE: Final[Struct] = np.dtype(
+    [
+        ("calls", "<u8"),
+        ("leaving", "<u8"),
+        ("sent", "<u8", (MAX_NODES, MAX_CHANNELS)),
+        ("received", "<u8", (MAX_NODES, MAX_CHANNELS)),
+    ],
+    align=True,
+)
+
+NETWORK_PLAN: Final[Struct] = np.dtype(
+    [
+        ("segments", SEGMENTS),
+        ("send_counts", "<i4", (MAX_NODES,)),
+        ("landed_first", "<i4", (MAX_NODES,)),
+        ("returned_first", "<i4", (MAX_NODES,)),
+    ],
+    align=True,
+)
+
+SECTION: Final[Struct] = np.dtype(
+    [("from", "<u8"), ("to", "<u8"), ("bytes", "<i4"), ("offset", "<i4")], align=True
+)
+
 
 def align_up(value: int, alignment: int) -> int:
     """The smallest multiple of `alignment` that is not below `value`."""
@@ -297,6 +361,10 @@ def layout_asserts() -> list[str]:
         "kLowLatencyZones": LOW_LATENCY_ZONES,
         "kFirstCombineZone": FIRST_COMBINE_ZONE,
         "kMaxSendBlocks": MAX_SEND_BLOCKS,
+        "kMaxNodes": MAX_NODES,
+        "kMaxChannels": MAX_CHANNELS,
+        "kMaxSlots": MAX_SLOTS,
+        "kMaxSections": MAX_SECTIONS,
         "kExchangeOffset": EXCHANGE_OFFSET,
         "kPayloadOffset": PAYLOAD_OFFSET,
     }
@@ -315,6 +383,12 @@ def layout_asserts() -> list[str]:
         "LowLatencyState": LOW_LATENCY_STATE,
         "LowLatencyRecord": LOW_LATENCY_RECORD,
         "Route": ROUTE,
+        "Segments": SEGMENTS,
+        "CountMessage": COUNT_MESSAGE,
+        "NetworkArea": NETWORK_AREA,
+        "NetworkState": NETWORK_STATE,
+        "NetworkPlan": NETWORK_PLAN,
+        "Section": SECTION,
     }
     return [
         *(f"static_assert(ep::{name} == {value});" for name, value in constants.items()),

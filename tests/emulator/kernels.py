@@ -46,7 +46,10 @@ def small(spec: KernelSpec, *, num_data_warps: int = 1, stage_bytes: int = 64) -
         kernels.LowLatencyDispatchCfg
         | kernels.LowLatencyCombineCfg
         | kernels.DispatchLayoutCfg
-        | kernels.ContiguousCfg,
+        | kernels.ContiguousCfg
+        | kernels.InternodeLayoutCfg
+        | kernels.InternodeExchangeCfg
+        | kernels.InternodeSumCfg,
     ):
         cfg = replace(cfg, num_threads=64)
     return replace(spec, cfg=cfg, shared_bytes=_shared_bytes(spec, cfg))

@@ -1,0 +1,238 @@
+// Rows to and from the ranks of the same local index on the other nodes, with what belongs to each row.
+//
+// Rings      between two ranks there is a ring for each channel and direction: slots in the sender's outbox
+//            and, at the same place, in the receiver's inbox. A channel carries an equal stretch of the rows
+//            for a node, in chunks that fill a slot; the receiver knows from the counts which rows those are,
+//            so no row has a header. Rows go on to their place at once, and the slot is free again.
+// Credits    chunk k of a ring is put in slot k % num_slots once the receiver has said that it took chunk
+//            k - num_slots out of it, which also means that the outbox has been read. Every slot has its own
+//            words: so no two stores to one of them are under way.
+// Progress   who sends waits for credits alone, who receives for chunks alone, and all take nodes in turn,
+// one
+//            chunk of each at a time: a wait is only ever for somebody who is behind.
+// Order      the block's stores into the outbox, barrier, put with signal; acquire of the signal by one
+//            thread, barrier, loads from the inbox, barrier, credit.
+// Launch     an even number of blocks, all resident: the first half send, the others receive.
+#include "internode.cuh"
+
+namespace ep {
+
+struct InternodeExchangeCfg {
+    int num_threads;
+};
+
+template <InternodeExchangeCfg kCfg>
+struct InternodeExchangeArgs {
+    HangRecord* hang;
+    NetworkArea* area;
+    NetworkState* state;
+    const NetworkPlan* plan;
+    const int32_t* lists;  // [num_nodes, num_tokens], see internode_layout.cu; nullptr: the way back
+    uint8_t *outbox, *inbox;
+    uint64_t timeout_ns;
+    int32_t rank, num_ranks;  // of the node
+    int32_t node, num_nodes, num_tokens;
+    int32_t num_channels, num_slots, slot_bytes;
+    int32_t num_sections, record_bytes;
+    Section sections[kMaxSections];
+    uint8_t* slabs[kMaxLocalRanks];
+};
+
+template <InternodeExchangeCfg kCfg>
+struct InternodeExchange {
+    static constexpr int kDepth = 4;  // loads of a thread that are on their way together
+
+    const InternodeExchangeArgs<kCfg>& args;
+    const internode::Session& session;
+
+    // Rows [first, end) of those for a node, or from it, that chunk `chunk` of a channel carries in this
+    // call.
+    struct Stretch {
+        int32_t first, end;
+    };
+    __device__ Stretch stretch(int32_t count, int32_t channel, int32_t chunk) const {
+        const auto begin = [&](int32_t of) {
+            return static_cast<int32_t>(int64_t{count} * of / args.num_channels);
+        };
+        const int32_t per_chunk = args.slot_bytes / args.record_bytes, last = begin(channel + 1);
+        const int32_t first = min(int64_t{last}, begin(channel) + int64_t{chunk} * per_chunk);
+        return {first, min(last, first + per_chunk)};
+    }
+
+    __device__ bool is_back() const { return args.lists == nullptr; }
+    __device__ int32_t landed_count(int32_t at) const {
+        return args.plan->segments.first[at + 1] - args.plan->segments.first[at];
+    }
+    __device__ int32_t send_count(int32_t at) const {
+        return is_back() ? landed_count(at) : args.plan->send_counts[at];
+    }
+    __device__ int32_t recv_count(int32_t at) const {
+        return is_back() ? args.plan->send_counts[at] : landed_count(at);
+    }
+    // Where the i-th row for a node lies among those here, and where the i-th row from it goes.
+    __device__ int64_t source(int32_t at, int32_t i) const {
+        return is_back() ? args.plan->segments.first[at] + i : args.lists[int64_t{at} * args.num_tokens + i];
+    }
+    __device__ int64_t target(int32_t at, int32_t i) const {
+        return (is_back() ? args.plan->returned_first[at] : args.plan->landed_first[at]) + i;
+    }
+
+    __device__ int64_t slot_offset(int32_t at, int32_t channel, uint64_t chunk) const {
+        return ((int64_t{at} * args.num_channels + channel) * args.num_slots + chunk % args.num_slots) *
+               args.slot_bytes;
+    }
+
+    // Copies one part of `num` rows, as one block.
+    template <class Vector, class From, class To>
+    __device__ void copy(int32_t num, int32_t bytes, From from, To to) const {
+        const int32_t per_row = bytes / static_cast<int32_t>(sizeof(Vector)), total = num * per_row;
+        for (int32_t first = threadIdx.x; first < total; first += kDepth * kCfg.num_threads) {
+            Vector values[kDepth];
+#pragma unroll
+            for (int32_t v = 0; v < kDepth; ++v) {
+                const int32_t i = first + v * kCfg.num_threads;
+                if (i < total) values[v] = reinterpret_cast<const Vector*>(from(i / per_row))[i % per_row];
+            }
+#pragma unroll
+            for (int32_t v = 0; v < kDepth; ++v) {
+                const int32_t i = first + v * kCfg.num_threads;
+                if (i < total) reinterpret_cast<Vector*>(to(i / per_row))[i % per_row] = values[v];
+            }
+        }
+    }
+    template <class From, class To>
+    __device__ void copy_section(int32_t num, int32_t bytes, From from, To to) const {
+        if (bytes % static_cast<int32_t>(sizeof(uint4)) == 0)
+            copy<uint4>(num, bytes, from, to);
+        else
+            copy<uint32_t>(num, bytes, from, to);
+    }
+
+    __device__ void gather(int32_t at, Stretch rows, uint8_t* slot) const {
+        for (int32_t s = 0; s < args.num_sections; ++s) {
+            const Section& section = args.sections[s];
+            copy_section(
+                rows.end - rows.first, section.bytes,
+                [&](int32_t i) { return section.from + source(at, rows.first + i) * section.bytes; },
+                [&](int32_t i) { return slot + int64_t{i} * args.record_bytes + section.offset; });
+        }
+    }
+    __device__ void scatter(int32_t at, Stretch rows, const uint8_t* slot) const {
+        for (int32_t s = 0; s < args.num_sections; ++s) {
+            const Section& section = args.sections[s];
+            copy_section(
+                rows.end - rows.first, section.bytes,
+                [&](int32_t i) { return slot + int64_t{i} * args.record_bytes + section.offset; },
+                [&](int32_t i) { return section.to + target(at, rows.first + i) * section.bytes; });
+        }
+    }
+
+    // As one block: `step(at, rows, number)` for the chunks of a channel, those of all nodes in turn, until
+    // it says why not. `ring` counts the chunks of each node's ring, over all calls.
+    template <class Count, class Step>
+    __device__ Reason each_chunk(int32_t channel, uint64_t (*ring)[kMaxChannels], Count count,
+                                 Step step) const {
+        for (int32_t chunk = 0;; ++chunk) {
+            bool is_more = false;
+            for (int32_t i = 1; i < args.num_nodes; ++i) {
+                const int32_t at = (args.node + i) % args.num_nodes;
+                const Stretch rows = stretch(count(at), channel, chunk);
+                if (rows.first >= rows.end) continue;
+                is_more = true;
+                const Reason reason = step(at, rows, ring[at][channel] + 1 + chunk);
+                if (reason != kNothing) return reason;
+            }
+            if (!is_more) break;
+        }
+        __syncthreads();  // all have read how many there were
+        for (int32_t at = threadIdx.x; at < args.num_nodes; at += blockDim.x) {
+            int32_t num_chunks = 0;
+            if (at != args.node) {
+                const int32_t per_chunk = args.slot_bytes / args.record_bytes;
+                const Stretch all = whole(count(at), channel);
+                num_chunks = (all.end - all.first + per_chunk - 1) / per_chunk;
+            }
+            ring[at][channel] += num_chunks;
+        }
+        return kNothing;
+    }
+    __device__ Stretch whole(int32_t count, int32_t channel) const {
+        return {static_cast<int32_t>(int64_t{count} * channel / args.num_channels),
+                static_cast<int32_t>(int64_t{count} * (channel + 1) / args.num_channels)};
+    }
+
+    __device__ Reason send(int32_t channel, uint32_t& missing) const {
+        const auto count = [&](int32_t at) { return send_count(at); };
+        return each_chunk(
+            channel, args.state->sent, count, [&](int32_t at, Stretch rows, uint64_t number) -> Reason {
+                Reason reason = kNothing;
+                const int32_t slot = number % args.num_slots;
+                if (threadIdx.x == 0 && number > args.num_slots)
+                    reason = internode::await_signal(session, &args.area->freed[at][channel][slot],
+                                                     number - args.num_slots, at);
+                reason = sync::agree(reason);
+                if (reason != kNothing) {
+                    missing = 1u << at;
+                    return reason;
+                }
+                const int64_t from = slot_offset(at, channel, number);
+                const int64_t to = slot_offset(args.node, channel, number);
+                gather(at, rows, args.outbox + from);
+                __syncthreads();
+                network::put_signal_block(
+                    args.inbox + to, args.outbox + from, int64_t{rows.end - rows.first} * args.record_bytes,
+                    &args.area->landed[args.node][channel][slot], number, session.place.peer(at));
+                return kNothing;
+            });
+    }
+
+    __device__ Reason receive(int32_t channel, uint32_t& missing) const {
+        const auto count = [&](int32_t at) { return recv_count(at); };
+        return each_chunk(
+            channel, args.state->received, count, [&](int32_t at, Stretch rows, uint64_t number) -> Reason {
+                Reason reason = kNothing;
+                const int32_t slot = number % args.num_slots;
+                if (threadIdx.x == 0)
+                    reason =
+                        internode::await_signal(session, &args.area->landed[at][channel][slot], number, at);
+                reason = sync::agree(reason);
+                if (reason != kNothing) {
+                    missing = 1u << at;
+                    return reason;
+                }
+                scatter(at, rows, args.inbox + slot_offset(at, channel, number));
+                __syncthreads();
+                if (threadIdx.x == 0)
+                    network::set_signal(&args.area->freed[args.node][channel][slot], number,
+                                        session.place.peer(at));
+                return kNothing;
+            });
+    }
+};
+
+template <InternodeExchangeCfg kCfg>
+__device__ void internode_exchange(const InternodeExchangeArgs<kCfg>& args) {
+    static_assert(kCfg.num_threads % kWarpSize == 0 && kCfg.num_threads >= kMaxNodes);
+    // Before and after all phases of the calls within the node.
+    constexpr uint64_t kComing = 0, kReturning = 9;
+    internode::Session session{.place = {args.node, args.num_nodes, args.rank, args.num_ranks},
+                               .slabs = args.slabs,
+                               .host_hang = args.hang,
+                               .area = args.area,
+                               .state = args.state};
+    const InternodeExchange<kCfg> exchange{.args = args, .session = session};
+    const bool is_back = exchange.is_back();
+    // The way out comes before the call within the node, the way back after it.
+    const uint64_t epoch = session.own()->epoch + (is_back ? 0 : 1);
+    if (!internode::begin(session, epoch, is_back ? kCombine : kDispatch, args.timeout_ns)) return;
+    const int32_t num_each = gridDim.x / 2;
+    const bool sends = blockIdx.x < num_each;
+    Reason reason = kNothing;
+    uint32_t missing = 0;
+    for (int32_t channel = blockIdx.x % num_each; channel < args.num_channels && reason == kNothing;
+         channel += num_each)
+        reason = sends ? exchange.send(channel, missing) : exchange.receive(channel, missing);
+    if (reason != kNothing) internode::leave(session, reason, is_back ? kReturning : kComing, missing);
+}
+
+}  // namespace ep

@@ -1,0 +1,203 @@
+// The layout of a two-level dispatch: which tokens go to which node, and what comes from there. One block.
+//
+// Protocol   tokens are numbered for each node, in order. Every rank tells the rank of the same local index
+// on
+//            each other node how many of its tokens come, and to how many each rank there belongs; from those
+//            of all nodes it knows the list of tokens that it will dispatch within its own (Segments).
+// Reuse      messages come in two sets, by parity of the call: who sends that of call c + 2 has heard from
+//            the receiver in c + 1, which it entered after it had read all of c.
+// Launch     one block of at least kMaxNodes threads, a multiple of 32.
+#include "internode.cuh"
+
+namespace ep {
+
+struct InternodeLayoutCfg {
+    int num_threads;
+};
+
+template <InternodeLayoutCfg kCfg>
+struct InternodeLayoutArgs {
+    HangRecord* hang;
+    NetworkArea* area;
+    NetworkState* state;
+    NetworkPlan* plan;
+    const uint8_t* topk_idx;
+    const uint8_t* is_token_in_rank;  // [num_tokens, all ranks], read where there are no expert ids
+    int32_t* lists;                   // [num_nodes, num_tokens]: the tokens for each node, in order
+    int32_t* positions;               // [num_tokens, num_nodes]: the number of a token there, or -1
+    uint64_t timeout_ns;
+    uint32_t digest;
+    int32_t rank, num_ranks;  // of the node
+    int32_t node, num_nodes, num_tokens, num_topk, num_experts, idx_bytes;
+    uint8_t* slabs[kMaxLocalRanks];
+};
+
+template <InternodeLayoutCfg kCfg>
+struct InternodeLayout {
+    static constexpr int kNumWarps = kCfg.num_threads / kWarpSize;
+
+    struct Shared {
+        int32_t rank_tokens[kMaxNodes * kMaxLocalRanks];  // by rank, of all nodes
+        int32_t warp_tokens[kNumWarps][kMaxNodes];
+        uint32_t missing;
+    };
+
+    const InternodeLayoutArgs<kCfg>& args;
+    const internode::Session& session;
+    Shared& shared;
+    int32_t experts_per_rank, warp, lane;
+
+    // The rank of the expert in a column; -1: none, also for an id that does not exist.
+    __device__ int32_t rank_of(int32_t token, int32_t k) const {
+        const int64_t at = int64_t{token} * args.num_topk + k;
+        const int64_t id = args.idx_bytes == 8 ? reinterpret_cast<const int64_t*>(args.topk_idx)[at]
+                                               : reinterpret_cast<const int32_t*>(args.topk_idx)[at];
+        return id >= 0 && id < args.num_experts ? static_cast<int32_t>(id) / experts_per_rank : -1;
+    }
+
+    // Bit n: the token goes to node n. Counts the token for each of its ranks.
+    __device__ uint32_t nodes_of(int32_t token) const {
+        uint32_t mask = 0;
+        const auto add = [&](int32_t rank) {
+            mask |= 1u << (rank / args.num_ranks);
+            atomicAdd(&shared.rank_tokens[rank], 1);
+        };
+        if (args.topk_idx == nullptr) {
+            const int32_t num_all = args.num_nodes * args.num_ranks;
+            for (int32_t r = 0; r < num_all; ++r)
+                if (args.is_token_in_rank[int64_t{token} * num_all + r]) add(r);
+            return mask;
+        }
+        for (int32_t k = 0; k < args.num_topk; ++k) {
+            const int32_t rank = rank_of(token, k);
+            bool is_first = rank >= 0;
+            for (int32_t j = 0; j < k && is_first; ++j) is_first = rank_of(token, j) != rank;
+            if (is_first) add(rank);
+        }
+        return mask;
+    }
+
+    // Numbers the tokens of every node. `total`, in lane n of every warp: those that go to node n.
+    __device__ void number_tokens(int32_t& total) const {
+        total = 0;
+        for (int32_t begin = 0; begin < args.num_tokens; begin += kCfg.num_threads) {
+            const int32_t token = begin + static_cast<int32_t>(threadIdx.x);
+            const uint32_t mask = token < args.num_tokens ? nodes_of(token) : 0;
+            for (int32_t n = 0; n < args.num_nodes; ++n) {
+                const uint32_t takers = __ballot_sync(kFullWarp, mask >> n & 1);
+                if (lane == n) shared.warp_tokens[warp][n] = __popc(takers);
+            }
+            __syncthreads();
+            int32_t before = total;
+            for (int32_t w = 0; w < kNumWarps && lane < args.num_nodes; ++w) {
+                const int32_t count = shared.warp_tokens[w][lane];
+                if (w < warp) before += count;
+                total += count;
+            }
+            for (int32_t n = 0; n < args.num_nodes; ++n) {
+                const bool goes = mask >> n & 1;
+                const uint32_t takers = __ballot_sync(kFullWarp, goes);
+                const int32_t position =
+                    __shfl_sync(kFullWarp, before, n) + __popc(takers & ((1u << lane) - 1));
+                if (token >= args.num_tokens) continue;
+                args.positions[int64_t{token} * args.num_nodes + n] = goes ? position : -1;
+                if (goes) args.lists[int64_t{n} * args.num_tokens + position] = token;
+            }
+            __syncthreads();
+        }
+    }
+
+    // As thread n: tells node n what comes, and waits for what it says.
+    __device__ Reason exchange(int32_t total, uint64_t call, CountMessage& theirs) const {
+        const int32_t at = lane, parity = call & 1;
+        if (at >= args.num_nodes) return kNothing;
+        const int32_t* counts = &shared.rank_tokens[at * args.num_ranks];
+        NetworkArea* area = args.area;
+        if (at == args.node) {
+            for (int32_t r = 0; r < kMaxLocalRanks; ++r)
+                theirs.counts[r] = r < args.num_ranks ? counts[r] : 0;
+            theirs.num_tokens = args.num_tokens;
+            return kNothing;
+        }
+        CountMessage* message = &area->outgoing[parity][at];
+        for (int32_t r = 0; r < kMaxLocalRanks; ++r) message->counts[r] = r < args.num_ranks ? counts[r] : 0;
+        message->num_tokens = total;
+        message->digest = args.digest;
+        network::put_signal_thread(&area->incoming[parity][args.node], message, sizeof(CountMessage),
+                                   &area->counted[parity][args.node], call, session.place.peer(at));
+        const Reason reason = internode::await_signal(session, &area->counted[parity][at], call, at);
+        if (reason != kNothing) return reason;
+        theirs = area->incoming[parity][at];
+        return theirs.digest == args.digest ? kNothing : kDisagreed;
+    }
+
+    // As the first warp, from what node `lane` has said.
+    __device__ void keep(int32_t total, const CountMessage& theirs) const {
+        NetworkPlan& plan = *args.plan;
+        const bool is_node = lane < args.num_nodes, is_own = lane == args.node;
+        const auto before = [&](int32_t value) {
+            int32_t sum = value;
+            for (int32_t shift = 1; shift < kWarpSize; shift *= 2) {
+                const int32_t lower = __shfl_up_sync(kFullWarp, sum, shift);
+                if (lane >= shift) sum += lower;
+            }
+            return sum - value;
+        };
+        const int32_t count = is_node ? theirs.num_tokens : 0;
+        const int32_t first = before(count);
+        const int32_t landed = before(is_own ? 0 : count), returned = before(is_node && !is_own ? total : 0);
+        if (is_node) {
+            for (int32_t r = 0; r < kMaxLocalRanks; ++r) plan.segments.counts[lane][r] = theirs.counts[r];
+            plan.segments.first[lane] = first;
+            plan.send_counts[lane] = total;
+            plan.landed_first[lane] = landed;
+            plan.returned_first[lane] = returned;
+        }
+        if (lane == args.num_nodes - 1) {
+            plan.segments.first[args.num_nodes] = first + count;
+            plan.segments.num_tokens = first + count;
+            plan.segments.num = args.num_nodes;
+            plan.segments.own = args.node;
+        }
+    }
+};
+
+template <InternodeLayoutCfg kCfg>
+__device__ void internode_layout(const InternodeLayoutArgs<kCfg>& args) {
+    using Layout = InternodeLayout<kCfg>;
+    static_assert(kCfg.num_threads % kWarpSize == 0 && kCfg.num_threads >= kMaxNodes);
+    constexpr uint64_t kPhase = 0;  // before all phases of the dispatch within the node
+    __shared__ typename Layout::Shared shared;
+    internode::Session session{.place = {args.node, args.num_nodes, args.rank, args.num_ranks},
+                               .slabs = args.slabs,
+                               .host_hang = args.hang,
+                               .area = args.area,
+                               .state = args.state};
+    if (!internode::begin(session, session.own()->epoch + 1, kDispatch, args.timeout_ns)) return;
+    const Layout layout{.args = args,
+                        .session = session,
+                        .shared = shared,
+                        .experts_per_rank = max(1, args.num_experts / (args.num_nodes * args.num_ranks)),
+                        .warp = static_cast<int32_t>(threadIdx.x) / kWarpSize,
+                        .lane = static_cast<int32_t>(threadIdx.x) % kWarpSize};
+    for (int32_t i = threadIdx.x; i < kMaxNodes * kMaxLocalRanks; i += blockDim.x) shared.rank_tokens[i] = 0;
+    if (threadIdx.x == 0) shared.missing = 0;
+    __syncthreads();
+    int32_t total;
+    layout.number_tokens(total);
+    __syncthreads();
+    const uint64_t call = args.state->calls + 1;
+    CountMessage theirs{};
+    Reason reason = kNothing;
+    if (layout.warp == 0) {
+        reason = layout.exchange(total, call, theirs);
+        if (reason != kNothing) atomicOr(&shared.missing, 1u << layout.lane);
+        __syncwarp();
+    }
+    reason = sync::agree(reason);
+    if (reason != kNothing) return internode::leave(session, reason, kPhase, shared.missing);
+    if (layout.warp == 0) layout.keep(total, theirs);
+    if (threadIdx.x == 0) args.state->calls = call;
+}
+
+}  // namespace ep

@@ -1,0 +1,77 @@
+// The end of a two-level combine: the sum of what the nodes sent back. Of one rank alone.
+//
+// Sum        float32, left to right: the rows of the nodes in ascending order, each of them a sum that was
+//            rounded, bias 0, bias 1; one rounding at the end. It starts from its first term, so that a -0.0
+//            stays; a token without any term is +0.0.
+// Launch     any number of blocks.
+#include "layout.cuh"
+#include "rows.cuh"
+
+namespace ep {
+
+struct InternodeSumCfg {
+    int num_threads, element;
+};
+
+template <InternodeSumCfg kCfg>
+struct InternodeSumArgs {
+    const SlabHeader* header;  // of this rank's slab
+    const NetworkPlan* plan;
+    const int32_t* positions;  // [num_tokens, num_nodes], see internode_layout.cu
+    const uint8_t* here;       // rows of all segments, summed over the ranks of this node
+    const uint8_t* returned;   // rows from the other nodes
+    const float *here_weights, *returned_weights;
+    const uint8_t* bias[2];                                    // [num_tokens] rows, or nullptr
+    uint8_t* out;                                              // [num_tokens] rows
+    float* out_weights;                                        // [num_tokens, num_topk]
+    int32_t node, num_nodes, num_tokens, row_bytes, num_topk;  // num_topk 0: no weights
+};
+
+template <InternodeSumCfg kCfg>
+__device__ void internode_sum(const InternodeSumArgs<kCfg>& args) {
+    // Rows of a call that was given up are not there.
+    if (ptx::ld_relaxed_gpu(&args.header->failed) != 0) return;
+    const int32_t per_row = args.row_bytes / rows::kVectorBytes;
+    const int32_t own_first = args.plan->segments.first[args.node];
+    const int64_t stride = int64_t{gridDim.x} * kCfg.num_threads;
+    const int64_t begin = int64_t{blockIdx.x} * kCfg.num_threads + threadIdx.x;
+    // Calls `term(is_here, row)` for each node that a token went to.
+    const auto each_term = [&](int32_t token, auto term) {
+        for (int32_t n = 0; n < args.num_nodes; ++n) {
+            const int32_t position = args.positions[int64_t{token} * args.num_nodes + n];
+            if (position < 0) continue;
+            const bool is_here = n == args.node;
+            term(is_here, int64_t{is_here ? own_first + token : args.plan->returned_first[n] + position});
+        }
+    };
+    for (int64_t i = begin; i < int64_t{args.num_tokens} * per_row; i += stride) {
+        const int32_t token = static_cast<int32_t>(i / per_row), vector = static_cast<int32_t>(i % per_row);
+        float sum[rows::kVectorElements<kCfg.element>];
+        bool has_term = false;
+        for (float& element : sum) element = rows::kNoTerm;
+        const auto add = [&](const uint8_t* base, int64_t row) {
+            rows::add<kCfg.element>(
+                sum, ptx::ld_stream(reinterpret_cast<const uint4*>(base) + row * per_row + vector));
+            has_term = true;
+        };
+        each_term(token, [&](bool is_here, int64_t row) { add(is_here ? args.here : args.returned, row); });
+        for (const uint8_t* bias : args.bias)
+            if (bias != nullptr) add(bias, token);
+        if (!has_term)
+            for (float& element : sum) element = 0.0f;
+        ptx::st_stream(reinterpret_cast<uint4*>(args.out) + i, rows::rounded<kCfg.element>(sum));
+    }
+    for (int64_t i = begin; i < int64_t{args.num_tokens} * args.num_topk; i += stride) {
+        const int32_t token = static_cast<int32_t>(i / args.num_topk),
+                      k = static_cast<int32_t>(i % args.num_topk);
+        float sum = rows::kNoTerm;
+        bool has_term = false;
+        each_term(token, [&](bool is_here, int64_t row) {
+            sum += (is_here ? args.here_weights : args.returned_weights)[row * args.num_topk + k];
+            has_term = true;
+        });
+        args.out_weights[i] = has_term ? sum : 0.0f;
+    }
+}
+
+}  // namespace ep

@@ -1,0 +1,279 @@
+"""Tokens of random layers over the emulated network and back, as the two-level mode sends them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ep_rt import reference
+from ep_rt.cuda import kernels
+from ep_rt.cuda.hang import Report
+from ep_rt.cuda.layout import (
+    HANG_RECORD,
+    NETWORK_AREA,
+    NETWORK_PLAN,
+    NETWORK_STATE,
+    PAYLOAD_OFFSET,
+    SLAB_HEADER,
+    align_up,
+    field_offset,
+)
+
+from .kernels import Kernels, bound
+from .machine import Array, EmulatedKernel, Machine, Memory
+from .runtime import Kind
+
+NUM_CHANNELS = 2
+NUM_SLOTS = 2
+ELEMENT = "float32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """What all ranks send. Rows are float32, so that what is moved can be summed as well."""
+
+    x: Sequence[Array]
+    topk_idx: Sequence[Array]
+    num_experts: int
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, num_ranks: int, *, hidden: int, max_tokens: int) -> Layer:
+        num_topk, num_experts = int(rng.integers(1, 4)), num_ranks * int(rng.integers(1, 3))
+        counts = rng.integers(0, max_tokens + 1, num_ranks)
+        return cls(
+            x=[rng.standard_normal((int(n), hidden)).astype(np.float32) for n in counts],
+            topk_idx=[rng.integers(-1, num_experts + 1, (int(n), num_topk)) for n in counts],
+            num_experts=num_experts,
+        )
+
+    def nodes(self, rank: int, num_nodes: int) -> Array:
+        """bool [T, N]: where the tokens of a rank go."""
+        ids = self.topk_idx[rank]
+        ids = np.where(ids < self.num_experts, ids, -1)
+        in_rank = reference.dispatch_layout(
+            ids, num_experts=self.num_experts, num_ranks=len(self.x)
+        ).is_token_in_rank
+        by_node: Any = in_rank.reshape(len(ids), num_nodes, len(self.x) // num_nodes).any(axis=2)
+        return by_node
+
+
+class Exchanges:
+    """Ranks of several nodes, and what is enqueued on them."""
+
+    def __init__(self, num_nodes: int, num_local_ranks: int, load: Kernels, *, slot_bytes: int) -> None:
+        self.num_nodes, self.num_local_ranks, self.load = num_nodes, num_local_ranks, load
+        self.slot_bytes = slot_bytes
+        num_ranks = num_nodes * num_local_ranks
+        self.ranks = range(num_ranks)
+        specs = [self._layout(), self._exchange(), self._sum()]
+        streams = [(rank, 2 * NUM_CHANNELS) for rank in self.ranks]
+        self.machine = machine = Machine(num_ranks, specs, streams, ranks_per_node=num_local_ranks)
+
+        def each(num_bytes: int, name: str, kind: Kind = Kind.OWN) -> list[Memory]:
+            return [machine.allocate(rank, num_bytes, name, kind) for rank in self.ranks]
+
+        ring_bytes = num_nodes * NUM_CHANNELS * NUM_SLOTS * slot_bytes
+        self.slabs = each(PAYLOAD_OFFSET, "slab", Kind.SLAB)
+        self.areas = each(NETWORK_AREA.itemsize, "network area", Kind.SYMMETRIC)
+        self.outboxes = each(ring_bytes, "outbox", Kind.SYMMETRIC)
+        self.inboxes = each(ring_bytes, "inbox", Kind.SYMMETRIC)
+        self.states = each(NETWORK_STATE.itemsize, "network state")
+        self.hangs = each(HANG_RECORD.itemsize, "hang record")
+        self.epoch = 0
+
+    def _layout(self) -> EmulatedKernel:
+        return self.load.small(kernels.internode_layout())
+
+    def _exchange(self) -> EmulatedKernel:
+        return self.load.small(kernels.internode_exchange())
+
+    def _sum(self) -> EmulatedKernel:
+        return self.load.small(kernels.internode_sum(ELEMENT))
+
+    def local_ranks(self, node: int) -> range:
+        return range(node * self.num_local_ranks, (node + 1) * self.num_local_ranks)
+
+    def common(self, rank: int) -> dict[str, Any]:
+        node = rank // self.num_local_ranks
+        return {
+            "hang": self.hangs[rank].address,
+            "area": self.areas[rank].address,
+            "state": self.states[rank].address,
+            "timeout_ns": self.machine.conditions.timeout_ns,
+            "rank": rank % self.num_local_ranks,
+            "num_ranks": self.num_local_ranks,
+            "node": node,
+            "num_nodes": self.num_nodes,
+            "slabs": [self.slabs[peer].address for peer in self.local_ranks(node)],
+        }
+
+    def layer(self, layer: Layer, rng: np.random.Generator, *, digests: Sequence[int] | None = None) -> None:
+        """Enqueue the way out and the way back of one layer, and the sum, on all ranks."""
+        goes = [layer.nodes(rank, self.num_nodes) for rank in self.ranks]
+        plans = [self.machine.allocate(rank, NETWORK_PLAN.itemsize, "plan").address for rank in self.ranks]
+        # By rank, of the concatenated list: what its node makes of each token.
+        made: list[list[Array]] = []
+        for rank in self.ranks:
+            parts = []
+            for node in range(self.num_nodes):
+                src = node * self.num_local_ranks + rank % self.num_local_ranks
+                here = rank // self.num_local_ranks
+                num = len(layer.x[src]) if src == rank else int(goes[src][:, here].sum())
+                parts.append(rng.standard_normal((num, layer.x[src].shape[1])).astype(np.float32))
+            made.append(parts)
+        for rank in self.ranks:
+            digest = 7 if digests is None else digests[rank]
+            self._one(rank, layer, goes, made, plans[rank], digest)
+        self.epoch += 2
+
+    def _one(
+        self, rank: int, layer: Layer, goes: list[Array], made: list[list[Array]], plan: int, digest: int
+    ) -> None:
+        machine, num_nodes, size = self.machine, self.num_nodes, self.num_local_ranks
+        x, ids = layer.x[rank], layer.topk_idx[rank]
+        (num_tokens, hidden), num_topk = x.shape, ids.shape[1]
+        node, local = rank // size, rank % size
+        others = [other for other in range(num_nodes) if other != node]
+        sources = [other * size + local for other in others]
+        common = self.common(rank) | {"plan": plan, "num_tokens": num_tokens}
+        lists = machine.allocate(rank, 4 * num_nodes * num_tokens, "lists").address
+        positions = machine.allocate(rank, 4 * num_nodes * num_tokens, "positions").address
+        given = {name: machine.put(rank, array, name) for name, array in (("x", x), ("ids", ids))}
+        machine.launch(
+            rank,
+            self._layout(),
+            bound(
+                self._layout(),
+                {
+                    "topk_idx": given["ids"] or positions,
+                    "lists": lists,
+                    "positions": positions,
+                    "digest": digest,
+                    "num_topk": num_topk,
+                    "num_experts": layer.num_experts,
+                    "idx_bytes": 8,
+                },
+                common,
+            ),
+            1,
+        )
+        coming = [goes[src][:, node] for src in sources]
+        landed_x = np.concatenate([layer.x[src][mask] for src, mask in zip(sources, coming, strict=True)])
+        landed_ids = np.concatenate(
+            [layer.topk_idx[src][mask] for src, mask in zip(sources, coming, strict=True)]
+        )
+        row_bytes, idx_bytes = 4 * hidden, 8 * num_topk
+        self._send(
+            rank,
+            common | {"lists": lists},
+            [(given["x"], landed_x, row_bytes), (given["ids"], landed_ids, idx_bytes)],
+            "landed",
+        )
+        # What the dispatch and the combine within the node do to the epoch.
+        epoch = machine.put(rank, np.array([self.epoch + 2], np.uint64), "epoch")
+        machine.copy(rank, self.slabs[rank].address + field_offset(SLAB_HEADER, "epoch"), epoch, 8)
+        here = np.concatenate(made[rank])
+        back = np.concatenate(
+            [made[other * size + local][node][: int(goes[rank][:, other].sum())] for other in others]
+        )
+        here_at = machine.put(rank, here, "here")
+        weights = self.machine.put(rank, here[:, :num_topk], "weights")
+        returned = self._send(
+            rank,
+            common,
+            [(here_at, back, row_bytes), (weights, back[:, :num_topk], 4 * num_topk)],
+            "returned",
+        )
+        out = machine.allocate(rank, x.nbytes, "out")
+        out_weights = machine.allocate(rank, 4 * num_tokens * num_topk, "out weights")
+        bias = x[::-1] if num_tokens % 2 else None
+        machine.launch(
+            rank,
+            self._sum(),
+            bound(
+                self._sum(),
+                {
+                    "header": self.slabs[rank].address,
+                    "positions": positions,
+                    "here": here_at,
+                    "returned": returned[0],
+                    "here_weights": weights,
+                    "returned_weights": returned[1],
+                    "bias": [0 if bias is None else machine.put(rank, bias, "bias"), 0],
+                    "out": out.address,
+                    "out_weights": out_weights.address,
+                    "row_bytes": row_bytes,
+                    "num_topk": num_topk,
+                },
+                common,
+            ),
+            2,
+        )
+        terms = []
+        for other in range(num_nodes):
+            term = np.full(x.shape, -0.0, np.float32)
+            rows = made[other * size + local][node]
+            where = goes[rank][:, other]
+            term[where] = rows[where] if other == node else rows
+            terms.append(term)
+        total = sum(terms[1:], terms[0])
+        has_term: Any = goes[rank].any(axis=1, keepdims=True)
+        if bias is not None:
+            self._expect(out, total + bias)
+        else:
+            self._expect(out, np.where(has_term, total, np.float32(0)))
+        self._expect(out_weights, np.where(has_term, total, np.float32(0))[:, :num_topk])
+
+    def _send(
+        self, rank: int, fields: dict[str, Any], parts: list[tuple[int, Array, int]], name: str
+    ) -> list[int]:
+        """One step over the network. `parts`: where from, what must land here, bytes of a row."""
+        machine, targets, sections, offset = self.machine, [], [], 0
+        for source, expected, num_bytes in parts:
+            memory = machine.allocate(rank, max(1, expected.nbytes), name)
+            self._expect(memory, expected)
+            targets.append(memory.address)
+            sections.append((source or memory.address, memory.address, num_bytes, offset))
+            offset += align_up(num_bytes, 16)
+        assert offset <= self.slot_bytes
+        kernel = self._exchange()
+        args = bound(
+            kernel,
+            {
+                "outbox": self.outboxes[rank].address,
+                "inbox": self.inboxes[rank].address,
+                "num_channels": NUM_CHANNELS,
+                "num_slots": NUM_SLOTS,
+                "slot_bytes": self.slot_bytes,
+                "num_sections": len(sections),
+                "record_bytes": offset,
+                "sections": sections,
+            },
+            fields,
+        )
+        machine.launch(rank, kernel, args, 2 * NUM_CHANNELS)
+        return targets
+
+    def _expect(self, memory: Memory, expected: Array) -> None:
+        raw = np.ascontiguousarray(expected).reshape(-1).view(np.uint8)
+        got = memory.array(np.uint8, (raw.nbytes,))
+
+        def check() -> str | None:
+            if self.has_failed or np.array_equal(got, raw):
+                return None
+            return f"{memory.name} of rank {memory.rank} is wrong"
+
+        self.machine.checks.append(check)
+
+    @property
+    def has_failed(self) -> bool:
+        return any(report is not None for report in self.reports())
+
+    def reports(self) -> list[Report | None]:
+        return [Report.of(rank, memory.array(HANG_RECORD)) for rank, memory in enumerate(self.hangs)]
+
+    def headers(self) -> list[Array]:
+        return [slab.array(SLAB_HEADER, (1,)) for slab in self.slabs]

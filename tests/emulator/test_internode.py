@@ -1,0 +1,170 @@
+"""The steps of the two-level mode over a simulated network: what arrives, in any order, and who is late."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pytest
+
+from ep_rt.cuda.layout import Operation, Reason, signal_operation
+
+from .build import KERNELS_CU
+from .internode import Exchanges, Layer
+from .kernels import Kernels
+from .machine import FoundError
+from .planting import Mutation, sources_with
+from .support import needs_emulator
+
+pytestmark = needs_emulator
+
+NUM_SEEDS: Final = 12
+GAVE_UP: Final = Operation.GAVE_UP
+
+
+def drawn(
+    num_nodes: int,
+    num_local_ranks: int,
+    seed: int,
+    *,
+    num_layers: int = 2,
+    max_tokens: int = 9,
+    sources: Path = KERNELS_CU,
+) -> Exchanges:
+    rng = np.random.default_rng(seed)
+    exchanges = Exchanges(num_nodes, num_local_ranks, Kernels(sources=sources), slot_bytes=256)
+    num_ranks = num_nodes * num_local_ranks
+    for _ in range(num_layers):
+        hidden = 4 * int(rng.integers(1, 5))
+        exchanges.layer(Layer.draw(rng, num_ranks, hidden=hidden, max_tokens=max_tokens), rng)
+    return exchanges
+
+
+@pytest.mark.parametrize(("num_nodes", "num_local_ranks"), [(2, 1), (2, 2), (3, 1), (4, 1)])
+def test_rows_cross_and_come_back(num_nodes: int, num_local_ranks: int) -> None:
+    for drawing in range(3):
+        exchanges = drawn(num_nodes, num_local_ranks, drawing)
+        for seed in range(NUM_SEEDS):
+            exchanges.machine.run(seed, orders_queue_pairs=bool(seed % 2))
+            assert not exchanges.has_failed
+
+
+@pytest.mark.parametrize("lost_node", [0, 2])
+def test_a_lost_node_is_named(lost_node: int) -> None:
+    exchanges = drawn(3, 1, 1)
+    num_failed = 0
+    for seed in range(40):
+        exchanges.machine.run(seed, lost_node=lost_node, lost_step=700 * seed)
+        reports = [
+            report
+            for rank, report in enumerate(exchanges.reports())
+            if report is not None and rank != lost_node
+        ]
+        if not reports:
+            continue
+        # Others may be late in their turn; who waited first waited for the lost one alone.
+        first = min(reports, key=lambda report: (report.epoch, report.phase))
+        late = {node for node, (_, seen) in first.waits.items() if signal_operation(seen) != GAVE_UP}
+        assert late == {lost_node}
+        assert all(exchanges.headers()[report.rank]["failed"][0] == 1 for report in reports)
+        num_failed += 1
+    assert num_failed > 20
+
+
+def test_a_rank_that_stops_holds_nobody_up() -> None:
+    exchanges = drawn(2, 2, 2)
+    for seed in range(30):
+        exchanges.machine.run(seed, dead_rank=3, dead_step=300 * seed)
+        reports = exchanges.reports()
+        for rank in (0, 2):  # of the other local index: they finish, or give up when their node does
+            assert reports[rank] is None or exchanges.headers()[rank]["failed"][0] == 1
+        if reports[1] is not None:
+            assert set(reports[1].waits) == {1}
+
+
+def test_nodes_with_other_arguments_say_so() -> None:
+    rng = np.random.default_rng(0)
+    exchanges = Exchanges(2, 1, Kernels(), slot_bytes=256)
+    exchanges.layer(Layer.draw(rng, 2, hidden=8, max_tokens=4), rng, digests=[7, 8])
+    for seed in range(10):
+        exchanges.machine.run(seed)
+        reports = [report for report in exchanges.reports() if report is not None]
+        assert reports
+        assert {report.reason for report in reports} <= {Reason.DISAGREED, Reason.CONTRADICTED}
+
+
+MUTATIONS = (
+    Mutation(
+        "a slot is filled before it is free",
+        "internode_exchange.cu",
+        "number > args.num_slots)",
+        "number > 2 * args.num_slots)",
+        "",
+    ),
+    Mutation(
+        "credit for another chunk",
+        "internode_exchange.cu",
+        "number - args.num_slots, at);",
+        "1, at);",
+        "",
+    ),
+    Mutation(
+        "puts before all threads have gathered",
+        "internode_exchange.cu",
+        "gather(at, rows, args.outbox + from);\n                __syncthreads();",
+        "gather(at, rows, args.outbox + from);",
+        "",
+    ),
+    Mutation(
+        "frees a slot that others still read",
+        "internode_exchange.cu",
+        "scatter(at, rows, args.inbox + slot_offset(at, channel, number));\n                __syncthreads();",
+        "scatter(at, rows, args.inbox + slot_offset(at, channel, number));",
+        "",
+    ),
+    Mutation(
+        "one word for all slots",
+        "internode_exchange.cu",
+        "&args.area->landed[at][channel][slot], number, at)",
+        "&args.area->landed[at][channel][0], number, at)",
+        "",
+    ),
+    Mutation(
+        "acquires nothing",
+        "internode.cuh",
+        "    ptx::ld_acquire_sys(word);\n    network::acquire_signal(word, value);\n",
+        "",
+        "",
+    ),
+    Mutation(
+        "one set of messages",
+        "internode_layout.cu",
+        "parity = call & 1;",
+        "parity = 0;",
+        "",
+    ),
+    Mutation(
+        "tokens of lower warps forgotten",
+        "internode_layout.cu",
+        "if (w < warp) before += count;",
+        "",
+        "",
+    ),
+)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_planted_bugs_are_found(mutation: Mutation) -> None:
+    with sources_with(mutation) as sources, pytest.raises(FoundError):
+        _run_all(sources, mutation.max_seeds)
+
+
+def _run_all(sources: Path, num_seeds: int) -> None:
+    for drawing in range(8):
+        max_tokens = (70, 1)[drawing % 2]
+        exchanges = drawn(2, 1, drawing, num_layers=3, max_tokens=max_tokens, sources=sources)
+        for seed in range(num_seeds // 4):
+            exchanges.machine.run(seed)
+            if exchanges.has_failed:
+                raise FoundError("record", "a rank gave up")
