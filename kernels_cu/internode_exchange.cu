@@ -113,7 +113,7 @@ struct InternodeExchange {
             const Section& section = args.sections[s];
             copy_section(
                 rows.end - rows.first, section.bytes,
-                [&](int32_t i) { return section.from + source(at, rows.first + i) * section.bytes; },
+                [&](int32_t i) { return section.source + source(at, rows.first + i) * section.bytes; },
                 [&](int32_t i) { return slot + int64_t{i} * args.record_bytes + section.offset; });
         }
     }
@@ -123,7 +123,7 @@ struct InternodeExchange {
             copy_section(
                 rows.end - rows.first, section.bytes,
                 [&](int32_t i) { return slot + int64_t{i} * args.record_bytes + section.offset; },
-                [&](int32_t i) { return section.to + target(at, rows.first + i) * section.bytes; });
+                [&](int32_t i) { return section.target + target(at, rows.first + i) * section.bytes; });
         }
     }
 

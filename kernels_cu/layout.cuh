@@ -261,8 +261,8 @@ struct NetworkPlan {
 
 // What belongs to a row: `bytes` of it, a multiple of 4, from here to there.
 struct Section {
-    const uint8_t* from;
-    uint8_t* to;
+    const uint8_t* source;
+    uint8_t* target;
     int32_t bytes;
     int32_t offset;  // within a record, a multiple of 16
 };

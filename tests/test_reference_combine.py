@@ -153,3 +153,23 @@ def test_rows_past_the_received_ones_are_ignored() -> None:
         rows[d.num_recv_tokens :] = np.nan
     for out in reference.combine(y, received, num_tokens=case.num_tokens):
         assert np.isfinite(out.x).all()
+
+
+def test_sums_of_nodes_are_rounded_on_their_way() -> None:
+    """1 + 2**-8 is 1 in bfloat16: what two ranks of a node add to 1 is lost, or not, as they are grouped."""
+    one, small = np.full((1, 8), 1, BF16), np.full((1, 8), 2**-8, BF16)
+    x = [np.zeros((count, 8), BF16) for count in (1, 0, 0, 0)]
+    ids = [np.arange(4)[None, :], *[np.zeros((0, 4), np.int64)] * 3]
+    sent = reference.dispatch(x, ids, num_experts=4)
+
+    def first(y: list[Array], **options: Any) -> Array:
+        return reference.combine(y, sent, num_tokens=[1, 0, 0, 0], **options)[0].x
+
+    y = [one, small, small, np.zeros_like(one)]
+    assert (first(y) > one).all()
+    assert (first(y, ranks_per_node=2) == one).all()
+    assert same_bits(first(y, ranks_per_node=1), first(y))
+    assert same_bits(first(y, ranks_per_node=4), first(y))
+    weights = [np.full((1, 4), 2.0**-rank, np.float32) for rank in range(4)]
+    combined = reference.combine(y, sent, num_tokens=[1, 0, 0, 0], topk_weights=weights, ranks_per_node=2)[0]
+    assert np.asarray(combined.topk_weights == np.float32(1.875)).all()

@@ -248,7 +248,7 @@ NETWORK_PLAN: Final[Struct] = np.dtype(
 )
 
 SECTION: Final[Struct] = np.dtype(
-    [("from", "<u8"), ("to", "<u8"), ("bytes", "<i4"), ("offset", "<i4")], align=True
+    [("source", "<u8"), ("target", "<u8"), ("bytes", "<i4"), ("offset", "<i4")], align=True
 )
 
 

@@ -235,6 +235,7 @@ def combine(
     num_tokens: Sequence[int],
     topk_weights: Sequence[Array] | None = None,
     bias: Sequence[Bias] | None = None,
+    ranks_per_node: int | None = None,
 ) -> list[Combined]:
     """Return every token to its source rank, summed over the ranks it was sent to.
 
@@ -249,6 +250,8 @@ def combine(
         num_tokens: T of each rank.
         topk_weights: per rank float32 [N, K].
         bias: per rank None, one array, or a tuple of two, each [T, H] of y's dtype.
+        ranks_per_node: with it, the rows of each node of that many consecutive ranks are summed and rounded
+            to y's dtype first (weights stay float32); these sums are the terms then, nodes ascending.
 
     Returns:
         One Combined per rank. A token that was sent nowhere and has no bias is +0.0.
@@ -271,7 +274,9 @@ def combine(
 
     combined = []
     for rank in range(num_ranks):
-        total = _return_rows(y, dispatched, rank=rank, num_tokens=num_tokens[rank])
+        total = _return_rows(
+            y, dispatched, rank=rank, num_tokens=num_tokens[rank], ranks_per_node=ranks_per_node
+        )
         biases = () if bias is None else _as_tuple(bias[rank])
         for i, term in enumerate(biases):
             shape = (num_tokens[rank], y[rank].shape[1])
@@ -279,20 +284,38 @@ def combine(
             total.add(np.arange(num_tokens[rank]), term)
         weights = None
         if topk_weights is not None:
-            summed = _return_rows(topk_weights, dispatched, rank=rank, num_tokens=num_tokens[rank])
+            summed = _return_rows(
+                topk_weights,
+                dispatched,
+                rank=rank,
+                num_tokens=num_tokens[rank],
+                ranks_per_node=ranks_per_node,
+            )
             weights = summed.rounded(np.float32)
         combined.append(Combined(x=total.rounded(y[rank].dtype), topk_weights=weights))
     return combined
 
 
 def _return_rows(
-    rows: Sequence[Array], dispatched: Sequence[Dispatched], *, rank: int, num_tokens: int
+    rows: Sequence[Array],
+    dispatched: Sequence[Dispatched],
+    *,
+    rank: int,
+    num_tokens: int,
+    ranks_per_node: int | None,
 ) -> RowSum:
     """Sum the rows that came from `rank`, receivers in ascending order."""
     total = RowSum(num_tokens, rows[0].shape[1])
-    for received, d in zip(rows, dispatched, strict=True):
-        here = np.flatnonzero(d.src_rank == rank)
-        total.add(d.src_token[here], received[here])
+    num_each = ranks_per_node or len(rows)
+    for first in range(0, len(rows), num_each):
+        part = total if ranks_per_node is None else RowSum(num_tokens, rows[0].shape[1])
+        tokens = np.zeros(num_tokens, bool)
+        for received, d in zip(rows[first : first + num_each], dispatched[first:], strict=False):
+            here = np.flatnonzero(d.src_rank == rank)
+            part.add(d.src_token[here], received[here])
+            tokens[d.src_token[here]] = True
+        if ranks_per_node is not None:
+            total.add(np.flatnonzero(tokens), part.rounded(rows[0].dtype)[tokens])
     return total
 
 

@@ -56,8 +56,7 @@ class Layer:
         in_rank = reference.dispatch_layout(
             ids, num_experts=self.num_experts, num_ranks=len(self.x)
         ).is_token_in_rank
-        by_node: Any = in_rank.reshape(len(ids), num_nodes, len(self.x) // num_nodes).any(axis=2)
-        return by_node
+        return np.asarray(in_rank.reshape(len(ids), num_nodes, len(self.x) // num_nodes).any(axis=2))
 
 
 class Exchanges:
