@@ -122,7 +122,7 @@ class Combine:
                 x.dtype,
                 num_topk=handle.num_topk,
                 row_bytes=row_bytes(x),
-                row_capacity=handle.num_landed_rows,
+                row_capacity=handle.landed.num_landed_rows,
             )
             if is_expert_major
             else None,
@@ -159,7 +159,7 @@ class Combine:
         staged_x: Lease | None
         staged_weights: Lease | None = None
         if found.collapse is not None:
-            num_bytes = handle.num_landed_rows * row_bytes(x)
+            num_bytes = handle.landed.num_landed_rows * row_bytes(x)
             staged_x = domain.take(num_bytes, "a row for each received token")
         else:
             staged_x = inputs.stage(x, pointers[0], "x")
@@ -212,9 +212,9 @@ class Combine:
         assert handle.places is not None
         x, weights = found.inputs[:2]
         at = PlacesLayout.of(
-            row_capacity=handle.num_landed_rows,
+            row_capacity=handle.landed.num_landed_rows,
             num_topk=handle.num_topk,
-            num_local_experts=handle.num_local_experts,
+            num_local_experts=handle.landed.num_local_experts,
         )
         args = launch.args
         args.num_recv_tokens = handle.num_recv_tokens_pointer
