@@ -7,7 +7,7 @@ like it, the result is copied to memory of this rank alone, and its place in the
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any, Final
 
@@ -34,7 +34,7 @@ from .handle import (
     routing_bytes,
 )
 from .heap import Block
-from .inputs import ROW_ALIGN_BYTES, Inputs, is_contiguous, itemsize
+from .inputs import ROW_ALIGN_BYTES, Input, Inputs, itemsize
 from .launch import Launch
 from .layout import MAX_LOCAL_EXPERTS, MAX_LOCAL_RANKS, ReceivedRow, ReceiveLayout
 from .memory import device_errors
@@ -65,7 +65,7 @@ class _Plan:
     """
 
     launch: Launch
-    inputs: tuple[ArrayView | None, ...]
+    inputs: tuple[Input | None, ...]
     per_expert: ArrayView | None
     is_readable: bool
     frameworks: tuple[str, ...]
@@ -183,8 +183,8 @@ class Dispatch:
         )
         # With expert ids, the destinations are those of the ids.
         views = (x, sf, ids, weights, request.is_token_in_rank if ids is None else None)
-        present = [view for view in views if view is not None]
-        frameworks = tuple(dict.fromkeys(view.framework for view in present))
+        inputs = tuple(None if view is None else Input.of(view) for view in views)
+        frameworks = tuple(dict.fromkeys(view.framework for view in views if view is not None))
         num_topk = 0 if ids is None else ids.shape[1]
         handle = request.handle
         assert handle is None or isinstance(handle, CudaDispatchHandle)  # its owner is this buffer
@@ -204,9 +204,11 @@ class Dispatch:
                 fill_rows=0 if is_cached else num_rows,
                 max_redundant_tokens=plan.MAX_REDUNDANT_TOKENS,
             ),
-            inputs=tuple(None if view is None else replace(view, pointer=0, owner=None) for view in views),
+            inputs=inputs,
             per_expert=request.num_tokens_per_expert,
-            is_readable=all(is_contiguous(view) and 0 not in view.shape for view in present),
+            is_readable=all(
+                given is None or (given.is_contiguous and not given.is_empty) for given in inputs
+            ),
             frameworks=frameworks,
             num_blocks=domain.num_blocks(num_sms),
             num_tokens=num_tokens,
@@ -297,7 +299,7 @@ class Dispatch:
         args.masks = scratch.pointer + 4 * MAX_LOCAL_RANKS * found.num_tokens
         args.send_token = scratch.pointer
         args.call = number
-        args.digest = along(found.digest, 0 if handle is None else handle.call)
+        args.digest = found.digest if handle is None else along(found.digest, handle.call)
         args.recv_offset = domain.offset(lease)
         args.recv_capacity = capacity
         found.launch(call.stream, found.num_blocks)
@@ -385,7 +387,7 @@ class Dispatch:
 
     def _take(self, found: _Plan, call: Call) -> Lease:
         domain, num_bytes = self._domain, found.num_bytes
-        lease = domain.pool.take(num_bytes, spare_bytes=domain.spare(num_bytes * found.spare_factor))
+        lease = domain.pool.take(num_bytes, domain.spare(num_bytes * found.spare_factor))
         if lease is None:
             lease = domain.take(num_bytes, f"{found.num_rows} received rows")
             # A graph's replays write there again, so nobody else can have it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from functools import partial
 from math import prod
 from typing import Any
@@ -18,7 +18,7 @@ from . import low_latency_plan as plan
 from .digest import low_latency_digest
 from .domain import Call, Domain
 from .heap import Block
-from .inputs import ROW_ALIGN_BYTES, Inputs, is_contiguous, itemsize
+from .inputs import ROW_ALIGN_BYTES, Input, Inputs, is_contiguous, itemsize
 from .launch import Launch
 from .layout import FIRST_COMBINE_ZONE, MAX_LOCAL_EXPERTS, OFFSET_UNIT, align_up
 from .low_latency_areas import Area, Areas
@@ -44,7 +44,7 @@ class _Plan:
     area: Area
     sizes: AreaShape
     launches: tuple[Launch, Launch]
-    inputs: tuple[ArrayView | None, ...]
+    inputs: tuple[Input | None, ...]
     is_readable: bool
     frameworks: tuple[str, ...]
     num_blocks: tuple[int, int, int]
@@ -180,6 +180,7 @@ class LowLatencyDispatch:
         if is_packed:
             num_copy_blocks = plan.num_copy_blocks(sizes, area.max_send_blocks, max_blocks=max_blocks)
         dispatch_zones = area.layout.dispatch
+        inputs = tuple(None if view is None else Input.of(view) for view in (x, ids, request.topk_weights))
         return _Plan(
             area=area,
             sizes=sizes,
@@ -208,14 +209,9 @@ class LowLatencyDispatch:
                 )
                 for zone, here in enumerate(dispatch_zones[:FIRST_COMBINE_ZONE])
             ),
-            inputs=tuple(
-                None if view is None else replace(view, pointer=0, owner=None)
-                for view in (x, ids, request.topk_weights)
-            ),
+            inputs=inputs,
             is_readable=all(
-                is_contiguous(view) and 0 not in view.shape
-                for view in (x, ids, request.topk_weights)
-                if view is not None
+                given is None or (given.is_contiguous and not given.is_empty) for given in inputs
             ),
             frameworks=frameworks,
             num_blocks=plan.dispatch_blocks(sizes, num_tokens, area.max_send_blocks, num_copy_blocks),
