@@ -135,7 +135,20 @@ class HostDispatchHandle(DispatchHandle):
         return self.num_recv_tokens if self.expert_rows is None else self.expert_rows.num_needed_rows
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
+class LowLatencyHandleShape(NamedTuple):
+    """What all handles of like dispatches have in common. See the attributes of `LowLatencyHandle`."""
+
+    num_tokens: int
+    num_topk: int
+    num_max_tokens_per_rank: int
+    hidden: int
+    num_experts: int
+    framework: str
+    layout: str
+    has_weights: bool
+
+
+@dataclass(slots=True, eq=False)
 class LowLatencyHandle:
     """The routing of one low-latency dispatch. Unpacks like DeepEP's tuple.
 
@@ -143,8 +156,10 @@ class LowLatencyHandle:
 
     Attributes:
         lists: src_info, layout_range and expert_rows, or what makes them when one is first asked for.
+        shape: all of what follows.
         num_tokens, num_topk: shape of ``topk_idx``.
         num_max_tokens_per_rank, hidden, num_experts, layout: as given to the dispatch.
+        framework: of ``x``.
         has_weights: whether the dispatch took ``topk_weights``.
 
     The arrays are in the framework of ``x`` and, on a GPU, lie there. With a receive hook the hook fills
@@ -153,14 +168,39 @@ class LowLatencyHandle:
 
     owner: Any = field(repr=False)
     lists: Any = field(repr=False)
-    num_tokens: int
-    num_topk: int
-    num_max_tokens_per_rank: int
-    hidden: int
-    num_experts: int
-    framework: str
-    layout: str = "expert"
-    has_weights: bool = False
+    shape: LowLatencyHandleShape
+
+    @property
+    def num_tokens(self) -> int:
+        return self.shape.num_tokens
+
+    @property
+    def num_topk(self) -> int:
+        return self.shape.num_topk
+
+    @property
+    def num_max_tokens_per_rank(self) -> int:
+        return self.shape.num_max_tokens_per_rank
+
+    @property
+    def hidden(self) -> int:
+        return self.shape.hidden
+
+    @property
+    def num_experts(self) -> int:
+        return self.shape.num_experts
+
+    @property
+    def framework(self) -> str:
+        return self.shape.framework
+
+    @property
+    def layout(self) -> str:
+        return self.shape.layout
+
+    @property
+    def has_weights(self) -> bool:
+        return self.shape.has_weights
 
     @property
     def src_info(self) -> Any:

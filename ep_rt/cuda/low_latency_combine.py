@@ -91,7 +91,7 @@ class LowLatencyCombine:
         is_mine = type(handle) is CudaLowLatencyHandle and handle.owner is self._owner
         if is_mine and (glanced := glance(given)) is not None:
             facts, pointers = glanced
-            key = (facts, options, handle.facts)
+            key = (facts, options, handle.shape)
             found = self._plans.find(key)
         if found is None:
             request = build(*given, handle, *options)
@@ -208,18 +208,15 @@ class LowLatencyCombine:
                 weights = self._inputs.readable(found.inputs[1], weights, call)
         zone = area.take_zone(first=FIRST_COMBINE_ZONE)
         base, at = handle.block.pointer, handle.at
-        fields = {
-            "record": block.pointer,
-            "dispatch_record": base + at.record,
-            "y": x,
-            "routes": base + at.routes,
-            "topk_idx": ids,
-            "topk_weights": weights,
-            "sent_ids": base + at.sent_ids,
-            "out": out,
-            "wait_stats": wait_stats,
-            "dispatch_zone": handle.zone if handle.area is area else -1,
-        }
+        launch = found.launches[zone - FIRST_COMBINE_ZONE]
+        args = launch.args
+        args.y, args.topk_idx, args.topk_weights = x, ids, weights
+        args.out, args.wait_stats = out, wait_stats
+        args.record = block.pointer
+        args.dispatch_record = base + at.record
+        args.routes = base + at.routes
+        args.sent_ids = base + at.sent_ids
+        args.dispatch_zone = handle.zone if handle.area is area else -1
         if found.make is not None:
             call.keep_with(block, handle.block)
         elif call.is_capturing:
@@ -228,9 +225,8 @@ class LowLatencyCombine:
         event, hook = run(
             domain,
             call,
-            found.launches[zone - FIRST_COMBINE_ZONE],
+            launch,
             found.num_blocks,
-            fields,
             pending=area.postpone(zone) if with_hook else None,
             frameworks=found.frameworks,
             objects=objects,
