@@ -686,7 +686,7 @@ class Buffer:
         self, config: Config | None, previous_event: EventOverlap | None, async_finish: bool
     ) -> Schedule:
         num_sms = self.num_sms if config is None else config.num_sms
-        return Schedule(previous_event=previous_event, async_finish=async_finish, num_sms=num_sms)
+        return Schedule(previous_event, async_finish, num_sms)
 
     def _cuda(self) -> CudaEngine:
         self._enter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,18 +13,28 @@ from numpy.typing import NDArray
 Tokens = NDArray[np.intp]
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
+class HandleShape(NamedTuple):
+    """What all handles of like dispatches have in common. See the attributes of `DispatchHandle`."""
+
+    num_tokens: int
+    num_topk: int
+    num_recv_rows: int
+    layout: str
+
+
+@dataclass(slots=True, eq=False)
 class DispatchHandle(abc.ABC):
     """The routing of one normal-mode dispatch as its rank saw it. Opaque to callers but for the counts.
 
     Never changed once made; not frozen, because that takes as long as the rest of a dispatch's bookkeeping.
 
     Attributes:
+        shape: the first of what follows, as a whole.
         num_tokens: tokens this rank sent from.
         num_topk: columns of ``topk_idx``; 0 when the dispatch had none.
         num_recv_rows: rows of ``recv_x``: `num_needed_rows`, or ``num_worst_tokens`` when that was given.
-        num_recv_tokens_per_expert_list: as returned by the dispatch.
         layout: "rank" or "expert", of the rows.
+        num_recv_tokens_per_expert_list: as returned by the dispatch.
         psum_num_tokens_per_expert: with layout "expert" int32 [num_local_experts], where each expert's true
             rows end, at most `num_recv_rows`; an expert's rows begin at the first multiple of
             ``expert_alignment`` from the end of the one before, the first's at 0. In the framework of
@@ -32,12 +42,25 @@ class DispatchHandle(abc.ABC):
     """
 
     owner: Any = field(repr=False)
-    num_tokens: int
-    num_topk: int
-    num_recv_rows: int
+    shape: HandleShape
     num_recv_tokens_per_expert_list: Sequence[int]
-    layout: str = "rank"
-    psum_num_tokens_per_expert: Any = field(default=None, repr=False)
+    psum_num_tokens_per_expert: Any = field(repr=False)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.shape.num_tokens
+
+    @property
+    def num_topk(self) -> int:
+        return self.shape.num_topk
+
+    @property
+    def num_recv_rows(self) -> int:
+        return self.shape.num_recv_rows
+
+    @property
+    def layout(self) -> str:
+        return self.shape.layout
 
     @property
     @abc.abstractmethod
@@ -112,7 +135,20 @@ class HostDispatchHandle(DispatchHandle):
         return self.num_recv_tokens if self.expert_rows is None else self.expert_rows.num_needed_rows
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
+class LowLatencyHandleShape(NamedTuple):
+    """What all handles of like dispatches have in common. See the attributes of `LowLatencyHandle`."""
+
+    num_tokens: int
+    num_topk: int
+    num_max_tokens_per_rank: int
+    hidden: int
+    num_experts: int
+    framework: str
+    layout: str
+    has_weights: bool
+
+
+@dataclass(slots=True, eq=False)
 class LowLatencyHandle:
     """The routing of one low-latency dispatch. Unpacks like DeepEP's tuple.
 
@@ -120,8 +156,10 @@ class LowLatencyHandle:
 
     Attributes:
         lists: src_info, layout_range and expert_rows, or what makes them when one is first asked for.
+        shape: all of what follows.
         num_tokens, num_topk: shape of ``topk_idx``.
         num_max_tokens_per_rank, hidden, num_experts, layout: as given to the dispatch.
+        framework: of ``x``.
         has_weights: whether the dispatch took ``topk_weights``.
 
     The arrays are in the framework of ``x`` and, on a GPU, lie there. With a receive hook the hook fills
@@ -130,14 +168,39 @@ class LowLatencyHandle:
 
     owner: Any = field(repr=False)
     lists: Any = field(repr=False)
-    num_tokens: int
-    num_topk: int
-    num_max_tokens_per_rank: int
-    hidden: int
-    num_experts: int
-    framework: str
-    layout: str = "expert"
-    has_weights: bool = False
+    shape: LowLatencyHandleShape
+
+    @property
+    def num_tokens(self) -> int:
+        return self.shape.num_tokens
+
+    @property
+    def num_topk(self) -> int:
+        return self.shape.num_topk
+
+    @property
+    def num_max_tokens_per_rank(self) -> int:
+        return self.shape.num_max_tokens_per_rank
+
+    @property
+    def hidden(self) -> int:
+        return self.shape.hidden
+
+    @property
+    def num_experts(self) -> int:
+        return self.shape.num_experts
+
+    @property
+    def framework(self) -> str:
+        return self.shape.framework
+
+    @property
+    def layout(self) -> str:
+        return self.shape.layout
+
+    @property
+    def has_weights(self) -> bool:
+        return self.shape.has_weights
 
     @property
     def src_info(self) -> Any:

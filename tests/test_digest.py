@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ep_rt.cuda.digest import along, combine_digest, dispatch_digest
-from ep_rt.handle import HostDispatchHandle
+from ep_rt.handle import HandleShape, HostDispatchHandle
 from ep_rt.requests import CombineRequest, DispatchRequest, Place
 
 OWNER = object()
@@ -74,10 +74,9 @@ def test_what_may_differ_is_not(one: dict[str, Any], other: dict[str, Any]) -> N
 def test_combine_knows_its_dispatch() -> None:
     handle = HostDispatchHandle(
         owner=OWNER,
-        num_tokens=4,
-        num_topk=2,
-        num_recv_rows=3,
+        shape=HandleShape(num_tokens=4, num_topk=2, num_recv_rows=3, layout="rank"),
         num_recv_tokens_per_expert_list=[3],
+        psum_num_tokens_per_expert=None,
         is_token_in_rank=np.zeros((4, 2), np.bool_),
         send_tokens=(),
         recv_counts=(3,),

@@ -36,6 +36,18 @@ def test_fields_are_the_same_memory() -> None:
     assert args["bias"][0].tolist() == [0, 77]
 
 
+def test_saved_arguments_come_back_in_place() -> None:
+    spec = kernels.barrier(3)
+    args = launch.pack(spec.args, **ARGS)
+    bound = object.__new__(launch.Launch)  # without a device
+    bound.args = launch.fields_type(spec.args).from_address(args.ctypes.data)
+    saved = bound.saved()
+    bound.args.timeout_ns, bound.args.slabs[2] = 6, 7
+    assert (args["timeout_ns"][0], args["slabs"][0][2]) == (6, 7)
+    bound.restore(saved)
+    assert args.tobytes() == launch.pack(spec.args, **ARGS).tobytes()
+
+
 def test_more_ranks_than_a_domain_has() -> None:
     assert kernels.barrier(layout.MAX_RANKS).name == f"barrier_r{layout.MAX_RANKS}_t{layout.MAX_RANKS}"
     with pytest.raises(TopologyError, match="at most 128"):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from ..arrays import ArrayView
-from ..cuda_arrays import Column, ResultArrays, glance
+from ..cuda_arrays import Column, glance
 from ..requests import CombineRequest, Schedule
 from ..results import Combined
 from . import plan
@@ -15,7 +14,7 @@ from .digest import along, combine_digest
 from .domain import Call, Domain
 from .expert_major import ExpertMajor, PlacesLayout
 from .handle import SEND_PLAN_OFFSET, SEND_ROW_OFFSET, CudaDispatchHandle
-from .inputs import Inputs, row_bytes
+from .inputs import Input, Inputs, row_bytes
 from .launch import Launch
 from .layout import OFFSET_UNIT, align_up
 from .operations import Operations
@@ -28,23 +27,25 @@ class _Plan:
     """A combine of certain shapes: what holds for every call of it.
 
     Attributes:
-        inputs: what x, topk_weights and the biases are like; None where absent.
-        collapse: for layout "expert": makes the rows that peers pull.
+        x, weights, biases: what the arrays are like.
+        collapse: for layout "expert": makes the rows that peers pull, of `collapsed_bytes`.
         num_stagers: blocks besides `num_blocks`, for an x that lies outside the slab.
-        out_bytes: of the allocation that holds the results; `places` says where, the weights' from
-            `weights_offset` on.
+        out_bytes: of the allocation that holds the results, the weights' from `weights_offset` on; `make`
+            makes them.
     """
 
     launch: Launch
     collapse: Launch | None
-    inputs: tuple[ArrayView | None, ...]
+    collapsed_bytes: int
+    x: Input
+    weights: Input | None
+    biases: tuple[Input, ...]
     frameworks: tuple[str, ...]
     num_blocks: int
     num_stagers: int
     out_bytes: int
     weights_offset: int
-    arrays: ResultArrays
-    places: tuple[tuple[int, int], ...]
+    make: Callable[[int, int, object], list[Any]]
     digest: int
 
 
@@ -81,8 +82,10 @@ class Combine:
             given: the caller's arguments; `build` makes a checked request of them.
         """
         x, handle, weights, bias = given
-        biases = () if bias is None else bias if type(bias) is tuple else (bias,)
-        objects: Sequence[Any] = (x, weights, *[each for each in biases if each is not None])
+        objects: list[Any] = [x, weights]
+        if bias is not None:
+            biases = bias if type(bias) is tuple else (bias,)
+            objects += [each for each in biases if each is not None]
         key: Hashable = None
         found = None
         is_mine = type(handle) is CudaDispatchHandle and handle.owner is self._owner
@@ -109,6 +112,13 @@ class Combine:
         views = (x, weights, *request.biases)
         frameworks = tuple(dict.fromkeys(view.framework for view in views if view is not None))
         weights_offset = align_up(num_tokens * row_bytes(x), OFFSET_UNIT)
+        results = domain.results(
+            [
+                Column(x.dtype, x.shape[1:]),
+                None if summed is None else Column(summed.dtype, summed.shape[1:]),
+            ],
+            frameworks[0],
+        )
         return _Plan(
             launch=self._operations.combine(
                 x.dtype,
@@ -122,24 +132,20 @@ class Combine:
                 x.dtype,
                 num_topk=handle.num_topk,
                 row_bytes=row_bytes(x),
-                row_capacity=handle.num_landed_rows,
+                row_capacity=handle.landed.num_landed_rows,
             )
             if is_expert_major
             else None,
-            inputs=tuple(None if view is None else replace(view, pointer=0, owner=None) for view in views),
+            collapsed_bytes=handle.landed.num_landed_rows * row_bytes(x),
+            x=Input.of(x),
+            weights=None if weights is None else Input.of(weights),
+            biases=tuple(Input.of(bias) for bias in request.biases),
             frameworks=frameworks,
             num_blocks=num_blocks,
             num_stagers=plan.num_stagers(num_blocks, x.shape[0] * row_bytes(x), max_blocks=domain.max_blocks),
             out_bytes=weights_offset + 4 * num_tokens * num_topk,
             weights_offset=weights_offset,
-            arrays=domain.results(
-                [
-                    Column(x.dtype, x.shape[1:]),
-                    None if summed is None else Column(summed.dtype, summed.shape[1:]),
-                ],
-                frameworks[0],
-            ),
-            places=((0, num_tokens), (weights_offset, num_tokens)),
+            make=results.placed(((0, num_tokens), (weights_offset, num_tokens))),
             digest=combine_digest(request),
         )
 
@@ -154,49 +160,52 @@ class Combine:
         domain, inputs = self._domain, self._inputs
         domain.check()
         call = domain.begin(found.frameworks, objects, schedule)
-        x, weights, *biases = found.inputs
-        assert x is not None
-        staged_x: Lease | None
-        staged_weights: Lease | None = None
+        x, weights = found.x, found.weights
+        # Where peers find them, or where there is room for a copy that they find.
+        x_at: int | Lease
+        weights_at: int | Lease = 0
         if found.collapse is not None:
-            num_bytes = handle.num_landed_rows * row_bytes(x)
-            staged_x = domain.take(num_bytes, "a row for each received token")
+            x_at = domain.take(found.collapsed_bytes, "a row for each received token")
         else:
-            staged_x = inputs.stage(x, pointers[0], "x")
-            staged_weights = inputs.stage(weights, pointers[1], "topk_weights")
+            x_at = inputs.slab_place(x, pointers[0], "x")
+            if weights is not None:
+                weights_at = inputs.slab_place(weights, pointers[1], "topk_weights")
         out = domain.heap.take(found.out_bytes, is_capturing=call.is_capturing)
         domain.order(call)
 
-        args = found.launch.args
-        args.send_plan = handle.routing.pointer + SEND_PLAN_OFFSET
-        args.send_row = handle.routing.pointer + SEND_ROW_OFFSET
-        for number, (view, pointer) in enumerate(zip(biases, pointers[2:], strict=True)):
-            args.bias[number] = inputs.readable(view, pointer, call)
+        args, routing = found.launch.args, handle.routing
+        args.send_plan = routing.pointer + SEND_PLAN_OFFSET
+        args.send_row = routing.pointer + SEND_ROW_OFFSET
+        for number, bias in enumerate(found.biases):
+            args.bias[number] = inputs.readable(bias, pointers[2 + number], call)
         args.out = out.pointer
         args.out_weights = out.pointer + found.weights_offset
         args.digest = along(found.digest, handle.call)
-        args.y = args.num_stagers = args.weights_offset = 0
+        args.y = args.num_stagers = 0
         num_blocks = found.num_blocks
-        if found.collapse is not None:
-            assert staged_x is not None
-            self._collapse(found, found.collapse, pointers, handle, staged_x, call)
-            args.y_offset = domain.offset(staged_x)
+        if isinstance(weights_at, Lease):
+            assert weights is not None
+            weights_at = inputs.stage(weights, pointers[1], weights_at, call)
+        args.weights_offset = weights_at
+        if not isinstance(x_at, Lease):
+            args.y_offset = x_at
+        elif found.collapse is not None:
+            self._collapse(found, found.collapse, pointers, handle, x_at, call)
+            args.y_offset = domain.offset(x_at)
+        elif not x.is_readable(pointers[0]):
+            args.y_offset = inputs.stage(x, pointers[0], x_at, call)
         else:
-            args.weights_offset = inputs.slab_offset(weights, pointers[1], staged_weights, call)
-            if staged_x is None or not inputs.is_readable(x, pointers[0]):
-                args.y_offset = inputs.slab_offset(x, pointers[0], staged_x, call)
-            else:
-                args.y = pointers[0]  # the kernel stages it
-                args.y_offset = domain.offset(staged_x)
-                args.num_stagers = found.num_stagers or max(1, num_blocks // 2)
-                num_blocks += found.num_stagers
-                inputs.num_staged += 1
-                call.temporaries.append(staged_x)
+            args.y = pointers[0]  # the kernel stages it
+            args.y_offset = domain.offset(x_at)
+            args.num_stagers = found.num_stagers or max(1, num_blocks // 2)
+            num_blocks += found.num_stagers
+            inputs.num_staged += 1
+            call.temporaries.append(x_at)
         found.launch(call.stream, num_blocks)
         self.num_calls += 1
-        call.keep_with(out, handle.routing)
+        call.keep_with(out, routing)
         event = domain.finish(call)
-        combined_x, combined_weights = found.arrays.over(out.pointer, found.out_bytes, out, found.places)
+        combined_x, combined_weights = found.make(out.pointer, found.out_bytes, out)
         return Combined(combined_x, combined_weights, event)
 
     def _collapse(
@@ -210,17 +219,16 @@ class Combine:
     ) -> None:
         """Enqueue the sums over the columns of what this rank received."""
         assert handle.places is not None
-        x, weights = found.inputs[:2]
         at = PlacesLayout.of(
-            row_capacity=handle.num_landed_rows,
+            row_capacity=handle.landed.num_landed_rows,
             num_topk=handle.num_topk,
-            num_local_experts=handle.num_local_experts,
+            num_local_experts=handle.landed.num_local_experts,
         )
         args = launch.args
         args.num_recv_tokens = handle.num_recv_tokens_pointer
         args.expert_row = handle.places.pointer + at.expert_row
-        args.y = self._inputs.readable(x, pointers[0], call)
-        args.weights = self._inputs.readable(weights, pointers[1], call)
+        args.y = self._inputs.readable(found.x, pointers[0], call)
+        args.weights = self._inputs.readable(found.weights, pointers[1], call)
         args.out = self._domain.address(out)
         launch(call.stream, plan.num_local_blocks(found.num_blocks, max_blocks=self._domain.max_blocks))
         call.temporaries += (out, handle.places)

@@ -63,7 +63,7 @@ def low_latency_combine_digest(
 
 
 def along(digest: int, handle_call: int) -> int:
-    """Of the same call along the routes of dispatch number `handle_call`, 0 for new ones."""
+    """Of the same call along the routes of dispatch number `handle_call`, or new ones for 0."""
     return (digest + handle_call * _ODD) & 0xFFFFFFFF
 
 

@@ -7,7 +7,7 @@ like it, the result is copied to memory of this rank alone, and its place in the
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any, Final
 
@@ -15,12 +15,13 @@ from .. import arrays
 from ..arrays import ArrayView
 from ..cuda_arrays import Column, ResultArrays, glance
 from ..errors import ConfigError
+from ..handle import HandleShape
 from ..requests import FP8_BLOCK, DispatchRequest, Schedule, local_experts
 from ..results import Dispatched
 from . import plan
 from .digest import along, dispatch_digest
 from .domain import Call, Domain
-from .expansion import Expansion, Landed, Made
+from .expansion import Expansion, Landed
 from .expert_major import ExpertMajor, check_columns
 from .handle import (
     NUM_RECV_TOKENS_OFFSET,
@@ -28,11 +29,12 @@ from .handle import (
     SEND_PLAN_OFFSET,
     SEND_ROW_OFFSET,
     CudaDispatchHandle,
+    CudaHandleShape,
     LazyCounts,
     routing_bytes,
 )
 from .heap import Block
-from .inputs import ROW_ALIGN_BYTES, Inputs, is_contiguous, itemsize
+from .inputs import ROW_ALIGN_BYTES, Input, Inputs, itemsize
 from .launch import Launch
 from .layout import MAX_LOCAL_EXPERTS, MAX_LOCAL_RANKS, ReceivedRow, ReceiveLayout
 from .memory import device_errors
@@ -52,40 +54,35 @@ class _Plan:
         inputs: what x, sf, ids, weights and is_token_in_rank are like; None where absent.
         is_readable: they need no copy where their addresses are aligned.
         frameworks: of the inputs, that of x first.
+        routing_bytes: of the block that a new dispatch leaves.
         row: bytes of a received row on the wire.
-        has_byte_rows: whether an element of recv_x is a byte.
-        num_rows, num_bytes: of what lands; 0 where only the counts will tell.
+        is_exact: only the counts will tell how many rows come; `num_rows` and `num_bytes` are 0 then.
+        num_rows, num_bytes: of what lands.
+        spare_factor: how much more than a result may come next: experts' outputs, with wider elements.
+        shape, landed: of the handle, if not `is_exact`.
         arrays: recv_x, recv_sf, ids and weights; `make` makes those of a result of `num_rows`.
         expansion: for layout "expert".
     """
 
     launch: Launch
-    inputs: tuple[ArrayView | None, ...]
+    inputs: tuple[Input | None, ...]
     per_expert: ArrayView | None
     is_readable: bool
     frameworks: tuple[str, ...]
     num_blocks: int
     num_tokens: int
-    num_topk: int
-    num_local_experts: int
-    expert_alignment: int
+    routing_bytes: int
     row: ReceivedRow
-    has_byte_rows: bool
-    is_cached: bool
+    is_exact: bool
     num_rows: int
     num_bytes: int
+    spare_factor: int
+    shape: HandleShape
+    landed: CudaHandleShape
     arrays: ResultArrays
     make: Callable[[int, int, object], list[Any]]
     digest: int
     expansion: Expansion | None
-
-    @property
-    def is_exact(self) -> bool:
-        return not self.is_cached and self.num_rows == 0
-
-    def spare_bytes(self, num_bytes: int) -> int:
-        """For another result of so many bytes, or for experts' outputs, whose elements may be wider."""
-        return num_bytes * (2 if self.has_byte_rows else 1)
 
 
 class Dispatch:
@@ -186,13 +183,13 @@ class Dispatch:
         )
         # With expert ids, the destinations are those of the ids.
         views = (x, sf, ids, weights, request.is_token_in_rank if ids is None else None)
-        present = [view for view in views if view is not None]
-        frameworks = tuple(dict.fromkeys(view.framework for view in present))
+        inputs = tuple(None if view is None else Input.of(view) for view in views)
+        frameworks = tuple(dict.fromkeys(view.framework for view in views if view is not None))
         num_topk = 0 if ids is None else ids.shape[1]
         handle = request.handle
         assert handle is None or isinstance(handle, CudaDispatchHandle)  # its owner is this buffer
         is_cached = handle is not None
-        num_rows = request.num_worst_tokens if handle is None else handle.num_landed_rows
+        num_rows = request.num_worst_tokens if handle is None else handle.landed.num_landed_rows
         results = domain.results(columns, frameworks[0])
         return _Plan(
             launch=self._operations.dispatch(
@@ -207,20 +204,22 @@ class Dispatch:
                 fill_rows=0 if is_cached else num_rows,
                 max_redundant_tokens=plan.MAX_REDUNDANT_TOKENS,
             ),
-            inputs=tuple(None if view is None else replace(view, pointer=0, owner=None) for view in views),
+            inputs=inputs,
             per_expert=request.num_tokens_per_expert,
-            is_readable=all(is_contiguous(view) and 0 not in view.shape for view in present),
+            is_readable=all(
+                given is None or (given.is_contiguous and not given.is_empty) for given in inputs
+            ),
             frameworks=frameworks,
             num_blocks=domain.num_blocks(num_sms),
             num_tokens=num_tokens,
-            num_topk=num_topk,
-            num_local_experts=num_local_experts,
-            expert_alignment=request.expert_alignment,
+            routing_bytes=routing_bytes(num_tokens),
             row=row,
-            has_byte_rows=row.row_bytes == hidden,
-            is_cached=is_cached,
+            is_exact=not is_cached and num_rows == 0,
             num_rows=num_rows,
             num_bytes=row.layout(num_rows).end if num_rows else 0,
+            spare_factor=2 if row.row_bytes == hidden else 1,
+            shape=HandleShape(num_tokens, num_topk, num_rows, request.layout),
+            landed=CudaHandleShape(num_ranks, num_local_experts, request.expert_alignment, num_rows),
             arrays=results,
             make=results.placed(_places(row.layout(num_rows), num_rows)),
             digest=dispatch_digest(request),
@@ -247,8 +246,8 @@ class Dispatch:
             num_topk=num_topk,
             num_local_experts=request.num_experts // self._domain.group.size
             if handle is None
-            else handle.num_local_experts,
-            alignment=request.expert_alignment if handle is None else handle.expert_alignment,
+            else handle.landed.num_local_experts,
+            alignment=request.expert_alignment if handle is None else handle.landed.expert_alignment,
             num_out_rows=request.num_worst_tokens if handle is None else handle.num_recv_rows,
             zero_padding=request.zero_padding,
             is_cached=handle is not None,
@@ -270,19 +269,18 @@ class Dispatch:
         domain = self._domain
         domain.check()
         call = domain.begin(found.frameworks, objects, schedule)
-        is_exact = found.is_exact
+        is_exact, num_rows = found.is_exact, found.num_rows
         if is_exact and call.is_capturing:
             raise ConfigError(
                 "the number of rows of this dispatch is not known to the host, so it cannot be captured in a "
                 "CUDA graph: give num_worst_tokens, or a handle"
             )
         lease = self._take_all() if is_exact else self._take(found, call)
-        capacity = min(_MAX_ROWS, found.row.capacity(lease.num_bytes)) if is_exact else found.num_rows
-        routing = (
-            domain.heap.take(routing_bytes(found.num_tokens), is_capturing=call.is_capturing)
-            if handle is None
-            else handle.routing
-        )
+        capacity = min(_MAX_ROWS, found.row.capacity(lease.num_bytes)) if is_exact else num_rows
+        if handle is None:
+            routing = domain.heap.take(found.routing_bytes, is_capturing=call.is_capturing)
+        else:
+            routing = handle.routing
         scratch = self._scratch_for(found.num_tokens, call)
         domain.order(call)
 
@@ -293,79 +291,67 @@ class Dispatch:
                 for view, pointer in zip(found.inputs, pointers, strict=True)
             ]
         number = self.num_calls + 1
-        args = found.launch.args
+        args, base = found.launch.args, routing.pointer
         args.x, args.sf, args.topk_idx, args.topk_weights, args.is_token_in_rank = pointers
-        args.send_plan = routing.pointer + SEND_PLAN_OFFSET
-        args.send_row = routing.pointer + SEND_ROW_OFFSET
-        args.result = self._told.pointer if is_exact else routing.pointer + RESULT_OFFSET
+        args.send_plan = base + SEND_PLAN_OFFSET
+        args.send_row = base + SEND_ROW_OFFSET
+        args.result = self._told.pointer if is_exact else base + RESULT_OFFSET
         args.masks = scratch.pointer + 4 * MAX_LOCAL_RANKS * found.num_tokens
         args.send_token = scratch.pointer
         args.call = number
-        args.digest = along(found.digest, 0 if handle is None else handle.call)
+        args.digest = found.digest if handle is None else along(found.digest, handle.call)
         args.recv_offset = domain.offset(lease)
         args.recv_capacity = capacity
         found.launch(call.stream, found.num_blocks)
         self.num_calls = number
         call.keep_with(lease, routing)
+        counts: Sequence[int] = []
         if is_exact:
             domain.launched(call)
             told = self._told.wait(number, found.row, lease)
-            landed = Landed(lease, capacity, int(told.num_recv_tokens), 0)
-            counts: Any = self._expert_counts(found, told)
+            num_rows = int(told.num_recv_tokens)
+            counts = self._expert_counts(found, told)
+        if found.expansion is None:
+            results, num_recv_rows = self._as_it_landed(found, call, lease, capacity, num_rows), num_rows
+            places = psum = None
         else:
-            landed = Landed(
-                lease,
-                capacity,
-                capacity,
-                routing.pointer + NUM_RECV_TOKENS_OFFSET
-                if handle is None
-                else handle.num_recv_tokens_pointer,
-            )
-            counts = []
-            if found.num_topk:
-                counts = LazyCounts(domain.read, routing, found.num_local_experts, found.expert_alignment)
-        if found.expansion is not None:
+            known = is_exact or (handle is not None and handle.known_recv_tokens is not None)
+            landed = Landed(lease, capacity, num_rows, 0 if known else base + NUM_RECV_TOKENS_OFFSET)
             made = found.expansion.run(call, landed, counts if is_exact else None, handle)
-        else:
-            made = self._as_it_landed(found, call, landed)
+            results, num_recv_rows, places, psum = made
         event = domain.finish(call)
         if handle is None:
+            shape, landed_shape, read = found.shape, found.landed, domain.read
+            if is_exact:
+                shape = shape._replace(num_recv_rows=num_recv_rows)
+                landed_shape = landed_shape._replace(num_landed_rows=num_rows)
+            elif shape.num_topk:
+                counts = LazyCounts(read, routing, landed_shape)
+            known_tokens = num_rows if is_exact else None
+            # By position: names take longer than everything else here.
             handle = CudaDispatchHandle(
-                owner=self._owner,
-                num_tokens=found.num_tokens,
-                num_topk=found.num_topk,
-                num_recv_rows=made.num_rows,
-                num_recv_tokens_per_expert_list=counts,
-                call=number,
-                num_ranks=domain.group.size,
-                routing=routing,
-                num_local_experts=found.num_local_experts,
-                expert_alignment=found.expert_alignment,
-                num_landed_rows=landed.num_rows,
-                known_recv_tokens=landed.num_rows if is_exact else None,
-                read=domain.read,
-                layout="rank" if found.expansion is None else "expert",
-                places=made.places,
-                psum_num_tokens_per_expert=made.psum,
+                self._owner, shape, counts, psum, landed_shape, number, routing, known_tokens, read, places
             )
-        recv_x, recv_sf, recv_ids, recv_weights = made.arrays
+        recv_x, recv_sf, recv_ids, recv_weights = results
         if recv_sf is not None:
             recv_x = recv_x, recv_sf
         counts = handle.num_recv_tokens_per_expert_list
         return Dispatched(recv_x, recv_ids, recv_weights, counts, handle, event)
 
-    def _as_it_landed(self, found: _Plan, call: Call, landed: Landed) -> Made:
+    def _as_it_landed(
+        self, found: _Plan, call: Call, lease: Lease, capacity: int, num_rows: int
+    ) -> list[Any]:
         """The result where the peers wrote it, or a copy where it must leave room for the next."""
-        domain, row, lease, num_rows = self._domain, found.row, landed.lease, landed.num_rows
+        domain, row = self._domain, found.row
         base = domain.address(lease)
         if not found.is_exact and not lease.must_be_left:
-            return Made(found.make(base, found.num_bytes, lease), num_rows)
-        here, there = row.layout(landed.capacity), row.layout(num_rows)
+            return found.make(base, found.num_bytes, lease)
+        here, there = row.layout(capacity), row.layout(num_rows)
         if found.is_exact:
             num_bytes = here.x + num_rows * row.row_bytes
             domain.pool.trim(lease, num_bytes)
-            if domain.pool.largest_free() >= domain.spare(found.spare_bytes(there.end)):
-                return Made(found.arrays.over(base, num_bytes, lease, _places(here, num_rows)), num_rows)
+            if domain.pool.largest_free() >= domain.spare(there.end * found.spare_factor):
+                return found.arrays.over(base, num_bytes, lease, _places(here, num_rows))
         block = domain.heap.take(there.end)
         runtime = domain.runtime
         for source, target, each in (
@@ -384,15 +370,14 @@ class Dispatch:
                         call.stream,
                     )
         self.num_copied_results += 1
-        return Made(found.arrays.over(block.pointer, there.end, block, _places(there, num_rows)), num_rows)
+        return found.arrays.over(block.pointer, there.end, block, _places(there, num_rows))
 
     def _expert_counts(self, found: _Plan, told: Any) -> list[int]:
-        counts: list[int] = told.expert_counts[: found.num_local_experts]
-        if found.per_expert is not None and found.num_topk == 0:
-            counts = exchanged_expert_counts(
-                self._domain, self._inputs, found.per_expert, found.num_local_experts
-            )
-        return plan.aligned(counts, found.expert_alignment)
+        num_local_experts = found.landed.num_local_experts
+        counts: list[int] = told.expert_counts[:num_local_experts]
+        if found.per_expert is not None and found.shape.num_topk == 0:
+            counts = exchanged_expert_counts(self._domain, self._inputs, found.per_expert, num_local_experts)
+        return plan.aligned(counts, found.landed.expert_alignment)
 
     # Memory.
 
@@ -402,7 +387,7 @@ class Dispatch:
 
     def _take(self, found: _Plan, call: Call) -> Lease:
         domain, num_bytes = self._domain, found.num_bytes
-        lease = domain.pool.take(num_bytes, spare_bytes=domain.spare(found.spare_bytes(num_bytes)))
+        lease = domain.pool.take(num_bytes, domain.spare(num_bytes * found.spare_factor))
         if lease is None:
             lease = domain.take(num_bytes, f"{found.num_rows} received rows")
             # A graph's replays write there again, so nobody else can have it.

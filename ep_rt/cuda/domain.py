@@ -183,20 +183,21 @@ class Domain:
             inputs: to be kept until the call is done.
         """
         framework = frameworks[0]
+        stream = self.comm.pointer
         streams: tuple[int, ...]
         if len(frameworks) == 1 and framework != "jax":
-            streams = (current_stream(framework, self.device),)
-            is_plain = schedule.previous_event is None and not schedule.async_finish
+            current = current_stream(framework, self.device)
+            streams = (current,)
+            if schedule.previous_event is None and not schedule.async_finish:
+                stream = current
         else:
             # JAX orders its arrays by the communication stream when they are exported to it.
             streams = tuple([current_stream(each, self.device) for each in frameworks if each != "jax"])
-            is_plain = False
         if self.slab.has_threads_beside and arrays.CUDA_STREAM_LEGACY in streams:
             raise ConfigError(
                 "ranks that are threads on one GPU wait for each other, and the default stream is common to "
                 "them: give each a non-blocking stream of its own, and make it current"
             )
-        stream = streams[0] if is_plain else self.comm.pointer
         is_capturing = self.comm.is_capturing(streams)
         return Call(stream, streams, framework, inputs, schedule, is_capturing)
 
@@ -251,7 +252,8 @@ class Domain:
 
     def spare(self, num_bytes: int) -> int:
         """What the slab is to keep free once it holds a result of so many bytes."""
-        self._spare_bytes = max(self._spare_bytes, num_bytes)
+        if num_bytes > self._spare_bytes:
+            self._spare_bytes = num_bytes
         return self._spare_bytes
 
     def take(self, num_bytes: int, what: str) -> Lease:

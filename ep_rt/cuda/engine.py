@@ -29,7 +29,7 @@ from .domain import Domain
 from .expert_major import ExpertMajor
 from .hang import timeout_ns
 from .heap import Block
-from .inputs import Inputs, itemsize
+from .inputs import Input, Inputs, itemsize
 from .launch import current_architecture
 from .low_latency import CudaLowLatency
 from .low_latency_calls import LowLatencyKernels
@@ -268,7 +268,7 @@ class CudaEngine:
             domain.runtime.memsetAsync(block.pointer, 0, counts_bytes, call.stream)
         self._operations.dispatch_layout(
             call.stream,
-            topk_idx=self._inputs.readable(ids, ids.pointer, call),
+            topk_idx=self._inputs.readable(Input.of(ids), ids.pointer, call),
             num_tokens_per_rank=block.pointer,
             num_tokens_per_expert=block.pointer + 4 * num_ranks,
             is_token_in_rank=block.pointer + counts_bytes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, overload
+from typing import Any, Final, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,43 +31,45 @@ def routing_bytes(num_tokens: int) -> int:
     return SEND_ROW_OFFSET + 4 * MAX_LOCAL_RANKS * num_tokens
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
+class CudaHandleShape(NamedTuple):
+    """What besides `HandleShape` all handles of like dispatches have in common.
+
+    Attributes:
+        num_ranks: of the buffer.
+        num_local_experts: of the model; 0 where that is not known.
+        num_landed_rows: that the peers could write, or wrote where that is known.
+    """
+
+    num_ranks: int
+    num_local_experts: int
+    expert_alignment: int
+    num_landed_rows: int
+
+
+@dataclass(slots=True, eq=False)
 class CudaDispatchHandle(DispatchHandle):
     """Of the CUDA backend.
 
     Attributes:
+        landed: the shape of what landed.
         call: the number of the dispatch, the same on every rank.
-        num_ranks: of the buffer.
         routing: see `routing_bytes`.
-        num_local_experts: of the model; 0 where that is not known.
-        num_landed_rows: that the peers could write, or wrote where that is known.
         known_recv_tokens: None where only the device knows.
         read: fetches a struct [1] from an address, once earlier calls are done.
         places: with layout "expert", see `expert_major.PlacesLayout`.
     """
 
+    landed: CudaHandleShape = field(repr=False)
     call: int
-    num_ranks: int
     routing: Block = field(repr=False)
-    num_local_experts: int = field(repr=False)
-    expert_alignment: int = field(repr=False)
-    num_landed_rows: int = field(repr=False)
     known_recv_tokens: int | None = field(repr=False)
     read: Callable[[int, Struct], NDArray[Any]] = field(repr=False)
-    places: Block | None = field(default=None, repr=False)
+    places: Block | None = field(repr=False)
 
     @property
-    def facts(self) -> tuple[Hashable, ...]:
+    def facts(self) -> Hashable:
         """What decides, besides the arrays, how calls with this handle are made."""
-        return (
-            self.layout,
-            self.num_tokens,
-            self.num_recv_rows,
-            self.num_landed_rows,
-            self.num_topk,
-            self.num_local_experts,
-            self.expert_alignment,
-        )
+        return self.shape, self.landed
 
     @property
     def num_recv_tokens(self) -> int:
@@ -77,7 +79,8 @@ class CudaDispatchHandle(DispatchHandle):
 
     @property
     def num_recv_tokens_per_rank(self) -> list[int]:
-        counts = self.read(self.routing.pointer + RECV_COUNTS_OFFSET, np.dtype(("<i4", (self.num_ranks,))))
+        struct = np.dtype(("<i4", (self.landed.num_ranks,)))
+        counts = self.read(self.routing.pointer + RECV_COUNTS_OFFSET, struct)
         per_rank: list[int] = counts[0].tolist()
         return per_rank
 
@@ -89,7 +92,7 @@ class CudaDispatchHandle(DispatchHandle):
 
     @property
     def num_recv_tokens_pointer(self) -> int:
-        """Where the device finds `num_recv_tokens`; 0 where it is `num_landed_rows`."""
+        """Where the device finds `num_recv_tokens`; 0 where it is that of `landed`."""
         return 0 if self.known_recv_tokens is not None else self.routing.pointer + NUM_RECV_TOKENS_OFFSET
 
 
@@ -99,21 +102,20 @@ class LazyCounts(Sequence[int]):
     Args:
         read: as in `CudaDispatchHandle`.
         routing: of the dispatch that counts.
-        num_counts, alignment: how many there are, and what each is rounded up to.
+        shape: says how many there are, and what each is rounded up to.
     """
 
-    __slots__ = ("_alignment", "_fetch", "_num_counts", "_routing")
+    __slots__ = ("_fetch", "_routing", "_shape")
 
     def __init__(
-        self, read: Callable[[int, Struct], NDArray[Any]], routing: Block, num_counts: int, alignment: int
+        self, read: Callable[[int, Struct], NDArray[Any]], routing: Block, shape: CudaHandleShape
     ) -> None:
         self._fetch = read
         self._routing = routing
-        self._num_counts = num_counts
-        self._alignment = alignment
+        self._shape = shape
 
     def __len__(self) -> int:
-        return self._num_counts
+        return self._shape.num_local_experts
 
     @overload
     def __getitem__(self, index: int) -> int: ...
@@ -132,8 +134,8 @@ class LazyCounts(Sequence[int]):
 
     def _read(self) -> list[int]:
         pointer = self._routing.pointer + EXPERT_COUNTS_OFFSET
-        counts = self._fetch(pointer, np.dtype(("<i4", (self._num_counts,))))[0]
-        return aligned(counts.tolist(), self._alignment)
+        counts = self._fetch(pointer, np.dtype(("<i4", (len(self),))))[0]
+        return aligned(counts.tolist(), self._shape.expert_alignment)
 
     def __repr__(self) -> str:
-        return f"<{self._num_counts} counts on the device>"
+        return f"<{len(self)} counts on the device>"

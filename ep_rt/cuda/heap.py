@@ -23,7 +23,7 @@ class Block:
     def __init__(self, heap: Heap, memory: Any) -> None:
         self._heap = heap
         self._memory = memory
-        self.pointer = int(memory.ptr)
+        self.pointer: int = memory.ptr
         self.kept: object = None
 
     def __del__(self) -> None:
@@ -101,10 +101,10 @@ class Heap:
             DeviceError: there is not enough.
         """
         try:
-            if is_capturing:
-                with allocation_in_capture():
-                    return Block(self, self._pool.malloc(max(1, num_bytes)))
-            return Block(self, self._pool.malloc(max(1, num_bytes)))
+            if not is_capturing:
+                return Block(self, self._pool.malloc(num_bytes or 1))
+            with allocation_in_capture():
+                return Block(self, self._pool.malloc(num_bytes or 1))
         except self._out_of_memory as error:
             raise DeviceError(f"allocating {num_bytes} bytes: {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Final
 
@@ -16,8 +17,38 @@ from .pool import Lease
 ROW_ALIGN_BYTES: Final = 16
 
 
+@dataclass(frozen=True, slots=True)
+class Input:
+    """What an array is like that calls read. Each call has an address for it.
+
+    Attributes:
+        view: without address and owner.
+        num_bytes: of its elements.
+        is_empty: nothing is read, but an address says that the argument is there.
+    """
+
+    view: ArrayView
+    num_bytes: int
+    is_contiguous: bool
+    is_empty: bool
+
+    @classmethod
+    def of(cls, view: ArrayView) -> Input:
+        """That of an array that was looked at."""
+        return cls(
+            replace(view, pointer=0, owner=None),
+            num_bytes=view.shape[0] * row_bytes(view),
+            is_contiguous=is_contiguous(view),
+            is_empty=0 in view.shape,
+        )
+
+    def is_readable(self, pointer: int) -> bool:
+        """Whether kernels can read it where it lies."""
+        return pointer % ROW_ALIGN_BYTES == 0 and self.is_contiguous
+
+
 class Inputs:
-    """Makes inputs readable. An input is an `ArrayView` that says what it is like, and its address.
+    """Makes inputs readable.
 
     Attributes:
         num_copied: arrays that were not contiguous, or not aligned.
@@ -29,49 +60,51 @@ class Inputs:
         self._operations = operations
         self.num_copied = self.num_staged = 0
 
-    def readable(self, view: ArrayView | None, pointer: int, call: Call) -> int:
+    def readable(self, given: Input | None, pointer: int, call: Call) -> int:
         """The address of the contents, contiguous and with aligned rows; 0 for None."""
-        if view is None:
+        if given is None:
             return 0
-        if 0 in view.shape:  # nothing is read, but the address says that the argument is there
+        if given.is_empty:
             return self._domain.base
-        if self.is_readable(view, pointer):
+        if given.is_readable(pointer):
             return pointer
-        block = self._domain.heap.take(view.shape[0] * row_bytes(view), is_capturing=call.is_capturing)
-        self.copy(view, pointer, block.pointer, call.stream)
+        block = self._domain.heap.take(given.num_bytes, is_capturing=call.is_capturing)
+        self.copy(given, pointer, block.pointer, call.stream)
         self.num_copied += 1
         call.temporaries.append(block)
         return block.pointer
 
-    def is_readable(self, view: ArrayView, pointer: int) -> bool:
-        """Whether kernels can read it where it lies."""
-        return pointer % ROW_ALIGN_BYTES == 0 and is_contiguous(view)
+    def slab_place(self, given: Input, pointer: int, name: str) -> int | Lease:
+        """Where peers find the contents, in `OFFSET_UNIT`, or room in the slab to `stage` them.
 
-    def stage(self, view: ArrayView | None, pointer: int, name: str) -> Lease | None:
-        """Room in the slab for an input that peers read, unless it lies there already. Enqueues nothing."""
-        if view is None or self._offset_in_slab(view, pointer) is not None:
-            return None
-        return self._domain.take(view.shape[0] * row_bytes(view), f"a copy of {name}, which lies elsewhere")
-
-    def slab_offset(self, view: ArrayView | None, pointer: int, staged: Lease | None, call: Call) -> int:
-        """Where peers find the contents, in `OFFSET_UNIT`; copies them to `staged` if that is there."""
-        if view is None:
+        Enqueues nothing.
+        """
+        if given.is_empty:
             return 0
-        if staged is None:
-            return self._offset_in_slab(view, pointer) or 0
-        self.copy(view, pointer, self._domain.address(staged), call.stream)
-        self.num_staged += 1
-        call.temporaries.append(staged)
-        return self._domain.offset(staged)
+        domain = self._domain
+        offset = pointer - domain.base
+        is_inside = 0 <= offset < domain.pool.num_bytes
+        if is_inside and offset % OFFSET_UNIT == 0 and given.is_contiguous:
+            return (PAYLOAD_OFFSET + offset) // OFFSET_UNIT
+        return domain.take(given.num_bytes, f"a copy of {name}, which lies elsewhere")
 
-    def copy(self, view: ArrayView, pointer: int, destination: int, stream: int) -> None:
+    def stage(self, given: Input, pointer: int, room: Lease, call: Call) -> int:
+        """Copy an input to its room in the slab. Where peers find it there, in `OFFSET_UNIT`."""
+        self.copy(given, pointer, self._domain.address(room), call.stream)
+        self.num_staged += 1
+        call.temporaries.append(room)
+        return self._domain.offset(room)
+
+    def copy(self, given: Input, pointer: int, destination: int, stream: int) -> None:
         """Enqueue a contiguous copy of an array [N] or [N, W]."""
-        if is_contiguous(view):
+        if given.is_contiguous:
             runtime = self._domain.runtime
-            num_bytes = view.shape[0] * row_bytes(view)
             with device_errors("copying an input"):
-                runtime.memcpyAsync(destination, pointer, num_bytes, runtime.memcpyDeviceToDevice, stream)
+                runtime.memcpyAsync(
+                    destination, pointer, given.num_bytes, runtime.memcpyDeviceToDevice, stream
+                )
             return
+        view = given.view
         element_bytes = itemsize(view)
         is_matrix = len(view.shape) == 2
         self._operations.contiguous(
@@ -83,18 +116,6 @@ class Inputs:
             row_stride_bytes=view.strides[0] * element_bytes,
             column_stride_bytes=view.strides[1] * element_bytes if is_matrix else 0,
             element_bytes=element_bytes,
-        )
-
-    def _offset_in_slab(self, view: ArrayView, pointer: int) -> int | None:
-        """None where peers cannot read it as it is."""
-        if 0 in view.shape:
-            return 0
-        offset = pointer - self._domain.base
-        is_inside = 0 <= offset < self._domain.pool.num_bytes
-        return (
-            (PAYLOAD_OFFSET + offset) // OFFSET_UNIT
-            if is_inside and offset % OFFSET_UNIT == 0 and is_contiguous(view)
-            else None
         )
 
 

@@ -107,6 +107,14 @@ class Launch:
         self._no_context = driver.CUresult.CUDA_ERROR_INVALID_CONTEXT
         self._name = kernel.spec.name
 
+    def saved(self) -> bytes:
+        """The arguments as they are now, for `restore`."""
+        return bytes(self.args)
+
+    def restore(self, arguments: bytes) -> None:
+        """Have all arguments as they were when they were saved."""
+        ctypes.memmove(ctypes.addressof(self.args), arguments, len(arguments))
+
     def __call__(self, stream: int, num_blocks: int | None = None) -> None:
         """Enqueue on a stream of the kernel's device, which must be current in this thread.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -81,7 +81,7 @@ class HandleLayout:
         return cls(*offsets)
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, eq=False)
 class CudaLowLatencyHandle(LowLatencyHandle):
     """Of the CUDA backend.
 
@@ -89,7 +89,6 @@ class CudaLowLatencyHandle(LowLatencyHandle):
         block: see `HandleLayout`.
         area, zone: where the rows landed.
         sizes: of the calls, before it is said which area.
-        facts: what decides, besides arrays, how calls with this handle are made.
         is_received: holds something once the receive phase is enqueued.
     """
 
@@ -98,7 +97,6 @@ class CudaLowLatencyHandle(LowLatencyHandle):
     area: Area = field(repr=False)
     zone: int = field(repr=False)
     sizes: AreaShape = field(repr=False)
-    facts: tuple[object, ...] = field(repr=False)
     is_received: list[bool] = field(repr=False)
 
     def check_received(self) -> None:
@@ -112,7 +110,6 @@ def run(
     call: Call,
     launch: Launch,
     num_blocks: tuple[int, int, int],
-    fields: Mapping[str, int],
     *,
     pending: Pending | None,
     frameworks: tuple[str, ...],
@@ -123,27 +120,28 @@ def run(
     """Enqueue a call whose memory was taken: as a whole, or its send phase. Its event, and its hook.
 
     Args:
+        launch: with all arguments but the phases.
         num_blocks: of the send phase, of the receive phase, and of both in one.
-        fields: of the arguments.
         pending: for a call in two phases.
         received: gets an element when the receive phase is enqueued.
         kept: what the hook must keep alive.
     """
     phases = SENDS if pending is not None else SENDS | RECEIVES
-    _assign(launch, fields, phases)
+    launch.args.phases = phases
     launch(call.stream, num_blocks[phases - 1])
     event = domain.finish(call)
     if pending is None:
         received.append(True)
         return event, None
-    taken = pending
+    taken, arguments = pending, launch.saved()
 
     def receive() -> None:
         domain.check()
         taken.check()
         later = domain.begin(frameworks, objects, Schedule())
         domain.order(later)
-        _assign(launch, fields, RECEIVES)
+        launch.restore(arguments)
+        launch.args.phases = RECEIVES
         launch(later.stream, num_blocks[RECEIVES - 1])
         received.append(True)
         domain.finish(later)
@@ -152,10 +150,3 @@ def run(
         domain.on_device(receive)
 
     return event, hook
-
-
-def _assign(launch: Launch, fields: Mapping[str, int], phases: int) -> None:
-    args = launch.args
-    for name, value in fields.items():
-        setattr(args, name, value)
-    args.phases = phases

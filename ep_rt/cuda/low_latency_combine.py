@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
-from ..arrays import ArrayView
 from ..cuda_arrays import Column, glance
 from ..errors import ArrayError, ConfigError
 from ..requests import LowLatencyCombineRequest, Schedule
@@ -15,7 +14,7 @@ from . import low_latency_plan as plan
 from .digest import low_latency_combine_digest
 from .domain import Domain
 from .heap import Block
-from .inputs import ROW_ALIGN_BYTES, Inputs, is_contiguous, itemsize
+from .inputs import ROW_ALIGN_BYTES, Input, Inputs, is_contiguous, itemsize
 from .launch import Launch
 from .layout import FIRST_COMBINE_ZONE, LOW_LATENCY_RECORD, OFFSET_UNIT, align_up
 from .low_latency_areas import Area, Areas
@@ -41,7 +40,7 @@ class _Plan:
 
     area: Area
     launches: tuple[Launch, Launch]
-    inputs: tuple[ArrayView | None, ArrayView | None]
+    inputs: tuple[Input | None, ...]
     is_readable: bool
     reads_weights: bool
     frameworks: tuple[str, ...]
@@ -92,7 +91,7 @@ class LowLatencyCombine:
         is_mine = type(handle) is CudaLowLatencyHandle and handle.owner is self._owner
         if is_mine and (glanced := glance(given)) is not None:
             facts, pointers = glanced
-            key = (facts, options, handle.facts)
+            key = (facts, options, handle.shape)
             found = self._plans.find(key)
         if found is None:
             request = build(*given, handle, *options)
@@ -132,6 +131,9 @@ class LowLatencyCombine:
             sizes, num_tokens, area.max_send_blocks, max_blocks=domain.max_blocks
         )
         results = domain.results([Column("bfloat16", (handle.hidden,))], frameworks[0])
+        inputs = tuple(
+            None if view is None else Input.of(view) for view in (request.topk_idx, request.topk_weights)
+        )
         return _Plan(
             area=area,
             launches=tuple(  # type: ignore[arg-type]
@@ -161,16 +163,9 @@ class LowLatencyCombine:
                 )
                 for number, here in enumerate(area.layout.combine)
             ),
-            inputs=(
-                replace(request.topk_idx, pointer=0, owner=None),
-                None
-                if request.topk_weights is None
-                else replace(request.topk_weights, pointer=0, owner=None),
-            ),
+            inputs=inputs,
             is_readable=all(
-                is_contiguous(view) and 0 not in view.shape
-                for view in (request.topk_idx, request.topk_weights)
-                if view is not None
+                given is None or (given.is_contiguous and not given.is_empty) for given in inputs
             ),
             reads_weights=request.topk_weights is not None,
             frameworks=frameworks,
@@ -213,18 +208,15 @@ class LowLatencyCombine:
                 weights = self._inputs.readable(found.inputs[1], weights, call)
         zone = area.take_zone(first=FIRST_COMBINE_ZONE)
         base, at = handle.block.pointer, handle.at
-        fields = {
-            "record": block.pointer,
-            "dispatch_record": base + at.record,
-            "y": x,
-            "routes": base + at.routes,
-            "topk_idx": ids,
-            "topk_weights": weights,
-            "sent_ids": base + at.sent_ids,
-            "out": out,
-            "wait_stats": wait_stats,
-            "dispatch_zone": handle.zone if handle.area is area else -1,
-        }
+        launch = found.launches[zone - FIRST_COMBINE_ZONE]
+        args = launch.args
+        args.y, args.topk_idx, args.topk_weights = x, ids, weights
+        args.out, args.wait_stats = out, wait_stats
+        args.record = block.pointer
+        args.dispatch_record = base + at.record
+        args.routes = base + at.routes
+        args.sent_ids = base + at.sent_ids
+        args.dispatch_zone = handle.zone if handle.area is area else -1
         if found.make is not None:
             call.keep_with(block, handle.block)
         elif call.is_capturing:
@@ -233,9 +225,8 @@ class LowLatencyCombine:
         event, hook = run(
             domain,
             call,
-            found.launches[zone - FIRST_COMBINE_ZONE],
+            launch,
             found.num_blocks,
-            fields,
             pending=area.postpone(zone) if with_hook else None,
             frameworks=found.frameworks,
             objects=objects,

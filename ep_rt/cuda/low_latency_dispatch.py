@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from typing import Any
@@ -12,13 +12,14 @@ from .. import arrays
 from ..arrays import ArrayView
 from ..cuda_arrays import Column, glance
 from ..errors import ArrayError, ConfigError
+from ..handle import LowLatencyHandleShape
 from ..requests import LowLatencyDispatchRequest, Schedule
 from ..results import LowLatencyDispatched
 from . import low_latency_plan as plan
 from .digest import low_latency_digest
 from .domain import Call, Domain
 from .heap import Block
-from .inputs import ROW_ALIGN_BYTES, Inputs, is_contiguous, itemsize
+from .inputs import ROW_ALIGN_BYTES, Input, Inputs, is_contiguous, itemsize
 from .launch import Launch
 from .layout import FIRST_COMBINE_ZONE, MAX_LOCAL_EXPERTS, OFFSET_UNIT, align_up
 from .low_latency_areas import Area, Areas
@@ -35,7 +36,7 @@ class _Plan:
         launches: by zone.
         inputs: what x, ids and weights are like; None where absent.
         num_blocks: of the send phase, of the receive phase, and of both in one.
-        facts: of the handle; of plain values, which are hashed fast.
+        shape: of the handle.
         results_bytes: of the packed rows with their scale factors; 0 where they stay in the zone.
         sf_offset: of the scale factors there, or by zone in the area.
         make, make_count, make_lists: recv_x and recv_sf, for each zone; recv_count; the lists of the handle.
@@ -44,15 +45,12 @@ class _Plan:
     area: Area
     sizes: AreaShape
     launches: tuple[Launch, Launch]
-    inputs: tuple[ArrayView | None, ...]
+    inputs: tuple[Input | None, ...]
     is_readable: bool
     frameworks: tuple[str, ...]
     num_blocks: tuple[int, int, int]
-    num_tokens: int
     at: HandleLayout
-    layout: str
-    has_weights: bool
-    facts: tuple[object, ...]
+    shape: LowLatencyHandleShape
     results_bytes: int
     sf_offset: int
     make: tuple[Callable[[int, int, object], list[Any]], ...]
@@ -180,6 +178,7 @@ class LowLatencyDispatch:
         if is_packed:
             num_copy_blocks = plan.num_copy_blocks(sizes, area.max_send_blocks, max_blocks=max_blocks)
         dispatch_zones = area.layout.dispatch
+        inputs = tuple(None if view is None else Input.of(view) for view in (x, ids, request.topk_weights))
         return _Plan(
             area=area,
             sizes=sizes,
@@ -208,22 +207,23 @@ class LowLatencyDispatch:
                 )
                 for zone, here in enumerate(dispatch_zones[:FIRST_COMBINE_ZONE])
             ),
-            inputs=tuple(
-                None if view is None else replace(view, pointer=0, owner=None)
-                for view in (x, ids, request.topk_weights)
-            ),
+            inputs=inputs,
             is_readable=all(
-                is_contiguous(view) and 0 not in view.shape
-                for view in (x, ids, request.topk_weights)
-                if view is not None
+                given is None or (given.is_contiguous and not given.is_empty) for given in inputs
             ),
             frameworks=frameworks,
             num_blocks=plan.dispatch_blocks(sizes, num_tokens, area.max_send_blocks, num_copy_blocks),
-            num_tokens=num_tokens,
             at=at,
-            layout=request.layout,
-            has_weights=request.topk_weights is not None,
-            facts=(*astuple(sizes), num_tokens, request.topk_weights is not None, request.layout),
+            shape=LowLatencyHandleShape(
+                num_tokens=num_tokens,
+                num_topk=num_topk,
+                num_max_tokens_per_rank=sizes.num_max_tokens,
+                hidden=hidden,
+                num_experts=sizes.num_experts,
+                framework=frameworks[0],
+                layout=request.layout,
+                has_weights=request.topk_weights is not None,
+            ),
             results_bytes=sf_offset + 4 * num_outer * prod(sf_inner) if is_packed else 0,
             sf_offset=sf_offset,
             make=tuple(
@@ -265,30 +265,29 @@ class LowLatencyDispatch:
         here = area.layout.dispatch[zone]
         base = block.pointer
         rows = area.pointers[domain.group.rank] + here.rows if results is None else results.pointer
-        fields = {
-            "record": base + at.record,
-            "x": x,
-            "topk_idx": ids,
-            "topk_weights": weights,
-            "sent_ids": base + at.sent_ids,
-            "recv_x": 0 if results is None else rows,
-            "recv_sf": 0 if results is None else rows + found.sf_offset,
-            "recv_count": base + at.recv_count,
-            "src_info": base + at.src_info,
-            "expert_rows": base + at.expert_rows if results is None else 0,
-            "layout_range": base + at.layout_range,
-            "routes": base + at.routes,
-            "recv_stats": recv_stats,
-            "wait_stats": wait_stats,
-        }
+        launch = found.launches[zone]
+        args = launch.args
+        args.x, args.topk_idx, args.topk_weights = x, ids, weights
+        args.recv_stats, args.wait_stats = recv_stats, wait_stats
+        args.record = base + at.record
+        args.sent_ids = base + at.sent_ids
+        args.recv_count = base + at.recv_count
+        args.src_info = base + at.src_info
+        args.layout_range = base + at.layout_range
+        args.routes = base + at.routes
+        if results is None:
+            args.expert_rows = base + at.expert_rows
+            call.keep_with(block)
+        else:
+            args.recv_x = rows
+            args.recv_sf = rows + found.sf_offset
+            call.keep_with(block, results)
         received: list[bool] = []
-        call.keep_with(block, *(() if results is None else (results,)))
         event, hook = run(
             domain,
             call,
-            found.launches[zone],
+            launch,
             found.num_blocks,
-            fields,
             pending=area.postpone(zone) if with_hook else None,
             frameworks=found.frameworks,
             objects=objects,
@@ -303,24 +302,10 @@ class LowLatencyDispatch:
         if recv_sf is not None:
             recv_x = recv_x, recv_sf if results is None else recv_sf.swapaxes(1, 2)
         (recv_count,) = found.make_count(base, at.end, block)
+        lists = partial(found.make_lists, base, at.end, block)
+        # By position: names take longer than everything else here.
         handle = CudaLowLatencyHandle(
-            owner=self._owner,
-            lists=partial(found.make_lists, base, at.end, block),
-            num_tokens=found.num_tokens,
-            num_topk=found.sizes.num_topk,
-            num_max_tokens_per_rank=found.sizes.num_max_tokens,
-            hidden=found.sizes.hidden,
-            num_experts=found.sizes.num_experts,
-            framework=found.frameworks[0],
-            layout=found.layout,
-            has_weights=found.has_weights,
-            block=block,
-            at=at,
-            area=area,
-            zone=zone,
-            sizes=found.sizes,
-            facts=found.facts,
-            is_received=received,
+            self._owner, lists, found.shape, block, at, area, zone, found.sizes, received
         )
         return LowLatencyDispatched(recv_x, recv_count, handle, event, hook)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Final, Generic, TypeVar
 
 from ..arrays import ArrayView
@@ -13,14 +13,15 @@ MAX_PLANS: Final = 512
 
 
 class Plans(Generic[PlanT]):
-    """Bounded, so that shapes that never come again do not stay for ever."""
+    """Bounded, so that shapes that never come again do not stay for ever.
+
+    Attributes:
+        find: the plan kept for a key.
+    """
 
     def __init__(self) -> None:
         self._plans: dict[Hashable, PlanT] = {}
-
-    def find(self, key: Hashable) -> PlanT | None:
-        """The plan kept for a key."""
-        return self._plans.get(key)
+        self.find: Final[Callable[[Hashable], PlanT | None]] = self._plans.get
 
     def keep(self, key: Hashable, plan: PlanT) -> PlanT:
         """The plan, which later calls find; None as key keeps nothing."""

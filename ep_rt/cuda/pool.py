@@ -73,7 +73,7 @@ class Pool:
             self._settle()
             return max((num_bytes for _, num_bytes in self._gaps), default=0)
 
-    def take(self, num_bytes: int, *, spare_bytes: int = 0) -> Lease | None:
+    def take(self, num_bytes: int, spare_bytes: int = 0) -> Lease | None:
         """A place of at least `num_bytes`; None when no gap is so large, or none of `spare_bytes` is left."""
         wanted = -(-num_bytes // OFFSET_UNIT) * OFFSET_UNIT
         with self._lock:

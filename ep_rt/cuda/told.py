@@ -13,7 +13,7 @@ from ..arrays import ArrayView
 from ..errors import ConfigError, DeviceError, on_all_ranks
 from .domain import Domain
 from .hang import PinnedStruct
-from .inputs import Inputs, itemsize
+from .inputs import Input, Inputs, itemsize
 from .layout import DISPATCH_RESULT, ReceivedRow
 from .pool import Lease
 
@@ -122,7 +122,7 @@ def exchanged_expert_counts(
     Collective. Waits for the calls so far.
     """
     copy = domain.heap.take(itemsize(view) * view.shape[0])
-    inputs.copy(view, view.pointer, copy.pointer, domain.comm.pointer)
+    inputs.copy(Input.of(view), view.pointer, copy.pointer, domain.comm.pointer)
     counts = np.zeros(view.shape, arrays.np_dtype(view.dtype))
     domain.fetch(copy.pointer, counts)
     everyone = domain.group.allgather(counts, op="dispatch counts", timeout_s=domain.timeout_s)

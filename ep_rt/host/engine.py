@@ -13,7 +13,7 @@ from .. import arrays, reference
 from ..arrays import ArrayView
 from ..errors import ArrayError, ConfigError, EpError
 from ..events import EventOverlap
-from ..handle import ExpertRows, HostDispatchHandle
+from ..handle import ExpertRows, HandleShape, HostDispatchHandle
 from ..requests import CombineRequest, DispatchRequest, LayoutRequest, Place, Schedule, local_experts
 from ..results import Combined, Dispatched, DispatchLayout
 from ..topology import Topology
@@ -189,11 +189,13 @@ class HostEngine:
     ) -> HostDispatchHandle:
         return HostDispatchHandle(
             owner=self._owner,
-            num_tokens=len(plan.x),
-            num_topk=0 if plan.topk_idx is None else plan.topk_idx.shape[1],
-            num_recv_rows=num_recv_rows,
+            shape=HandleShape(
+                num_tokens=len(plan.x),
+                num_topk=0 if plan.topk_idx is None else plan.topk_idx.shape[1],
+                num_recv_rows=num_recv_rows,
+                layout=plan.request.layout,
+            ),
             num_recv_tokens_per_expert_list=num_recv_tokens_per_expert_list,
-            layout=plan.request.layout,
             psum_num_tokens_per_expert=psum_num_tokens_per_expert,
             is_token_in_rank=plan.is_token_in_rank,
             send_tokens=plan.send_tokens,

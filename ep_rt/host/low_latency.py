@@ -14,7 +14,7 @@ from ..arrays import ArrayView
 from ..errors import ArrayError, ConfigError, EpError, HandleError
 from ..events import EventOverlap
 from ..exchange import LATE, Transfer
-from ..handle import HostLowLatencyHandle, LowLatencyHandle
+from ..handle import HostLowLatencyHandle, LowLatencyHandle, LowLatencyHandleShape
 from ..requests import LowLatencyCombineRequest, LowLatencyDispatchRequest, Schedule
 from ..results import LowLatencyCombined, LowLatencyDispatched
 from .engine import count_experts, read_topk_idx, token_in_rank
@@ -94,16 +94,18 @@ class HostLowLatency:
                 self._peers.pool.empty((num_local_experts, self._num_ranks), np.int64),
                 self._peers.pool.empty((num_local_experts, num_rows), np.int32) if is_by_rank else None,
             ),
+            shape=LowLatencyHandleShape(
+                num_tokens=plan.topk_idx.shape[0],
+                num_topk=plan.topk_idx.shape[1],
+                num_max_tokens_per_rank=request.num_max_tokens_per_rank,
+                hidden=request.x.shape[1],
+                num_experts=request.num_experts,
+                framework=request.x.framework,
+                layout=request.layout,
+                has_weights=plan.topk_weights is not None,
+            ),
             topk_idx=plan.topk_idx,
             topk_weights=plan.topk_weights,
-            num_tokens=plan.topk_idx.shape[0],
-            num_topk=plan.topk_idx.shape[1],
-            layout=request.layout,
-            has_weights=plan.topk_weights is not None,
-            num_max_tokens_per_rank=request.num_max_tokens_per_rank,
-            hidden=request.x.shape[1],
-            num_experts=request.num_experts,
-            framework=request.x.framework,
         )
 
         def deliver() -> None:
