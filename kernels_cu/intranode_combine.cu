@@ -8,6 +8,8 @@
 //            nobody: blocks of their own where they can be resident, else some that sum afterwards. Word
 //            `staged` says how many chunks are there, and a reader waits for those that hold the rows of its
 //            next token. Tokens are taken in order, and their rows lie in order.
+// Segmented  of several nodes, the ranks of one sum the tokens of their lists: see `Segments`. Rows are in
+//            the slab always, and there are no biases: y, bias, num_rows and num_stagers are not looked at.
 // Sum        float32, left to right: the rows in ascending rank, bias 0, bias 1; one rounding at the end. It
 //            starts from its first term, so that a -0.0 stays; a token without any term is +0.0.
 // Order      rows were written by earlier kernels of their rank's stream; the offer is a release.sys store
@@ -43,7 +45,7 @@ __device__ void CombineBlock<kCfg>::offer() const {
     if (peer >= call.num_ranks) return;
     CombineOffer* at = &call.exchange(peer)->combine[call.parity][call.rank];
     const int32_t which = threadIdx.x % kWords;
-    if (which == 3 && args.y != nullptr) return;  // told by those who stage
+    if (which == 3 && !kCfg.segmented && args.y != nullptr) return;  // told by those who stage
     uint64_t* word = which == 0   ? &at->offset
                      : which == 1 ? &at->weights_offset
                      : which == 2 ? &at->digest
@@ -91,7 +93,8 @@ __device__ Reason CombineBlock<kCfg>::read_offers() const {
             reinterpret_cast<const float*>(args.slabs[term] + weights) + base * args.num_topk;
         shared.limits[term] = args.send_plan->limit[term];
     } else if (term < kMaxTerms) {
-        shared.terms[term] = term < kMaxLocalRanks ? nullptr : args.bias[term - kMaxLocalRanks];
+        const bool is_bias = term >= kMaxLocalRanks && !kCfg.segmented;
+        shared.terms[term] = is_bias ? args.bias[term - kMaxLocalRanks] : nullptr;
         shared.limits[term] = shared.terms[term] == nullptr ? 0 : args.num_tokens;
     }
     // A peer may have given up since it made its offer, and use its memory for something else.
@@ -119,18 +122,19 @@ template <IntranodeCombineCfg kCfg>
 __device__ void CombineBlock<kCfg>::sum_weights() const {
     const int32_t stride = args.num_pullers * kWeightWarps * kWarpSize;
     const int32_t first = (blockIdx.x * kWeightWarps + warp) * kWarpSize + lane;
-    const int32_t num_elements = args.num_tokens * args.num_topk;
+    const int32_t num_elements = num_tokens() * args.num_topk;
     for (int32_t i = first; i < num_elements; i += stride) {
         const int32_t token = i / args.num_topk, k = i - token * args.num_topk;
         const auto* at =
             reinterpret_cast<const int4*>(args.send_row + static_cast<int64_t>(token) * kMaxLocalRanks);
         const int4 low = at[0], high = at[1];
-        const int32_t row[kMaxLocalRanks] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+        int32_t row[kMaxLocalRanks] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
         float term[kMaxLocalRanks];
         bool has_term = false;
 #pragma unroll
         for (int32_t src = 0; src < kMaxLocalRanks; ++src) {
             term[src] = rows::kNoTerm;
+            if constexpr (kCfg.segmented) row[src] = row_of(token, row[src], src);
             if (src < call.num_ranks && row[src] >= 0 && row[src] < shared.limits[src]) {
                 term[src] =
                     ptx::ld_stream(shared.weights[src] + static_cast<int64_t>(row[src]) * args.num_topk + k);
@@ -197,6 +201,7 @@ struct Pieces {
             block.lane >= kMaxLocalRanks
                 ? next_place.token
                 : block.args.send_row[static_cast<int64_t>(next_place.token) * kMaxLocalRanks + block.lane];
+        if constexpr (kCfg.segmented) next_row = block.row_of(next_place.token, next_row, block.lane);
     }
 
     __device__ const uint64_t* word() const { return &block.offer_of(block.lane).staged; }
@@ -205,6 +210,7 @@ struct Pieces {
     // Waits, as one warp, until the next rows are where they are read. Tokens come in order, and so do
     // chunks: who stages waits for nobody. False when the call cannot go on.
     __device__ bool await(bool is_term) {
+        if constexpr (kCfg.segmented) return true;  // all is there
         const uint32_t needed = is_term && block.lane < kMaxLocalRanks ? chunk_of(next_row) + 1 : 0;
         if (!__any_sync(kFullWarp, needed > staged)) return true;
         if (needed > staged) {
@@ -342,7 +348,7 @@ __device__ void intranode_combine(const IntranodeCombineArgs<kCfg>& args) {
     constexpr uint64_t kOffers = 1, kStaging = 2, kReading = 3;
     extern __shared__ __align__(128) uint8_t stages[];
     __shared__ uint64_t loaded[Block::kNumWarps][kCfg.num_stages], copied[Block::kNumWarps][kCfg.num_stages];
-    __shared__ CombineShared shared;
+    __shared__ CombineShared<kCfg> shared;
     sync::Call call{.slabs = args.slabs,
                     .workspace = args.workspace,
                     .host_hang = args.hang,
@@ -356,6 +362,12 @@ __device__ void intranode_combine(const IntranodeCombineArgs<kCfg>& args) {
                       .warp = static_cast<int32_t>(threadIdx.x) / kWarpSize,
                       .lane = static_cast<int32_t>(threadIdx.x) % kWarpSize};
     if (blockIdx.x == 0) block.offer();
+    if constexpr (kCfg.segmented) {  // a barrier of read_offers goes before the first use
+        shared.segments.index.load(*args.segments);
+        for (int32_t i = threadIdx.x; i < args.segments->num * kMaxLocalRanks; i += kCfg.num_threads)
+            shared.segments.base[i / kMaxLocalRanks][i % kMaxLocalRanks] =
+                args.send_plan->segment_base[i / kMaxLocalRanks][i % kMaxLocalRanks];
+    }
 #ifdef EP_HAS_TMA
     if (block.lane < kCfg.num_stages) {
         ptx::mbarrier_init(&loaded[block.warp][block.lane]);
@@ -365,7 +377,7 @@ __device__ void intranode_combine(const IntranodeCombineArgs<kCfg>& args) {
     __syncwarp();  // for racecheck alone, which takes these lanes for one thread
 #endif
     uint8_t* ring = stages + block.warp * kCfg.num_stages * kCfg.stage_bytes;
-    if (block.stager() >= 0) {
+    if (!kCfg.segmented && block.stager() >= 0) {
         block.stage_rows(ring, copied[block.warp]);
         if (!block.is_puller()) return sync::finish(call, kReading);
     }

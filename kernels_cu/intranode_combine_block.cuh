@@ -1,12 +1,14 @@
 // What the parts of combine share: arguments, what a block knows, and pieces of rows.
 #pragma once
 #include "rows.cuh"
+#include "segments.cuh"
 #include "sync.cuh"
 
 namespace ep {
 
 struct IntranodeCombineCfg {
     int num_threads, num_stages, stage_bytes, element;
+    int segmented;  // 1: tokens are those of args.segments
 };
 
 template <IntranodeCombineCfg kCfg>
@@ -24,6 +26,7 @@ struct IntranodeCombineArgs {
     int32_t rank, num_ranks, num_tokens, num_rows, row_bytes, num_topk;  // num_topk 0: no weights
     int32_t num_pullers, num_stagers;                                    // blocks; num_stagers 0 without y
     uint8_t* slabs[kMaxLocalRanks];
+    const Segments* segments;  // with kCfg.segmented alone: those of the dispatch
 };
 
 // Terms of a sum by number, in the order of addition: ranks, then biases. Lane i looks after term i.
@@ -36,11 +39,21 @@ struct Place {
 
 struct Chunk;
 
+template <bool kSegmented>
+struct CombineSegments {};
+template <>
+struct CombineSegments<true> {
+    SegmentIndex index;
+    int32_t base[kMaxNodes][kMaxLocalRanks];  // as in SendPlan
+};
+
+template <IntranodeCombineCfg kCfg>
 struct CombineShared {
     const uint8_t* terms[kMaxTerms];  // row 0 of this rank's part of each term
     int32_t limits[kMaxTerms];        // rows from here on were dropped
     const float* weights[kMaxLocalRanks];
     uint32_t staged[kMaxLocalRanks];  // chunks of each peer's rows that its offer was acquired with
+    CombineSegments<kCfg.segmented != 0> segments;
 };
 
 template <IntranodeCombineCfg kCfg>
@@ -53,7 +66,7 @@ struct CombineBlock {
 
     const IntranodeCombineArgs<kCfg>& args;
     const sync::Call& call;
-    CombineShared& shared;
+    CombineShared<kCfg>& shared;
     int32_t warp, lane;
 
     __device__ void offer() const;
@@ -79,7 +92,8 @@ struct CombineBlock {
         return (args.row_bytes + kCfg.stage_bytes - 1) / kCfg.stage_bytes;
     }
     __device__ __forceinline__ int32_t take_ticket() const { return sync::take_ticket(call, lane); }
-    __device__ int32_t num_pieces() const { return args.num_tokens * pieces_per_row(); }
+    __device__ int32_t num_tokens() const { return num_tokens_of<kCfg.segmented != 0>(args); }
+    __device__ int32_t num_pieces() const { return num_tokens() * pieces_per_row(); }
     __device__ Place place_of(int32_t piece) const {
         const int32_t token = piece / pieces_per_row();
         const int32_t offset = (piece - token * pieces_per_row()) * kCfg.stage_bytes;
@@ -87,6 +101,12 @@ struct CombineBlock {
     }
     __device__ uint8_t* out_of(const Place& place) const {
         return args.out + static_cast<int64_t>(place.token) * args.row_bytes + place.offset;
+    }
+    // The row that `terms` and `weights` of a rank are counted by; -1: none.
+    __device__ __forceinline__ int32_t row_of(int32_t token, int32_t position, int32_t src) const {
+        if constexpr (kCfg.segmented)
+            if (position >= 0) position += shared.segments.base[shared.segments.index.of(token)][src];
+        return position;
     }
     static __device__ void start(Sum& sum, float value = rows::kNoTerm) {
 #pragma unroll

@@ -10,6 +10,10 @@
 // Blocks     the last one offers the place, so that the fence of its release delays no counts; block 0 offers
 //            the counts and reports to the host.
 // Cached     the positions come from an earlier call; offers then carry no counts, and there is no metadata.
+// Segmented  of several nodes, the ranks of one dispatch all tokens that have come to it: see `Segments`.
+//            Rows are in the order of all ranks of all nodes: segment, then source rank, then token. Counts
+//            are offered by segment, and known before the layout is: block 0 offers them first of all. There
+//            are always expert ids, those of all nodes; the experts of this one count from first_expert.
 // Overfull   rows that do not fit are not sent. All ranks see it in the same matrix.
 // Bad ids    an expert id outside 0 .. num_experts - 1 is treated as -1: none.
 // Launch     any number of blocks up to kMaxBlocks, all resident; from sm_90 on dynamic shared memory for the
@@ -54,13 +58,25 @@ __device__ void DispatchBlock<kCfg>::offer_experts(CountOf count_of) const {
     }
 }
 
+// To every peer: how many tokens of each segment every rank gets.
+template <IntranodeDispatchCfg kCfg>
+__device__ void DispatchBlock<kCfg>::offer_segments() const {
+    const int32_t num_counts = args.segments->num * args.num_ranks;
+    for (int32_t i = threadIdx.x; i < args.num_ranks * num_counts; i += blockDim.x) {
+        const int32_t peer = i / num_counts, n = i % num_counts / args.num_ranks, d = i % args.num_ranks;
+        ptx::st_relaxed_sys(&call.exchange(peer)->segment_counts[call.parity][args.rank][n][d],
+                            stamped(call.epoch, args.segments->counts[n][d]));
+    }
+}
+
 // Waits for every rank's offer, and works out where our rows go. A barrier.
 template <IntranodeDispatchCfg kCfg>
 __device__ Reason DispatchBlock<kCfg>::read_offers() {
     constexpr int32_t kWords = sizeof(DispatchOffer) / sizeof(uint64_t);
     static_assert(EP_OFFSETOF(DispatchOffer, counts) == 0 && kWords == kMaxLocalRanks + 3);
     const DispatchOffer* offers = call.exchange(args.rank)->dispatch[call.parity];
-    const int32_t num_absent = args.is_cached ? kMaxLocalRanks : 0, num_words = kWords - num_absent;
+    const int32_t num_absent = kCfg.segmented || args.is_cached ? kMaxLocalRanks : 0;
+    const int32_t num_words = kWords - num_absent;
     Reason reason = kNothing;
     for (int32_t i = threadIdx.x; i < args.num_ranks * num_words && reason == kNothing; i += blockDim.x) {
         const int32_t peer = i / num_words, which = num_absent + i % num_words;
@@ -78,10 +94,49 @@ __device__ Reason DispatchBlock<kCfg>::read_offers() {
         if (is_contradicted) reason = kContradicted;
         if (word == &offers[peer].digest && static_cast<uint32_t>(seen) != args.digest) reason = kDisagreed;
     }
+    if constexpr (kCfg.segmented)
+        if (reason == kNothing && !args.is_cached) reason = read_segments();
     reason = sync::agree(reason);
     if (reason == kNothing && threadIdx.x < args.num_ranks) plan_rows(threadIdx.x);
+    if constexpr (kCfg.segmented)
+        if (reason == kNothing) plan_segments();
     __syncthreads();
     return reason;
+}
+
+// Waits, as one thread, for its share of the counts by segment, and adds them up for the block.
+template <IntranodeDispatchCfg kCfg>
+__device__ Reason DispatchBlock<kCfg>::read_segments() {
+    const auto& counts = call.exchange(args.rank)->segment_counts[call.parity];
+    const int32_t num_counts = args.segments->num * args.num_ranks;
+    for (int32_t i = threadIdx.x; i < args.num_ranks * num_counts; i += blockDim.x) {
+        const int32_t src = i / num_counts, n = i % num_counts / args.num_ranks, d = i % args.num_ranks;
+        uint64_t seen = 0;
+        const Reason reason = sync::poll(call, &counts[src][n][d], src, seen,
+                                         [&](uint64_t value) { return is_stamped(value, call.epoch); });
+        if (reason != kNothing) return reason;
+        const int32_t count = static_cast<uint32_t>(seen);
+        if (count == 0) continue;
+        atomicAdd(&shared.segments.total[d], count);
+        if (d == args.rank) atomicAdd(&shared.recv_counts[src], count);
+        if (src != args.rank) atomicAdd(&shared.segments.others[n][d], count);
+        if (src < args.rank) atomicAdd(&shared.segments.base[n][d], count);
+    }
+    return kNothing;
+}
+
+// Where the rows of a segment go, less their positions: behind those of all ranks in lower segments and of
+// lower ranks in this one, where this rank's own in lower segments are positions already.
+template <IntranodeDispatchCfg kCfg>
+__device__ void DispatchBlock<kCfg>::plan_segments() {
+    for (int32_t i = threadIdx.x; i < args.segments->num * kMaxLocalRanks; i += blockDim.x) {
+        const int32_t segment = i / kMaxLocalRanks, d = i % kMaxLocalRanks;
+        int32_t& base = shared.segments.base[segment][d];
+        if (args.is_cached)
+            base = args.send_plan->segment_base[segment][d];
+        else
+            for (int32_t lower = 0; lower < segment; ++lower) base += shared.segments.others[lower][d];
+    }
 }
 
 // Where this rank's rows go at a peer, and how many come from it.
@@ -90,7 +145,9 @@ __device__ void DispatchBlock<kCfg>::plan_rows(int32_t peer) {
     const DispatchOffer& offer = shared.offers[peer];
     const int64_t capacity = static_cast<uint32_t>(offer.capacity);
     int32_t base = 0, total = 0;
-    if (args.is_cached) {
+    if constexpr (kCfg.segmented) {
+        total = shared.segments.total[peer];
+    } else if (args.is_cached) {
         base = args.send_plan->base[peer];
     } else {
         for (int32_t src = 0; src < args.num_ranks; ++src) {
@@ -103,7 +160,8 @@ __device__ void DispatchBlock<kCfg>::plan_rows(int32_t peer) {
     shared.plan.limit[peer] = capacity > base ? static_cast<int32_t>(capacity - base) : 0;
     shared.capacity[peer] = capacity;
     shared.place[peer] = args.slabs[peer] + int64_t{static_cast<uint32_t>(offer.offset)} * kOffsetUnit;
-    shared.recv_counts[peer] = args.is_cached ? 0 : static_cast<uint32_t>(offer.counts[args.rank]);
+    if constexpr (!kCfg.segmented)
+        shared.recv_counts[peer] = args.is_cached ? 0 : static_cast<uint32_t>(offer.counts[args.rank]);
     if (total > capacity) atomicOr(&shared.overfull_ranks, 1u << peer);
 }
 
@@ -121,7 +179,14 @@ __device__ bool DispatchBlock<kCfg>::has_offer(int32_t peer) const {
         return is_stamped(ptx::ld_relaxed_sys(&word), call.epoch);
     };
     bool is_complete = is_there(from.offset) && is_there(from.capacity) && is_there(from.digest);
-    for (int32_t d = 0; d < kMaxLocalRanks && !args.is_cached; ++d) is_complete &= is_there(from.counts[d]);
+    if constexpr (kCfg.segmented) {
+        const auto& counts = call.exchange(args.rank)->segment_counts[call.parity][peer];
+        for (int32_t n = 0; n < args.segments->num && !args.is_cached; ++n)
+            for (int32_t d = 0; d < args.num_ranks; ++d) is_complete &= is_there(counts[n][d]);
+    } else {
+        for (int32_t d = 0; d < kMaxLocalRanks && !args.is_cached; ++d)
+            is_complete &= is_there(from.counts[d]);
+    }
     return is_complete && static_cast<uint32_t>(ptx::ld_relaxed_sys(&from.digest)) == args.digest;
 }
 
@@ -173,6 +238,10 @@ __device__ Reason DispatchBlock<kCfg>::report() const {
             args.send_plan->recv_counts[lane] = shared.recv_counts[lane];
             args.result->recv_counts[lane] = shared.recv_counts[lane];
         }
+        if constexpr (kCfg.segmented)
+            for (int32_t i = lane; i < args.segments->num * kMaxLocalRanks; i += kWarpSize)
+                args.send_plan->segment_base[i / kMaxLocalRanks][i % kMaxLocalRanks] =
+                    shared.segments.base[i / kMaxLocalRanks][i % kMaxLocalRanks];
         if (lane == 0) {
             args.result->num_recv_tokens = num_recv_tokens();
             args.result->overfull_ranks = shared.overfull_ranks;
@@ -201,24 +270,35 @@ __device__ void intranode_dispatch(const IntranodeDispatchArgs<kCfg>& args) {
                     .num_ranks = args.num_ranks};
     if (!sync::enter(call, kDispatch, args.timeout_ns)) return;
 
-    const int32_t slice = (args.num_tokens + gridDim.x - 1) / gridDim.x;
-    const int32_t first_token = min(args.num_tokens, static_cast<int32_t>(blockIdx.x) * slice);
+    const int32_t num_tokens = num_tokens_of<kCfg.segmented != 0>(args);
+    const int32_t slice = (num_tokens + gridDim.x - 1) / gridDim.x;
+    const int32_t first_token = min(num_tokens, static_cast<int32_t>(blockIdx.x) * slice);
     const int32_t max_alone = min(args.max_redundant_tokens, kCfg.num_threads);
     Block block{.args = args,
                 .call = call,
                 .shared = shared,
                 .stages = stages,
                 .first_token = first_token,
-                .last_token = min(args.num_tokens, first_token + slice),
+                .last_token = min(num_tokens, first_token + slice),
                 .num_local_experts = max(1, args.num_experts / args.num_ranks),
                 .warp = static_cast<int32_t>(threadIdx.x) / kWarpSize,
                 .lane = static_cast<int32_t>(threadIdx.x) % kWarpSize,
-                .is_redundant = !args.is_cached && args.num_tokens <= max_alone};
+                .is_redundant = !args.is_cached && num_tokens <= max_alone};
     const bool is_data_warp = block.warp < kCfg.num_data_warps;
     if (blockIdx.x == gridDim.x - 1) block.offer_place();
     if (threadIdx.x < kMaxLocalRanks) {
         shared.tokens_here[threadIdx.x] = shared.tokens_before[threadIdx.x] = 0;
         shared.tokens_until[threadIdx.x] = shared.tokens_total[threadIdx.x] = 0;
+    }
+    if constexpr (kCfg.segmented) {
+        if (blockIdx.x == 0 && !args.is_cached) block.offer_segments();
+        shared.segments.index.load(*args.segments);
+        for (int32_t i = threadIdx.x; i < kMaxNodes * kMaxLocalRanks; i += kCfg.num_threads) {
+            shared.segments.base[i / kMaxLocalRanks][i % kMaxLocalRanks] = 0;
+            shared.segments.others[i / kMaxLocalRanks][i % kMaxLocalRanks] = 0;
+        }
+        if (threadIdx.x < kMaxLocalRanks)
+            shared.segments.total[threadIdx.x] = shared.recv_counts[threadIdx.x] = 0;
     }
     if (threadIdx.x == 0) shared.overfull_ranks = 0;
 #ifdef EP_HAS_TMA

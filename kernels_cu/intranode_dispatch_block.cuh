@@ -2,6 +2,7 @@
 // The phases are in files of their own: layout, offers (with the kernel, intranode_dispatch.cu), rows,
 // metadata.
 #pragma once
+#include "segments.cuh"
 #include "sync.cuh"
 
 namespace ep {
@@ -10,6 +11,7 @@ struct IntranodeDispatchCfg {
     int num_threads, num_data_warps, num_stages, stage_bytes;
     int scale_bytes;  // of a slot, for scale factors: of a row that is moved, of a piece that is cast
     int quantizes;    // 1: x is bfloat16, and leaves as float8_e4m3fn with scale factors made here
+    int segmented;    // 1: tokens are those of args.segments
 };
 
 template <IntranodeDispatchCfg kCfg>
@@ -34,6 +36,25 @@ struct IntranodeDispatchArgs {
     int32_t fill_rows;             // received rows from num_recv_tokens to here are filled: id -1, weight 0
     int32_t max_redundant_tokens;  // of a layout that every block makes for itself
     uint8_t* slabs[kMaxLocalRanks];
+
+    // With kCfg.segmented alone. num_tokens is then the most that the list can have. Tokens of the own
+    // segment lie in x, sf, topk_idx and topk_weights, the others in these, one segment behind the other.
+    const Segments* segments;
+    const uint8_t* landed_x;
+    const uint8_t* landed_sf;
+    const uint8_t* landed_topk_idx;
+    const float* landed_topk_weights;
+    int32_t first_expert;  // of this node: ids count from the first expert of all nodes
+};
+
+template <bool kSegmented>
+struct DispatchSegments {};
+template <>
+struct DispatchSegments<true> {
+    SegmentIndex index;
+    int32_t base[kMaxNodes][kMaxLocalRanks];    // as in SendPlan
+    int32_t others[kMaxNodes][kMaxLocalRanks];  // tokens of the other ranks, by segment and destination
+    int32_t total[kMaxLocalRanks];              // of all ranks and segments, by destination
 };
 
 template <IntranodeDispatchCfg kCfg>
@@ -52,9 +73,12 @@ struct DispatchShared {
     int32_t recv_counts[kMaxLocalRanks];
     int64_t capacity[kMaxLocalRanks];
     uint8_t* place[kMaxLocalRanks];  // where the rows of each destination land
-    SendPlan plan;
+    struct {
+        int32_t base[kMaxLocalRanks], limit[kMaxLocalRanks];
+    } plan;  // as in SendPlan
     uint32_t overfull_ranks;
     bool is_last;
+    DispatchSegments<kCfg.segmented != 0> segments;
 };
 
 template <IntranodeDispatchCfg kCfg>
@@ -86,8 +110,11 @@ struct DispatchBlock {
     __device__ void offer_counts(int32_t total) const;
     template <class CountOf>
     __device__ void offer_experts(CountOf count_of) const;
+    __device__ void offer_segments() const;
     __device__ Reason read_offers();
+    __device__ Reason read_segments();
     __device__ void plan_rows(int32_t peer);
+    __device__ void plan_segments();
     __device__ int32_t num_recv_tokens() const;
     __device__ bool has_offer(int32_t peer) const;
     __device__ bool has_experts(int32_t peer) const;
@@ -105,12 +132,38 @@ struct DispatchBlock {
     __device__ int32_t helper() const { return warp - kCfg.num_data_warps; }
     __device__ int32_t num_helpers() const { return kOtherWarps - (blockIdx.x == 0 ? 1 : 0); }
 
-    // -1: none, also for an id that does not exist.
+    __device__ int32_t num_tokens() const { return num_tokens_of<kCfg.segmented != 0>(args); }
+
+    // The arrays that hold a token, and which of theirs it is.
+    struct Origin {
+        const uint8_t *x, *sf, *topk_idx;
+        const float* topk_weights;
+        int32_t token;
+    };
+    __device__ __forceinline__ Origin origin(int32_t token) const {
+        if constexpr (kCfg.segmented) {
+            const int32_t begin = shared.segments.index.own_begin, end = shared.segments.index.own_end;
+            if (token < begin || token >= end)
+                return {args.landed_x, args.landed_sf, args.landed_topk_idx, args.landed_topk_weights,
+                        token < begin ? token : token - (end - begin)};
+            token -= begin;
+        }
+        return {args.x, args.sf, args.topk_idx, args.topk_weights, token};
+    }
+
+    // Of this node. -1: none, also for an id that does not exist, or belongs to another node.
     __device__ int32_t expert(int32_t token, int32_t k) const {
-        const int64_t at = static_cast<int64_t>(token) * args.num_topk + k;
-        const int64_t id = args.idx_bytes == 8 ? reinterpret_cast<const int64_t*>(args.topk_idx)[at]
-                                               : reinterpret_cast<const int32_t*>(args.topk_idx)[at];
-        return id >= 0 && id < args.num_experts ? static_cast<int32_t>(id) : -1;
+        const Origin from = origin(token);
+        const int64_t at = static_cast<int64_t>(from.token) * args.num_topk + k;
+        const int64_t id = args.idx_bytes == 8 ? reinterpret_cast<const int64_t*>(from.topk_idx)[at]
+                                               : reinterpret_cast<const int32_t*>(from.topk_idx)[at];
+        const int64_t first = kCfg.segmented ? args.first_expert : 0;
+        return id >= first && id < first + args.num_experts ? static_cast<int32_t>(id - first) : -1;
+    }
+
+    __device__ float weight(int32_t token, int32_t k) const {
+        const Origin from = origin(token);
+        return from.topk_weights[static_cast<int64_t>(from.token) * args.num_topk + k];
     }
 
     // The row of a token at a destination; -1 where it does not go, or does not fit.
@@ -119,8 +172,15 @@ struct DispatchBlock {
         const int32_t position =
             is_redundant ? shared.positions[token][destination]
                          : __ldcg(args.send_row + static_cast<int64_t>(token) * kMaxLocalRanks + destination);
+        if constexpr (kCfg.segmented) return position < 0 ? -1 : segment_row(token, position, destination);
         const bool is_kept = position >= 0 && position < shared.plan.limit[destination];
         return is_kept ? shared.plan.base[destination] + position : -1;
+    }
+
+    // As row_of, for a token that goes there.
+    __device__ int32_t segment_row(int32_t token, int32_t position, int32_t destination) const {
+        const int32_t row = shared.segments.base[shared.segments.index.of(token)][destination] + position;
+        return row < shared.plan.limit[destination] ? row : -1;
     }
 
     // Peers in another order on every rank, so that not all send to one at a time. Lanes beyond have none.

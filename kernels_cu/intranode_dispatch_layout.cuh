@@ -19,7 +19,7 @@ namespace ep {
 template <IntranodeDispatchCfg kCfg>
 __device__ uint32_t DispatchBlock<kCfg>::destinations(int32_t token) const {
     uint32_t mask = 0;
-    if (args.topk_idx != nullptr) {
+    if (kCfg.segmented || args.topk_idx != nullptr) {
 #pragma unroll 8
         for (int32_t k = 0; k < args.num_topk; ++k) {
             const int32_t id = expert(token, k);
@@ -83,10 +83,10 @@ __device__ void DispatchBlock<kCfg>::keep(int32_t token, uint32_t mask,
 template <IntranodeDispatchCfg kCfg>
 __device__ void DispatchBlock<kCfg>::lay_out_alone() {
     const int32_t token = threadIdx.x;
-    const uint32_t mask = token < args.num_tokens ? destinations(token) : 0;
+    const uint32_t mask = token < num_tokens() ? destinations(token) : 0;
     int32_t running = 0, position[kMaxLocalRanks];
     place(mask, running, position);
-    if (blockIdx.x == 0) offer_counts(running);
+    if (!kCfg.segmented && blockIdx.x == 0) offer_counts(running);
 #pragma unroll
     for (int32_t d = 0; d < kMaxLocalRanks; ++d) {
         const bool goes = mask >> d & 1;
@@ -98,7 +98,7 @@ __device__ void DispatchBlock<kCfg>::lay_out_alone() {
     }
     if (token >= first_token && token < last_token) keep(token, mask, position);
     if (blockIdx.x == min(1, gridDim.x - 1) && args.topk_idx != nullptr) {
-        count_experts(0, args.num_tokens);
+        count_experts(0, num_tokens());
         offer_experts([&](int32_t e) { return shared.histogram[e]; });
     }
 }
@@ -108,7 +108,7 @@ __device__ Reason DispatchBlock<kCfg>::lay_out_together() {
     count_tokens();
     const Reason reason = add_up_blocks();
     if (reason != kNothing) return reason;
-    if (blockIdx.x == 0) offer_counts(shared.tokens_total[lane % kMaxLocalRanks]);
+    if (!kCfg.segmented && blockIdx.x == 0) offer_counts(shared.tokens_total[lane % kMaxLocalRanks]);
     int32_t running = shared.tokens_before[lane % kMaxLocalRanks];
     for (int32_t begin = first_token; begin < last_token; begin += kCfg.num_threads) {
         const int32_t token = begin + threadIdx.x;

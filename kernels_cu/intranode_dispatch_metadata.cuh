@@ -10,7 +10,7 @@
 namespace ep {
 
 // Expert ids (local, or -1) and weights (0 where the id is -1) of the slice's tokens, in the order of rows:
-// runs that are contiguous there.
+// runs that are contiguous there, with segments as far as a segment.
 template <IntranodeDispatchCfg kCfg>
 __device__ void DispatchBlock<kCfg>::send_metadata() const {
     const int32_t thread = helper() * kWarpSize + lane, num_threads = num_helpers() * kWarpSize;
@@ -18,7 +18,9 @@ __device__ void DispatchBlock<kCfg>::send_metadata() const {
     for (int32_t shift = 1; shift <= args.num_ranks; ++shift) {
         const int32_t d = (args.rank + shift) % args.num_ranks;
         const int32_t first = shared.tokens_before[d];
-        const int32_t count = min(shared.tokens_until[d], shared.plan.limit[d]) - first;
+        const int32_t last =
+            kCfg.segmented ? shared.tokens_until[d] : min(shared.tokens_until[d], shared.plan.limit[d]);
+        const int32_t count = last - first;
         const int64_t base = static_cast<int64_t>(shared.plan.base[d]) + first;
         const int32_t* tokens = args.send_token + static_cast<int64_t>(d) * args.num_tokens + first;
         const Sections to = sections(d);
@@ -29,14 +31,18 @@ __device__ void DispatchBlock<kCfg>::send_metadata() const {
             const int32_t id = expert(token, k);
             const bool is_there = id >= 0 && id / num_local_experts == d;
             const int32_t local = is_there ? id - d * num_local_experts : -1;
-            const int64_t at = base * num_topk + i;
+            int64_t at = base * num_topk + i;
+            if constexpr (kCfg.segmented) {
+                const int32_t row = segment_row(token, first + i / num_topk, d);
+                if (row < 0) continue;
+                at = static_cast<int64_t>(row) * num_topk + k;
+            }
             if (args.idx_bytes == 8)
                 reinterpret_cast<int64_t*>(to.topk_idx)[at] = local;
             else
                 reinterpret_cast<int32_t*>(to.topk_idx)[at] = local;
             if (args.topk_weights != nullptr)
-                reinterpret_cast<float*>(to.topk_weights)[at] =
-                    is_there ? args.topk_weights[static_cast<int64_t>(token) * num_topk + k] : 0.0f;
+                reinterpret_cast<float*>(to.topk_weights)[at] = is_there ? weight(token, k) : 0.0f;
         }
     }
 }
@@ -47,8 +53,9 @@ __device__ void DispatchBlock<kCfg>::send_scales() const {
     const int32_t num_words = args.sf_row_bytes / 4;
     const int32_t destination = destination_of_lane();
     for (int32_t token = first_token + helper(); token < last_token; token += num_helpers()) {
+        const Origin given = origin(token);
         const auto* from =
-            reinterpret_cast<const uint32_t*>(args.sf) + static_cast<int64_t>(token) * num_words;
+            reinterpret_cast<const uint32_t*>(given.sf) + static_cast<int64_t>(given.token) * num_words;
         const int32_t row = row_of(token, destination);
         auto* mine = row < 0
                          ? nullptr

@@ -42,7 +42,7 @@ struct RowSender {
     __device__ explicit RowSender(const Block& block) : block(block) {
         x_row_bytes = block.args.row_bytes * kNarrowing;
         pieces_per_row = (x_row_bytes + kPieceBytes - 1) / kPieceBytes;
-        num_pieces = static_cast<uint32_t>(block.args.num_tokens) * pieces_per_row;
+        num_pieces = static_cast<uint32_t>(block.num_tokens()) * pieces_per_row;
         destination = block.destination_of_lane();
     }
 
@@ -52,8 +52,9 @@ struct RowSender {
 
     __device__ int32_t bytes_at(int32_t at) const { return min(kPieceBytes, x_row_bytes - at); }
     __device__ int32_t num_scales(int32_t at) const { return bytes_at(at) / kBytesPerScale; }
-    __device__ const uint8_t* x(int32_t token, int32_t at) const {
-        return block.args.x + static_cast<int64_t>(token) * x_row_bytes + at;
+    __device__ __forceinline__ const uint8_t* x(int32_t token, int32_t at) const {
+        const typename Block::Origin from = block.origin(token);
+        return from.x + static_cast<int64_t>(from.token) * x_row_bytes + at;
     }
     // Where a piece of a row, and its scale factors, lie at this lane's destination.
     __device__ uint8_t* sent_x(int32_t row, int32_t at) const {
@@ -113,9 +114,11 @@ __device__ __forceinline__ void RowSender<kCfg>::load(int slot, uint32_t piece) 
     const bool with_scales = !kCfg.quantizes && offset[slot] == 0 && sf_row_bytes > 0 && block.scales_ride();
     ptx::mbarrier_arrive_expect(loaded, num_bytes + (with_scales ? sf_row_bytes : 0));
     ptx::bulk_load(data_of(slot), x(token[slot], offset[slot]), num_bytes, loaded);
-    if (with_scales)
-        ptx::bulk_load(scales_of(slot), block.args.sf + static_cast<int64_t>(token[slot]) * sf_row_bytes,
+    if (with_scales) {
+        const typename Block::Origin from = block.origin(token[slot]);
+        ptx::bulk_load(scales_of(slot), from.sf + static_cast<int64_t>(from.token) * sf_row_bytes,
                        sf_row_bytes, loaded);
+    }
 }
 
 // The next piece by ticket. Lanes meet here after their stores of the slot have been read out.

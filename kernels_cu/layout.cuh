@@ -73,6 +73,7 @@ constexpr int kMaxLocalRanks = 8;      // unrolled, one bit each in a byte
 constexpr int kMaxLocalExperts = 512;  // of one rank
 constexpr int kMaxBlocks = 256;        // of a kernel
 constexpr int kMaxExpandTopk = 64;     // columns of the expert-major layout: two for each lane
+constexpr int kMaxNodes = 32;          // of the two-level mode
 
 // A word that carries the call it belongs to: who sees the epoch has the value, without a flag or a fence.
 // Such words come in two sets, by parity of the epoch: a rank may be one call ahead of a peer that still
@@ -112,6 +113,8 @@ struct Exchange {
     CombineOffer combine[2][kMaxLocalRanks];                      // [epoch & 1][src_rank]
     uint64_t expert_counts[2][kMaxLocalRanks][kMaxLocalExperts];  // [epoch & 1][src_rank], stamped
     uint64_t arrivals[kMaxLocalRanks];  // [src_rank]: signal word; its part of the call is done; only grows
+    // [epoch & 1][src_rank][segment][dst_rank], stamped
+    uint64_t segment_counts[2][kMaxLocalRanks][kMaxNodes][kMaxLocalRanks];
 };
 
 constexpr int64_t kExchangeOffset = align_up<int64_t>(sizeof(SlabHeader), 128);
@@ -145,9 +148,12 @@ struct DispatchResult {
 
 // Where this rank's tokens went, kept by the handle. Row of token t at rank d: base[d] + send_row[t][d],
 // unless send_row is -1 or not below limit[d] (then it did not fit and was dropped).
+// With segments base[d] is 0, and the row is segment_base[n][d] + send_row[t][d] for t in segment n, unless
+// send_row is -1 or that row is not below limit[d].
 struct SendPlan {
     int32_t base[kMaxLocalRanks], limit[kMaxLocalRanks];
     int32_t recv_counts[kMaxLocalRanks];  // rows that this rank got from each source, also dropped ones
+    int32_t segment_base[kMaxNodes][kMaxLocalRanks];
 };
 
 // Of one rank, in its own memory. Counters come in two sets, by parity of `calls`: block 0 of a call clears
@@ -213,12 +219,12 @@ struct Route {
 
 // Two-level mode: several NVLink domains, called nodes, on a network.
 
-constexpr int kMaxNodes = 32;
-
-// Tokens that a rank dispatches within its node: those of each node's rank of the same local index.
+// The tokens that a rank dispatches within its node, in a list. Segment n holds those that came from the rank
+// of the same local index on node n, in that rank's order; segment `own` all tokens of this rank itself, also
+// those that go to other nodes alone.
 struct Segments {
     int32_t num_tokens;                         // of all segments
-    int32_t num, own;                           // segments; the one of this rank's own tokens
+    int32_t num, own;                           // segments, one for each node; the one of this rank's tokens
     int32_t first[kMaxNodes + 1];               // token at which each begins, and the end
     int32_t counts[kMaxNodes][kMaxLocalRanks];  // tokens of a segment that go to each rank of this node
 };

@@ -58,6 +58,7 @@ class IntranodeDispatchCfg:
     stage_bytes: int
     scale_bytes: int
     quantizes: int
+    segmented: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +67,7 @@ class IntranodeCombineCfg:
     num_stages: int
     stage_bytes: int
     element: int
+    segmented: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,12 +209,14 @@ def barrier(num_ranks: int) -> KernelSpec:
     )
 
 
-def intranode_dispatch(*, quantizes: bool = False) -> KernelSpec:
+def intranode_dispatch(*, quantizes: bool = False, segmented: bool = False) -> KernelSpec:
     """Dispatch within one NVLink domain, for every shape.
 
     Args:
         quantizes: rows are bfloat16 and are received as float8_e4m3fn with scale factors; else any dtype is
             moved as it is.
+        segmented: the second level of a dispatch over several nodes. Tokens are those of a list that the
+            device knows, `SEGMENTS`, and `num_tokens` is the most that it can have.
     """
     stages = plan.QUANTIZING_STAGES if quantizes else plan.DISPATCH_STAGES
     return KernelSpec(
@@ -225,6 +229,7 @@ def intranode_dispatch(*, quantizes: bool = False) -> KernelSpec:
             stage_bytes=stages.stage_bytes,
             scale_bytes=stages.scale_bytes,
             quantizes=int(quantizes),
+            segmented=int(segmented),
         ),
         args=np.dtype(
             [
@@ -239,6 +244,8 @@ def intranode_dispatch(*, quantizes: bool = False) -> KernelSpec:
                 *_ints("row_bytes", "sf_row_bytes", "idx_bytes", "is_cached"),
                 *_ints("fill_rows", "max_redundant_tokens"),
                 ("slabs", "<u8", (MAX_LOCAL_RANKS,)),
+                *_pointers("segments", "landed_x", "landed_sf", "landed_topk_idx", "landed_topk_weights"),
+                *_ints("first_expert"),
             ],
             align=True,
         ),
@@ -246,8 +253,13 @@ def intranode_dispatch(*, quantizes: bool = False) -> KernelSpec:
     )
 
 
-def intranode_combine(element: str) -> KernelSpec:
-    """Combine within one NVLink domain, for rows of one of `ELEMENTS`."""
+def intranode_combine(element: str, *, segmented: bool = False) -> KernelSpec:
+    """Combine within one NVLink domain, for rows of one of `ELEMENTS`.
+
+    Args:
+        segmented: the first level of a combine over several nodes. Tokens are those of the list of the
+            dispatch; rows lie in the slab, and there are no biases.
+    """
     stages = plan.COMBINE_STAGES
     return KernelSpec(
         source="intranode_combine.cu",
@@ -257,6 +269,7 @@ def intranode_combine(element: str) -> KernelSpec:
             num_stages=stages.num_stages,
             stage_bytes=stages.stage_bytes,
             element=ELEMENTS.index(element),
+            segmented=int(segmented),
         ),
         args=np.dtype(
             [
@@ -270,6 +283,7 @@ def intranode_combine(element: str) -> KernelSpec:
                 *_ints("rank", "num_ranks", "num_tokens", "num_rows", "row_bytes", "num_topk"),
                 *_ints("num_pullers", "num_stagers"),
                 ("slabs", "<u8", (MAX_LOCAL_RANKS,)),
+                *_pointers("segments"),
             ],
             align=True,
         ),
@@ -536,6 +550,12 @@ def normal_mode_specs() -> list[KernelSpec]:
     return [*dispatches, *combines, expand(), *collapses, dispatch_layout(), contiguous()]
 
 
+def segmented_specs() -> list[KernelSpec]:
+    """What an engine of the normal mode over several nodes loads besides, for the level within a node."""
+    dispatches = [intranode_dispatch(quantizes=quantizes, segmented=True) for quantizes in (False, True)]
+    return [*dispatches, *(intranode_combine(element, segmented=True) for element in ELEMENTS)]
+
+
 def low_latency_specs() -> list[KernelSpec]:
     """What an engine of the low-latency mode loads besides."""
     dispatches = [low_latency_dispatch(quantizes=quantizes) for quantizes in (False, True)]
@@ -549,8 +569,9 @@ def network_specs() -> list[KernelSpec]:
 
 def all_specs() -> list[KernelSpec]:
     """Every other instance that can be asked for."""
+    normal_mode = [*normal_mode_specs(), *segmented_specs()]
     sums = [internode_sum(element) for element in ELEMENTS]
-    return [barrier(8), barrier(MAX_RANKS), *normal_mode_specs(), *low_latency_specs(), wire_limit(), *sums]
+    return [barrier(8), barrier(MAX_RANKS), *normal_mode, *low_latency_specs(), wire_limit(), *sums]
 
 
 # The best shape of the prototype, which had no tickets: on H200 325 GB/s with 8 SMs, 342 with all.

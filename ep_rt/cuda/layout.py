@@ -126,6 +126,7 @@ EXCHANGE: Final[Struct] = np.dtype(
         ("combine", COMBINE_OFFER, (2, MAX_LOCAL_RANKS)),
         ("expert_counts", "<u8", (2, MAX_LOCAL_RANKS, MAX_LOCAL_EXPERTS)),
         ("arrivals", "<u8", (MAX_LOCAL_RANKS,)),
+        ("segment_counts", "<u8", (2, MAX_LOCAL_RANKS, MAX_NODES, MAX_LOCAL_RANKS)),
     ],
     align=True,
 )
@@ -142,7 +143,13 @@ DISPATCH_RESULT: Final[Struct] = np.dtype(
 )
 
 SEND_PLAN: Final[Struct] = np.dtype(
-    [(name, "<i4", (MAX_LOCAL_RANKS,)) for name in ("base", "limit", "recv_counts")], align=True
+    [
+        ("base", "<i4", (MAX_LOCAL_RANKS,)),
+        ("limit", "<i4", (MAX_LOCAL_RANKS,)),
+        ("recv_counts", "<i4", (MAX_LOCAL_RANKS,)),
+        ("segment_base", "<i4", (MAX_NODES, MAX_LOCAL_RANKS)),
+    ],
+    align=True,
 )
 
 WORKSPACE: Final[Struct] = np.dtype(

@@ -91,11 +91,11 @@ class Kernels:
     def barrier(self, num_ranks: int) -> EmulatedKernel:
         return self(kernels.barrier(num_ranks))
 
-    def dispatch(self, *, quantizes: bool = False) -> EmulatedKernel:
-        return self.small(kernels.intranode_dispatch(quantizes=quantizes))
+    def dispatch(self, *, quantizes: bool = False, segmented: bool = False) -> EmulatedKernel:
+        return self.small(kernels.intranode_dispatch(quantizes=quantizes, segmented=segmented))
 
-    def combine(self, element: str) -> EmulatedKernel:
-        return self.small(kernels.intranode_combine(element))
+    def combine(self, element: str, *, segmented: bool = False) -> EmulatedKernel:
+        return self.small(kernels.intranode_combine(element, segmented=segmented))
 
     def expand(self) -> EmulatedKernel:
         return self.small(kernels.expand())

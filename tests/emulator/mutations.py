@@ -7,6 +7,7 @@ from typing import Final
 from .mutations_combine import COMBINE, LOCAL
 from .mutations_dispatch import DISPATCH
 from .mutations_low_latency import LOW_LATENCY
+from .mutations_segmented import SEGMENTED
 from .mutations_sync import SYNC
 
-MUTATIONS: Final = (*SYNC, *DISPATCH, *COMBINE, *LOCAL, *LOW_LATENCY)
+MUTATIONS: Final = (*SYNC, *DISPATCH, *COMBINE, *LOCAL, *SEGMENTED, *LOW_LATENCY)

@@ -20,6 +20,7 @@ from ep_rt.cuda.plan import scratch_bytes
 from .kernels import bound, host_reads
 from .machine import Array, Memory
 from .ranks import Ranks
+from .segments import SegmentList
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,7 @@ class Handle:
     num_rows: list[int]
     routing: list[Memory]
     expected: list[reference.Dispatched]
+    segments: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +62,27 @@ def dispatch(
     max_redundant_tokens: int = 512,
     only: Collection[int] | None = None,
     digests: Sequence[int] | None = None,
+    lists: Sequence[SegmentList] | None = None,
 ) -> tuple[Handle, list[Landed]]:
     """One dispatch; `expected` is what the oracle says of it.
 
     Args:
+        lists: of several nodes: the tokens of all arrays are those of these lists.
         places: of the slab, by rank.
         in_rank: for a dispatch without ids.
         only: ranks that take part, if not all: a mistake of the program.
         digests: of the ranks' arguments, where they differ.
     """
-    kernel = ranks.load.dispatch(quantizes=quantizes)
+    kernel = ranks.load.dispatch(quantizes=quantizes, segmented=lists is not None)
     ranks.num_calls += 1
     ranks.epoch += 1
     rows, landed = [], []
+    segments: list[int] = handle.segments if handle is not None else []
     results: list[tuple[Memory, int]] = []  # what the host is told, or the handle keeps
     routing = handle.routing if handle is not None else []
     for rank in range(ranks.num_ranks):
         wanted = expected[rank]
-        num_tokens = len(x[rank])
+        num_tokens = len(x[rank]) if lists is None else lists[rank].max_tokens
         num_topk = 0 if ids is None else ids[rank].shape[1]
         row = ReceivedRow(
             idx_bytes=0 if ids is None else num_topk * ids[rank].itemsize,
@@ -91,6 +96,8 @@ def dispatch(
         assert num_bytes <= ranks.place_bytes, "the case does not fit into a place of the slab"
         if handle is None:
             routing.append(ranks.machine.allocate(rank, routing_bytes(num_tokens), "routing"))
+            if lists is not None:
+                segments.append(ranks.machine.put(rank, lists[rank].struct, "segments"))
         scratch = ranks.machine.allocate(rank, scratch_bytes(num_tokens), "scratch")
         told = ranks.machine.allocate(rank, DISPATCH_RESULT.itemsize, "result") if is_exact else None
         # At the end of the place, so that a row too many lies beyond it.
@@ -102,12 +109,14 @@ def dispatch(
         args = bound(
             kernel,
             {
-                "x": _input(ranks, rank, x[rank], "x"),
-                "sf": _input(ranks, rank, None if sf is None else sf[rank], "sf"),
-                "topk_idx": _input(ranks, rank, None if ids is None else ids[rank], "topk_idx"),
-                "topk_weights": _input(
-                    ranks, rank, None if weights is None else weights[rank], "topk_weights"
+                **_token_inputs(
+                    ranks,
+                    rank,
+                    {"x": x, "sf": sf, "topk_idx": ids, "topk_weights": weights},
+                    None if lists is None else lists[rank],
                 ),
+                "segments": segments[rank] if segments else 0,
+                "first_expert": 0 if lists is None else lists[rank].node * num_experts,
                 "is_token_in_rank": _input(
                     ranks, rank, None if in_rank is None else in_rank[rank], "in_rank"
                 ),
@@ -151,6 +160,7 @@ def dispatch(
         num_rows=rows,
         routing=routing,
         expected=expected,
+        segments=segments,
     )
     return made, landed
 
@@ -160,6 +170,22 @@ def _input(ranks: Ranks, rank: int, array: Array | None, name: str) -> int:
     if array is not None and array.nbytes == 0:
         return ranks.slabs[rank].address + PAYLOAD_OFFSET
     return ranks.machine.put(rank, array, name)
+
+
+def _token_inputs(
+    ranks: Ranks, rank: int, given: dict[str, Sequence[Array] | None], tokens: SegmentList | None
+) -> dict[str, int]:
+    """The arguments that point to arrays of tokens, by name."""
+    inputs = {}
+    for name, arrays in given.items():
+        array = None if arrays is None else arrays[rank]
+        landed = None
+        if tokens is not None and array is not None:
+            array, landed = tokens.own(array), tokens.landed(array)
+        inputs[name] = _input(ranks, rank, array, name)
+        if tokens is not None:
+            inputs[f"landed_{name}"] = _input(ranks, rank, landed, f"landed {name}")
+    return inputs
 
 
 def _compare_received(
@@ -251,7 +277,7 @@ def combine(
     is_in_slab: bool = True,
     is_there: bool = False,
 ) -> None:
-    """One combine of the rows of a dispatch.
+    """One combine of the rows of a dispatch, which must lie in the slab if it was of several nodes.
 
     Args:
         biases: at most two for each rank, in the order of addition.
@@ -260,7 +286,7 @@ def combine(
         is_there: an earlier kernel has made `y` at its place in the slab.
     """
     element = y[0].dtype.name
-    kernel = ranks.load.combine(element)
+    kernel = ranks.load.combine(element, segmented=bool(handle.segments))
     ranks.num_calls += 1
     ranks.epoch += 1
     expected = reference.combine(
@@ -297,6 +323,7 @@ def combine(
                 "digest": along(78, handle.call),
                 "y_offset": offset,
                 "weights_offset": offset + weights_at // OFFSET_UNIT,
+                "segments": handle.segments[rank] if handle.segments else 0,
                 "num_tokens": num_tokens,
                 "num_rows": len(y[rank]),
                 "row_bytes": row_bytes,

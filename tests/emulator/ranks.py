@@ -101,6 +101,7 @@ class Ranks:
                 for name in exchange.dtype[part].base.names or ():
                     exchange[part][name][0, parity] = _stamped(last, 7)
             exchange["expert_counts"][0, parity] = _stamped(last, 7)
+            exchange["segment_counts"][0, parity] = _stamped(last, 7)
         exchange["arrivals"] = signal_word(epoch, Operation.BARRIER)
 
     def common(self, rank: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ep_rt.cuda.hang import Report, verdict
 from ep_rt.cuda.layout import HANG_RECORD
 from ep_rt.errors import CollectiveMismatchError, ConfigError, EpError, PeerTimeoutError
 
-from . import cases, low_latency_cases
+from . import cases, low_latency_cases, segmented_cases
 from .kernels import Kernels, host_reads
 from .machine import TIMEOUT_NS, Conditions, EmulatedKernel, FoundError
 from .ranks import Ranks
@@ -42,6 +42,15 @@ def _all_elements(load: Kernels, num_ranks: int) -> list[EmulatedKernel]:
 
 def _quantizing(load: Kernels, num_ranks: int) -> list[EmulatedKernel]:
     return [load(host_reads()), load.dispatch(quantizes=True)]
+
+
+def _segmented_kernels(load: Kernels, num_ranks: int) -> list[EmulatedKernel]:
+    beside = [load.barrier(num_ranks), load(host_reads())]
+    return [*beside, load.dispatch(segmented=True), load.combine(*BF16, segmented=True)]
+
+
+def _quantizing_segmented(load: Kernels, num_ranks: int) -> list[EmulatedKernel]:
+    return [load(host_reads()), load.dispatch(quantizes=True, segmented=True)]
 
 
 def _expert_major(load: Kernels, num_ranks: int) -> list[EmulatedKernel]:
@@ -106,6 +115,11 @@ class Scenario:
 
 def _normal(num_calls: int, max_tokens: int, elements: Sequence[str] = BF16) -> Draw:
     return partial(cases.draw_normal, num_calls=num_calls, max_tokens=max_tokens, elements=elements)
+
+
+def _segmented(num_ranks: int, num_calls: int, max_tokens: int, **fields: Any) -> dict[str, Any]:
+    draw = partial(segmented_cases.draw_segmented, num_calls=num_calls, max_tokens=max_tokens, elements=BF16)
+    return {"num_ranks": num_ranks, "draw": draw, "kernels": _segmented_kernels, **fields}
 
 
 def _barriers(rng: np.random.Generator, ranks: Ranks) -> None:
@@ -182,6 +196,17 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         draw=partial(cases.draw_quantized, max_tokens=4),
         kernels=_quantizing,
     ),
+    **_each_path("segmented-r1", **_segmented(1, 4, 5)),
+    **_each_path("segmented-r2", **_segmented(2, 4, 4)),
+    **_each_path("segmented-r3", **_segmented(3, 4, 3, epochs=(0, *_NEAR_WRAP))),
+    **_each_path("segmented-r8", **_segmented(8, 2, 2, max_blocks=1)),
+    **_each_path("segmented-product-r2", **_segmented(2, 2, 8, max_blocks=1, is_small=False)),
+    **_each_path(
+        "segmented-quantized-r2",
+        num_ranks=2,
+        draw=partial(segmented_cases.draw_segmented_quantized, max_tokens=3),
+        kernels=_quantizing_segmented,
+    ),
     **_each_path("without-ids-r3", num_ranks=3, draw=partial(cases.draw_without_ids, max_tokens=6)),
     **_each_path(
         "expert-major-r2",
@@ -227,6 +252,8 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     ),
     **_each_path("dead-r2", num_ranks=2, draw=_normal(3, 4), dies=True),
     **_each_path("dead-r4", num_ranks=4, draw=_normal(2, 4), dies=True, max_dead_step=150_000),
+    **_each_path("segmented-dead-r3", **_segmented(3, 3, 3, dies=True)),
+    **_each_path("segmented-expiring-r2", **_segmented(2, 3, 3, expires=True)),
     "other-call-r3": Scenario(
         num_ranks=3,
         draw=partial(cases.draw_mistaken, is_other_call=True),
