@@ -75,13 +75,14 @@ class Buffer:
             ``MPI.COMM_WORLD`` under an MPI launcher and a single rank otherwise.
         num_nvl_bytes: memory on this GPU that the peers write results to: enough for all results held at a
             time. 0: from the sizes of `for_moe`, else 1 GiB. The host backend needs none.
-        num_rdma_bytes: memory besides for the landing zones of low-latency calls. 0: from the sizes of
-            `for_moe`, else taken from `num_nvl_bytes`.
+        num_rdma_bytes: on one node memory besides for the landing zones of low-latency calls; 0: from the
+            sizes of `for_moe`, else taken from `num_nvl_bytes`. Over several nodes the rings between them;
+            0: 8 MiB for each node and direction.
         low_latency_mode: on GPUs, load the kernels of the low-latency calls, which raise without.
         num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, explicitly_destroy: as in DeepEP;
             every value means the same.
         enable_shrink: in low-latency mode, mask a late rank and go on without it instead of raising.
-        backend: "host"; "cuda", which so far serves the ranks of one node; or "auto": what
+        backend: "host"; "cuda", over several nodes in normal mode alone and with NVSHMEM; or "auto": what
             ``EP_RT_BACKEND`` says, else "cuda" if the ranks are on one node and the current GPU of each is
             its own, else "host". The attribute `backend` tells.
         ranks_per_node: split the ranks into nodes of this size instead of asking the machine.
@@ -149,6 +150,7 @@ class Buffer:
         self._identity = object()
         self._engine: HostEngine | CudaEngine
         self._low_latency: HostLowLatency | CudaLowLatency | NoLowLatency
+        max_tokens = plan.DEFAULT_NETWORK_TOKENS if moe is None else moe.num_max_tokens_per_rank
         if self.backend == "host":
             self._engine = HostEngine(peers, self.topology, owner=self._identity)
             self._low_latency = HostLowLatency(peers, owner=self._identity, enable_shrink=enable_shrink)
@@ -157,10 +159,14 @@ class Buffer:
                 self.group,
                 self.topology,
                 owner=self._identity,
-                num_bytes=self._slab_bytes(num_nvl_bytes, num_rdma_bytes, low_latency_mode),
+                num_bytes=self._slab_bytes(
+                    num_nvl_bytes, 0 if self.topology.num_nodes > 1 else num_rdma_bytes, low_latency_mode
+                ),
                 timeout_s=timeout_s,
                 with_low_latency=low_latency_mode,
                 enable_shrink=enable_shrink,
+                num_network_bytes=num_rdma_bytes,
+                max_network_tokens=max_tokens,
             )
             self._low_latency = self._engine.low_latency or NoLowLatency(self._engine.close)
 

@@ -50,13 +50,14 @@ struct InternodeExchange {
     struct Stretch {
         int32_t first, end;
     };
+    __device__ int32_t begin(int32_t count, int32_t channel) const {
+        return static_cast<int32_t>(int64_t{count} * channel / args.num_channels);
+    }
     __device__ Stretch stretch(int32_t count, int32_t channel, int32_t chunk) const {
-        const auto begin = [&](int32_t of) {
-            return static_cast<int32_t>(int64_t{count} * of / args.num_channels);
-        };
-        const int32_t per_chunk = args.slot_bytes / args.record_bytes, last = begin(channel + 1);
-        const int32_t first = min(int64_t{last}, begin(channel) + int64_t{chunk} * per_chunk);
-        return {first, min(last, first + per_chunk)};
+        const int32_t per_chunk = args.slot_bytes / args.record_bytes, last = begin(count, channel + 1);
+        const int64_t first = begin(count, channel) + int64_t{chunk} * per_chunk;
+        return {static_cast<int32_t>(min(int64_t{last}, first)),
+                static_cast<int32_t>(min(int64_t{last}, first + per_chunk))};
     }
 
     __device__ bool is_back() const { return args.lists == nullptr; }
@@ -77,9 +78,8 @@ struct InternodeExchange {
         return (is_back() ? args.plan->returned_first[at] : args.plan->landed_first[at]) + i;
     }
 
-    __device__ int64_t slot_offset(int32_t at, int32_t channel, uint64_t chunk) const {
-        return ((int64_t{at} * args.num_channels + channel) * args.num_slots + chunk % args.num_slots) *
-               args.slot_bytes;
+    __device__ int64_t slot_offset(int32_t at, int32_t channel, int32_t slot) const {
+        return ((int64_t{at} * args.num_channels + channel) * args.num_slots + slot) * args.slot_bytes;
     }
 
     // Copies one part of `num` rows, as one block.
@@ -127,11 +127,22 @@ struct InternodeExchange {
         }
     }
 
-    // As one block: `step(at, rows, number)` for the chunks of a channel, those of all nodes in turn, until
-    // it says why not. `ring` counts the chunks of each node's ring, over all calls.
+    // Of a channel: chunks of each node's ring before this call, the word of each slot, and how many chunks
+    // the word of a chunk's slot may be behind.
+    struct Ring {
+        uint64_t (*chunks)[kMaxChannels];
+        uint64_t (*words)[kMaxChannels][kMaxSlots];
+        uint64_t slack;
+    };
+
+    // As one block: `step(at, rows, slot, number)` for the chunks of a channel, those of all nodes in turn,
+    // each once its slot's word has come. `missing`: the nodes whose word had not when it gave up.
     template <class Count, class Step>
-    __device__ Reason each_chunk(int32_t channel, uint64_t (*ring)[kMaxChannels], Count count,
+    __device__ Reason each_chunk(int32_t channel, const Ring& ring, uint32_t& missing, Count count,
                                  Step step) const {
+        const auto word_of = [&](int32_t at, uint64_t number) {
+            return &ring.words[at][channel][number % args.num_slots];
+        };
         for (int32_t chunk = 0;; ++chunk) {
             bool is_more = false;
             for (int32_t i = 1; i < args.num_nodes; ++i) {
@@ -139,73 +150,61 @@ struct InternodeExchange {
                 const Stretch rows = stretch(count(at), channel, chunk);
                 if (rows.first >= rows.end) continue;
                 is_more = true;
-                const Reason reason = step(at, rows, ring[at][channel] + 1 + chunk);
-                if (reason != kNothing) return reason;
+                const uint64_t number = ring.chunks[at][channel] + 1 + chunk;
+                Reason reason = kNothing;
+                if (threadIdx.x == 0 && number > ring.slack)
+                    reason = internode::await_signal(session, word_of(at, number), number - ring.slack, at);
+                reason = sync::agree(reason);
+                if (reason == kNothing) {
+                    step(at, rows, static_cast<int32_t>(number % args.num_slots), number);
+                    continue;
+                }
+                for (int32_t other = 0; other < args.num_nodes; ++other) {
+                    const Stretch theirs = stretch(count(other), channel, chunk);
+                    const uint64_t awaited = ring.chunks[other][channel] + 1 + chunk;
+                    if (other == args.node || theirs.first >= theirs.end || awaited <= ring.slack) continue;
+                    if (ptx::ld_relaxed_sys(word_of(other, awaited)) < awaited - ring.slack)
+                        missing |= 1u << other;
+                }
+                return reason;
             }
             if (!is_more) break;
         }
         __syncthreads();  // all have read how many there were
         for (int32_t at = threadIdx.x; at < args.num_nodes; at += blockDim.x) {
-            int32_t num_chunks = 0;
-            if (at != args.node) {
-                const int32_t per_chunk = args.slot_bytes / args.record_bytes;
-                const Stretch all = whole(count(at), channel);
-                num_chunks = (all.end - all.first + per_chunk - 1) / per_chunk;
-            }
-            ring[at][channel] += num_chunks;
+            if (at == args.node) continue;
+            const int32_t per_chunk = args.slot_bytes / args.record_bytes;
+            const int32_t num_rows = begin(count(at), channel + 1) - begin(count(at), channel);
+            ring.chunks[at][channel] += (num_rows + per_chunk - 1) / per_chunk;
         }
         return kNothing;
     }
-    __device__ Stretch whole(int32_t count, int32_t channel) const {
-        return {static_cast<int32_t>(int64_t{count} * channel / args.num_channels),
-                static_cast<int32_t>(int64_t{count} * (channel + 1) / args.num_channels)};
-    }
 
     __device__ Reason send(int32_t channel, uint32_t& missing) const {
-        const auto count = [&](int32_t at) { return send_count(at); };
+        const Ring ring{args.state->sent, args.area->freed, static_cast<uint64_t>(args.num_slots)};
         return each_chunk(
-            channel, args.state->sent, count, [&](int32_t at, Stretch rows, uint64_t number) -> Reason {
-                Reason reason = kNothing;
-                const int32_t slot = number % args.num_slots;
-                if (threadIdx.x == 0 && number > args.num_slots)
-                    reason = internode::await_signal(session, &args.area->freed[at][channel][slot],
-                                                     number - args.num_slots, at);
-                reason = sync::agree(reason);
-                if (reason != kNothing) {
-                    missing = 1u << at;
-                    return reason;
-                }
-                const int64_t from = slot_offset(at, channel, number);
-                const int64_t to = slot_offset(args.node, channel, number);
-                gather(at, rows, args.outbox + from);
+            channel, ring, missing, [&](int32_t at) { return send_count(at); },
+            [&](int32_t at, Stretch rows, int32_t slot, uint64_t number) {
+                uint8_t* from = args.outbox + slot_offset(at, channel, slot);
+                gather(at, rows, from);
                 __syncthreads();
-                network::put_signal_block(
-                    args.inbox + to, args.outbox + from, int64_t{rows.end - rows.first} * args.record_bytes,
-                    &args.area->landed[args.node][channel][slot], number, session.place.peer(at));
-                return kNothing;
+                network::put_signal_block(args.inbox + slot_offset(args.node, channel, slot), from,
+                                          int64_t{rows.end - rows.first} * args.record_bytes,
+                                          &args.area->landed[args.node][channel][slot], number,
+                                          session.place.peer(at));
             });
     }
 
     __device__ Reason receive(int32_t channel, uint32_t& missing) const {
-        const auto count = [&](int32_t at) { return recv_count(at); };
+        const Ring ring{args.state->received, args.area->landed, 0};
         return each_chunk(
-            channel, args.state->received, count, [&](int32_t at, Stretch rows, uint64_t number) -> Reason {
-                Reason reason = kNothing;
-                const int32_t slot = number % args.num_slots;
-                if (threadIdx.x == 0)
-                    reason =
-                        internode::await_signal(session, &args.area->landed[at][channel][slot], number, at);
-                reason = sync::agree(reason);
-                if (reason != kNothing) {
-                    missing = 1u << at;
-                    return reason;
-                }
-                scatter(at, rows, args.inbox + slot_offset(at, channel, number));
+            channel, ring, missing, [&](int32_t at) { return recv_count(at); },
+            [&](int32_t at, Stretch rows, int32_t slot, uint64_t number) {
+                scatter(at, rows, args.inbox + slot_offset(at, channel, slot));
                 __syncthreads();
                 if (threadIdx.x == 0)
                     network::set_signal(&args.area->freed[args.node][channel][slot], number,
                                         session.place.peer(at));
-                return kNothing;
             });
     }
 };

@@ -27,34 +27,37 @@ struct InternodeSumArgs {
     int32_t node, num_nodes, num_tokens, row_bytes, num_topk;  // num_topk 0: no weights
 };
 
+// Calls `term(is_here, row)` for each node that a token went to.
+template <InternodeSumCfg kCfg, class Term>
+__device__ void each_term(const InternodeSumArgs<kCfg>& args, int32_t token, Term term) {
+    for (int32_t n = 0; n < args.num_nodes; ++n) {
+        const int32_t position = args.positions[int64_t{token} * args.num_nodes + n];
+        if (position < 0) continue;
+        const NetworkPlan& plan = *args.plan;
+        const bool is_here = n == args.node;
+        term(is_here, int64_t{is_here ? plan.segments.first[n] + token : plan.returned_first[n] + position});
+    }
+}
+
 template <InternodeSumCfg kCfg>
 __device__ void internode_sum(const InternodeSumArgs<kCfg>& args) {
     // Rows of a call that was given up are not there.
     if (ptx::ld_relaxed_gpu(&args.header->failed) != 0) return;
     const int32_t per_row = args.row_bytes / rows::kVectorBytes;
-    const int32_t own_first = args.plan->segments.first[args.node];
     const int64_t stride = int64_t{gridDim.x} * kCfg.num_threads;
     const int64_t begin = int64_t{blockIdx.x} * kCfg.num_threads + threadIdx.x;
-    // Calls `term(is_here, row)` for each node that a token went to.
-    const auto each_term = [&](int32_t token, auto term) {
-        for (int32_t n = 0; n < args.num_nodes; ++n) {
-            const int32_t position = args.positions[int64_t{token} * args.num_nodes + n];
-            if (position < 0) continue;
-            const bool is_here = n == args.node;
-            term(is_here, int64_t{is_here ? own_first + token : args.plan->returned_first[n] + position});
-        }
-    };
     for (int64_t i = begin; i < int64_t{args.num_tokens} * per_row; i += stride) {
         const int32_t token = static_cast<int32_t>(i / per_row), vector = static_cast<int32_t>(i % per_row);
         float sum[rows::kVectorElements<kCfg.element>];
         bool has_term = false;
         for (float& element : sum) element = rows::kNoTerm;
         const auto add = [&](const uint8_t* base, int64_t row) {
-            rows::add<kCfg.element>(
-                sum, ptx::ld_stream(reinterpret_cast<const uint4*>(base) + row * per_row + vector));
+            const auto* vectors = reinterpret_cast<const uint4*>(base);
+            rows::add<kCfg.element>(sum, ptx::ld_stream(vectors + row * per_row + vector));
             has_term = true;
         };
-        each_term(token, [&](bool is_here, int64_t row) { add(is_here ? args.here : args.returned, row); });
+        each_term(args, token,
+                  [&](bool is_here, int64_t row) { add(is_here ? args.here : args.returned, row); });
         for (const uint8_t* bias : args.bias)
             if (bias != nullptr) add(bias, token);
         if (!has_term)
@@ -62,11 +65,11 @@ __device__ void internode_sum(const InternodeSumArgs<kCfg>& args) {
         ptx::st_stream(reinterpret_cast<uint4*>(args.out) + i, rows::rounded<kCfg.element>(sum));
     }
     for (int64_t i = begin; i < int64_t{args.num_tokens} * args.num_topk; i += stride) {
-        const int32_t token = static_cast<int32_t>(i / args.num_topk),
-                      k = static_cast<int32_t>(i % args.num_topk);
+        const int32_t token = static_cast<int32_t>(i / args.num_topk);
+        const int32_t k = static_cast<int32_t>(i % args.num_topk);
         float sum = rows::kNoTerm;
         bool has_term = false;
-        each_term(token, [&](bool is_here, int64_t row) {
+        each_term(args, token, [&](bool is_here, int64_t row) {
             sum += (is_here ? args.here_weights : args.returned_weights)[row * args.num_topk + k];
             has_term = true;
         });

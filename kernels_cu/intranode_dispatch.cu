@@ -227,6 +227,19 @@ __device__ Reason DispatchBlock<kCfg>::sum_experts() const {
     return kNothing;
 }
 
+// One warp: what the handle is to know of the segments. Words that were waited for stay until the call after
+// the next.
+template <IntranodeDispatchCfg kCfg>
+__device__ void DispatchBlock<kCfg>::report_segments() const {
+    const auto& counts = call.exchange(args.rank)->segment_counts[call.parity];
+    for (int32_t i = lane; i < args.segments->num * kMaxLocalRanks; i += kWarpSize) {
+        const int32_t n = i / kMaxLocalRanks, r = i % kMaxLocalRanks;
+        args.send_plan->segment_base[n][r] = shared.segments.base[n][r];
+        const uint64_t word = r < args.num_ranks ? ptx::ld_relaxed_sys(&counts[r][n][args.rank]) : 0;
+        args.send_plan->segment_counts[n][r] = static_cast<uint32_t>(word);
+    }
+}
+
 // One warp, while others move rows: what the host, or the handle, is to know.
 template <IntranodeDispatchCfg kCfg>
 __device__ Reason DispatchBlock<kCfg>::report() const {
@@ -238,10 +251,7 @@ __device__ Reason DispatchBlock<kCfg>::report() const {
             args.send_plan->recv_counts[lane] = shared.recv_counts[lane];
             args.result->recv_counts[lane] = shared.recv_counts[lane];
         }
-        if constexpr (kCfg.segmented)
-            for (int32_t i = lane; i < args.segments->num * kMaxLocalRanks; i += kWarpSize)
-                args.send_plan->segment_base[i / kMaxLocalRanks][i % kMaxLocalRanks] =
-                    shared.segments.base[i / kMaxLocalRanks][i % kMaxLocalRanks];
+        if constexpr (kCfg.segmented) report_segments();
         if (lane == 0) {
             args.result->num_recv_tokens = num_recv_tokens();
             args.result->overfull_ranks = shared.overfull_ranks;

@@ -154,6 +154,7 @@ struct SendPlan {
     int32_t base[kMaxLocalRanks], limit[kMaxLocalRanks];
     int32_t recv_counts[kMaxLocalRanks];  // rows that this rank got from each source, also dropped ones
     int32_t segment_base[kMaxNodes][kMaxLocalRanks];
+    int32_t segment_counts[kMaxNodes][kMaxLocalRanks];  // as recv_counts, by segment and source
 };
 
 // Of one rank, in its own memory. Counters come in two sets, by parity of `calls`: block 0 of a call clears

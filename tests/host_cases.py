@@ -276,7 +276,12 @@ class ExpertMajorCase:
         assert same_bits(got[is_there], expected[is_there])
 
     def combined(
-        self, y: list[Array], weights: list[Array] | None, biases: list[tuple[Array, ...]]
+        self,
+        y: list[Array],
+        weights: list[Array] | None,
+        biases: list[tuple[Array, ...]],
+        *,
+        ranks_per_node: int | None = None,
     ) -> list[reference.Combined]:
         """What a combine of the expert-major rows `y` gives, weighted if `weights` is given."""
         collapsed = [
@@ -293,6 +298,7 @@ class ExpertMajorCase:
             self.dispatched,
             num_tokens=self.case.num_tokens,
             bias=[each if len(each) == 2 else each[0] for each in biases] if biases[0] else None,
+            ranks_per_node=ranks_per_node,
         )
 
 

@@ -36,6 +36,16 @@ def test_fields_are_the_same_memory() -> None:
     assert args["bias"][0].tolist() == [0, 77]
 
 
+def test_arrays_of_structs() -> None:
+    spec = kernels.internode_exchange()
+    values = {name: () if spec.args[name].shape else 1 for name in spec.args.names or ()}
+    args = launch.pack(spec.args, **{**values, "sections": [(8, 16, 4, 0), (24, 32, 8, 16)]})
+    assert args["sections"][0].tolist() == [(8, 16, 4, 0), (24, 32, 8, 16), (0, 0, 0, 0), (0, 0, 0, 0)]
+    launch.fields_type(spec.args).from_address(args.ctypes.data).sections[3].target = 99
+    assert args["sections"]["target"][0].tolist() == [16, 32, 0, 99]
+    assert not launch.pack(spec.args, **values)["sections"]["bytes"].any()
+
+
 def test_saved_arguments_come_back_in_place() -> None:
     spec = kernels.barrier(3)
     args = launch.pack(spec.args, **ARGS)

@@ -65,7 +65,7 @@ def test_parts_do_not_overlap(row: ReceivedRow) -> None:
     assert all(part % OFFSET_UNIT == 0 for part in (at.topk_weights, at.sf, at.x, at.end))
 
 
-NORMAL_MODE = [*kernels.normal_mode_specs(), *kernels.segmented_specs()]
+NORMAL_MODE = [*kernels.normal_mode_specs(), *kernels.two_level_specs()]
 
 
 @pytest.mark.parametrize("spec", NORMAL_MODE, ids=lambda spec: spec.name)

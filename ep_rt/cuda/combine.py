@@ -15,6 +15,7 @@ from .domain import Call, Domain
 from .expert_major import ExpertMajor, PlacesLayout
 from .handle import SEND_PLAN_OFFSET, SEND_ROW_OFFSET, CudaDispatchHandle
 from .inputs import Input, Inputs, row_bytes
+from .internode import Internode, Returning
 from .launch import Launch
 from .layout import OFFSET_UNIT, align_up
 from .operations import Operations
@@ -32,6 +33,7 @@ class _Plan:
         num_stagers: blocks besides `num_blocks`, for an x that lies outside the slab.
         out_bytes: of the allocation that holds the results, the weights' from `weights_offset` on; `make`
             makes them.
+        returning: over several nodes, the way of their sums back.
     """
 
     launch: Launch
@@ -47,10 +49,15 @@ class _Plan:
     weights_offset: int
     make: Callable[[int, int, object], list[Any]]
     digest: int
+    num_sms: int
+    returning: Returning | None
 
 
 class Combine:
     """The combines of one rank.
+
+    Args:
+        internode: over several nodes.
 
     Attributes:
         num_calls: so far.
@@ -64,8 +71,10 @@ class Combine:
         inputs: Inputs,
         *,
         owner: object,
+        internode: Internode | None = None,
     ) -> None:
         self._domain = domain
+        self._internode = internode
         self._operations = operations
         self._expert_major = expert_major
         self._inputs = inputs
@@ -109,6 +118,9 @@ class Combine:
         summed = None if is_expert_major else weights
         num_topk = 0 if summed is None else summed.shape[1]
         num_blocks = domain.num_blocks(num_sms)
+        returning = None
+        if self._internode is not None:
+            returning = self._internode.returning(x, summed, num_tokens=num_tokens, element=x.dtype)
         views = (x, weights, *request.biases)
         frameworks = tuple(dict.fromkeys(view.framework for view in views if view is not None))
         weights_offset = align_up(num_tokens * row_bytes(x), OFFSET_UNIT)
@@ -122,7 +134,7 @@ class Combine:
         return _Plan(
             launch=self._operations.combine(
                 x.dtype,
-                num_tokens=num_tokens,
+                num_tokens=num_tokens if returning is None else returning.capacity,
                 num_rows=x.shape[0],
                 row_bytes=row_bytes(x),
                 num_topk=num_topk,
@@ -147,6 +159,8 @@ class Combine:
             weights_offset=weights_offset,
             make=results.placed(((0, num_tokens), (weights_offset, num_tokens))),
             digest=combine_digest(request),
+            num_sms=num_sms,
+            returning=returning,
         )
 
     def _run(
@@ -176,10 +190,17 @@ class Combine:
         args, routing = found.launch.args, handle.routing
         args.send_plan = routing.pointer + SEND_PLAN_OFFSET
         args.send_row = routing.pointer + SEND_ROW_OFFSET
-        for number, bias in enumerate(found.biases):
-            args.bias[number] = inputs.readable(bias, pointers[2 + number], call)
-        args.out = out.pointer
-        args.out_weights = out.pointer + found.weights_offset
+        results = out.pointer, out.pointer + found.weights_offset
+        biases = [
+            inputs.readable(bias, pointers[2 + number], call) for number, bias in enumerate(found.biases)
+        ]
+        returning, here = found.returning, results
+        if returning is None:
+            for number, pointer in enumerate(biases):
+                args.bias[number] = pointer
+        else:
+            here = self._before_return(returning, handle, args, call)
+        args.out, args.out_weights = here
         args.digest = along(found.digest, handle.call)
         args.y = args.num_stagers = 0
         num_blocks = found.num_blocks
@@ -192,7 +213,7 @@ class Combine:
         elif found.collapse is not None:
             self._collapse(found, found.collapse, pointers, handle, x_at, call)
             args.y_offset = domain.offset(x_at)
-        elif not x.is_readable(pointers[0]):
+        elif returning is not None or not x.is_readable(pointers[0]):
             args.y_offset = inputs.stage(x, pointers[0], x_at, call)
         else:
             args.y = pointers[0]  # the kernel stages it
@@ -203,10 +224,28 @@ class Combine:
             call.temporaries.append(x_at)
         found.launch(call.stream, num_blocks)
         self.num_calls += 1
-        call.keep_with(out, routing)
+        if returning is None:
+            call.keep_with(out, routing)
+        else:
+            internode, crossing = self._internode, handle.crossing
+            assert internode is not None
+            assert crossing is not None
+            internode.take_back(returning, crossing, here, biases, results, call, num_sms=found.num_sms)
+            call.keep_with(out, routing, crossing.block)
         event = domain.finish(call)
         combined_x, combined_weights = found.make(out.pointer, found.out_bytes, out)
         return Combined(combined_x, combined_weights, event)
+
+    def _before_return(
+        self, returning: Returning, handle: CudaDispatchHandle, args: Any, call: Call
+    ) -> tuple[int, int]:
+        """Where the sums of this node go that others wait for."""
+        assert handle.crossing is not None
+        places = returning.here_places
+        block = self._domain.heap.take(places[-1], is_capturing=call.is_capturing)
+        call.temporaries.append(block)
+        args.segments = handle.crossing.segments
+        return block.pointer + places[0], block.pointer + places[1]
 
     def _collapse(
         self,

@@ -35,6 +35,7 @@ from .handle import (
 )
 from .heap import Block
 from .inputs import ROW_ALIGN_BYTES, Input, Inputs, itemsize
+from .internode import Bringing, Crossing, Internode
 from .launch import Launch
 from .layout import MAX_LOCAL_EXPERTS, MAX_LOCAL_RANKS, ReceivedRow, ReceiveLayout
 from .memory import device_errors
@@ -62,6 +63,7 @@ class _Plan:
         shape, landed: of the handle, if not `is_exact`.
         arrays: recv_x, recv_sf, ids and weights; `make` makes those of a result of `num_rows`.
         expansion: for layout "expert".
+        bringing: over several nodes, the way of tokens to other ones.
     """
 
     launch: Launch
@@ -71,6 +73,7 @@ class _Plan:
     frameworks: tuple[str, ...]
     num_blocks: int
     num_tokens: int
+    num_sms: int
     routing_bytes: int
     row: ReceivedRow
     is_exact: bool
@@ -83,6 +86,7 @@ class _Plan:
     make: Callable[[int, int, object], list[Any]]
     digest: int
     expansion: Expansion | None
+    bringing: Bringing | None
 
 
 class Dispatch:
@@ -90,6 +94,7 @@ class Dispatch:
 
     Args:
         owner: of the handles.
+        internode: over several nodes.
 
     Attributes:
         num_calls: the number of the last one, the same on every rank.
@@ -104,8 +109,10 @@ class Dispatch:
         inputs: Inputs,
         *,
         owner: object,
+        internode: Internode | None = None,
     ) -> None:
         self._domain = domain
+        self._internode = internode
         self._operations = operations
         self._expert_major = expert_major
         self._inputs = inputs
@@ -162,7 +169,9 @@ class Dispatch:
     def _prepare(self, request: DispatchRequest, num_sms: int) -> _Plan:
         domain = self._domain
         x, ids, weights, sf = request.x, request.topk_idx, request.topk_weights, request.sf
-        num_ranks = domain.group.size
+        internode = self._internode
+        num_nodes = 1 if internode is None else internode.num_nodes
+        num_ranks = num_nodes * domain.group.size
         num_local_experts = local_experts(request.num_experts, num_ranks) if request.num_experts else 0
         if num_local_experts > MAX_LOCAL_EXPERTS:
             raise ConfigError(
@@ -189,14 +198,24 @@ class Dispatch:
         handle = request.handle
         assert handle is None or isinstance(handle, CudaDispatchHandle)  # its owner is this buffer
         is_cached = handle is not None
+        bringing = None
+        num_listed = num_tokens
+        if internode is not None:
+            num_listed = internode.list_capacity(num_tokens)
+            bringing = internode.bringing(
+                (x, sf, ids, weights),
+                num_tokens=num_tokens,
+                num_experts=request.num_experts,
+                is_cached=is_cached,
+            )
         num_rows = request.num_worst_tokens if handle is None else handle.landed.num_landed_rows
         results = domain.results(columns, frameworks[0])
         return _Plan(
             launch=self._operations.dispatch(
                 quantizes=request.quantize is not None,
-                num_tokens=num_tokens,
+                num_tokens=num_listed,
                 num_topk=num_topk,
-                num_experts=request.num_experts,
+                num_experts=request.num_experts // num_nodes,
                 row_bytes=row.row_bytes,
                 sf_row_bytes=row.sf_bytes,
                 idx_bytes=0 if ids is None else itemsize(ids),
@@ -211,8 +230,9 @@ class Dispatch:
             ),
             frameworks=frameworks,
             num_blocks=domain.num_blocks(num_sms),
-            num_tokens=num_tokens,
-            routing_bytes=routing_bytes(num_tokens),
+            num_tokens=num_listed,
+            num_sms=num_sms,
+            routing_bytes=routing_bytes(num_listed),
             row=row,
             is_exact=not is_cached and num_rows == 0,
             num_rows=num_rows,
@@ -223,11 +243,17 @@ class Dispatch:
             arrays=results,
             make=results.placed(_places(row.layout(num_rows), num_rows)),
             digest=dispatch_digest(request),
-            expansion=self._expansion(request, row, columns, num_sms),
+            expansion=self._expansion(request, row, columns, num_local_experts, num_sms),
+            bringing=bringing,
         )
 
     def _expansion(
-        self, request: DispatchRequest, row: ReceivedRow, columns: Sequence[Column | None], num_sms: int
+        self,
+        request: DispatchRequest,
+        row: ReceivedRow,
+        columns: Sequence[Column | None],
+        num_local_experts: int,
+        num_sms: int,
     ) -> Expansion | None:
         if request.layout != "expert":
             return None
@@ -244,9 +270,7 @@ class Dispatch:
             x=x,
             sf=columns[1],
             num_topk=num_topk,
-            num_local_experts=request.num_experts // self._domain.group.size
-            if handle is None
-            else handle.landed.num_local_experts,
+            num_local_experts=num_local_experts if handle is None else handle.landed.num_local_experts,
             alignment=request.expert_alignment if handle is None else handle.landed.expert_alignment,
             num_out_rows=request.num_worst_tokens if handle is None else handle.num_recv_rows,
             zero_padding=request.zero_padding,
@@ -291,7 +315,11 @@ class Dispatch:
                 for view, pointer in zip(found.inputs, pointers, strict=True)
             ]
         number = self.num_calls + 1
+        digest = found.digest if handle is None else along(found.digest, handle.call)
+        crossing = None if handle is None else handle.crossing
         args, base = found.launch.args, routing.pointer
+        if found.bringing is not None:
+            crossing = self._bring(found, crossing, pointers, call, digest)
         args.x, args.sf, args.topk_idx, args.topk_weights, args.is_token_in_rank = pointers
         args.send_plan = base + SEND_PLAN_OFFSET
         args.send_row = base + SEND_ROW_OFFSET
@@ -299,12 +327,15 @@ class Dispatch:
         args.masks = scratch.pointer + 4 * MAX_LOCAL_RANKS * found.num_tokens
         args.send_token = scratch.pointer
         args.call = number
-        args.digest = found.digest if handle is None else along(found.digest, handle.call)
+        args.digest = digest
         args.recv_offset = domain.offset(lease)
         args.recv_capacity = capacity
         found.launch(call.stream, found.num_blocks)
         self.num_calls = number
-        call.keep_with(lease, routing)
+        if crossing is None:
+            call.keep_with(lease, routing)
+        else:
+            call.keep_with(lease, routing, crossing.block)
         counts: Sequence[int] = []
         if is_exact:
             domain.launched(call)
@@ -330,13 +361,38 @@ class Dispatch:
             known_tokens = num_rows if is_exact else None
             # By position: names take longer than everything else here.
             handle = CudaDispatchHandle(
-                self._owner, shape, counts, psum, landed_shape, number, routing, known_tokens, read, places
+                self._owner,
+                shape,
+                counts,
+                psum,
+                landed_shape,
+                number,
+                routing,
+                known_tokens,
+                read,
+                places,
+                crossing,
             )
         recv_x, recv_sf, recv_ids, recv_weights = results
         if recv_sf is not None:
             recv_x = recv_x, recv_sf
         counts = handle.num_recv_tokens_per_expert_list
         return Dispatched(recv_x, recv_ids, recv_weights, counts, handle, event)
+
+    def _bring(
+        self, found: _Plan, crossing: Crossing | None, pointers: Sequence[int], call: Call, digest: int
+    ) -> Crossing:
+        """Enqueue what brings tokens over the network, before they are dispatched within the node."""
+        internode, bringing, args = self._internode, found.bringing, found.launch.args
+        assert internode is not None
+        assert bringing is not None
+        crossing, landed = internode.bring(
+            bringing, crossing, pointers[:4], call, num_sms=found.num_sms, digest=digest
+        )
+        args.segments = crossing.segments
+        args.landed_x, args.landed_sf, args.landed_topk_idx, args.landed_topk_weights = landed
+        args.first_expert = internode.node * bringing.num_node_experts
+        return crossing
 
     def _as_it_landed(
         self, found: _Plan, call: Call, lease: Lease, capacity: int, num_rows: int

@@ -15,9 +15,8 @@ from ..errors import BackendError, ClosedError, ConfigError, EpError, TopologyEr
 from ..events import CompletedEvent, EventOverlap
 from ..exchange import Group
 from ..requests import Place, Schedule
-from ..topology import Topology
 from . import plan
-from .hang import HangWatch
+from .hang import HangWatch, Names
 from .heap import Block, Heap
 from .layout import MAX_BLOCKS, MAX_LOCAL_RANKS, OFFSET_UNIT, PAYLOAD_OFFSET, Struct
 from .memory import Slab, device_errors
@@ -72,8 +71,10 @@ class Domain:
     order, so memory that a call gives back may be handed to the next one.
 
     Args:
+        group: the ranks of one NVLink domain.
         num_bytes: payload of the slab; the same on every rank.
         timeout_s: deadline of every wait for a peer, in kernels and on the host.
+        names: of the ranks in errors; default their numbers in `group`.
 
     Attributes:
         device: the one that is current at construction.
@@ -81,21 +82,20 @@ class Domain:
         num_device_sms: of the GPU.
 
     Raises:
-        TopologyError: the ranks are not those of one NVLink domain.
+        TopologyError: more ranks than one NVLink domain may have.
         ConfigError, DeviceError: on every rank.
 
     Collective.
     """
 
-    def __init__(self, group: Group, topology: Topology, *, num_bytes: int, timeout_s: float) -> None:
+    def __init__(self, group: Group, *, num_bytes: int, timeout_s: float, names: Names | None = None) -> None:
         import cupy
 
-        if topology.num_nodes > 1 or topology.num_ranks > MAX_LOCAL_RANKS:
+        if group.size > MAX_LOCAL_RANKS:
             raise on_all_ranks(
                 TopologyError(
-                    f"{topology.num_ranks} ranks on {topology.num_nodes} nodes: the CUDA backend serves up "
-                    f"to {MAX_LOCAL_RANKS} ranks of one node, internode is not there yet; "
-                    "use backend='host' with CPU arrays"
+                    f"{group.size} ranks on one node; the CUDA backend serves {MAX_LOCAL_RANKS}. "
+                    "backend='host' takes any number, with CPU arrays"
                 )
             )
         self.group = group
@@ -108,7 +108,7 @@ class Domain:
         self.num_device_sms = int(cupy.cuda.Device().attributes["MultiProcessorCount"])
         self.slab = Slab(group, num_bytes, timeout_s=timeout_s)
         self.base = self.slab.pointers[group.rank] + PAYLOAD_OFFSET
-        self.watch = HangWatch(self.slab, timeout_s=timeout_s)
+        self.watch = HangWatch(self.slab, timeout_s=timeout_s, names=names)
         self.pool = Pool(num_bytes)
         self.heap = Heap(shared_device=self.device if self.slab.has_threads_beside else None)
         if self.slab.has_threads_beside:

@@ -18,7 +18,9 @@ from typing import Any
 
 from .. import arrays
 from ..cuda_arrays import Column, ResultArrays
+from ..errors import BackendError, EpError, on_all_ranks
 from ..exchange import Group
+from ..node_group import NodeGroup
 from ..requests import CombineRequest, DispatchRequest, LayoutRequest, Schedule
 from ..results import Combined, Dispatched, DispatchLayout
 from ..topology import Topology
@@ -27,9 +29,10 @@ from .combine import Combine
 from .dispatch import Dispatch
 from .domain import Domain
 from .expert_major import ExpertMajor
-from .hang import timeout_ns
+from .hang import Names, timeout_ns
 from .heap import Block
 from .inputs import Input, Inputs, itemsize
+from .internode import Internode
 from .launch import current_architecture
 from .low_latency import CudaLowLatency
 from .low_latency_calls import LowLatencyKernels
@@ -97,14 +100,14 @@ class MemoryReport:
 class CudaEngine:
     """Dispatch and combine by kernels. A call returns when its work is enqueued.
 
-    Args: see `Domain` and, for `enable_shrink`, `CudaLowLatency`.
+    Args: see `Domain` and, for `enable_shrink`, `CudaLowLatency`; over several nodes `Internode`.
 
     Attributes:
         place: the device that is current at construction.
         low_latency: its low-latency calls; None if they were not asked for.
 
     Raises:
-        TopologyError: the ranks are not those of one NVLink domain.
+        TopologyError: nodes that are not served, see `Domain` and `Internode`.
         ConfigError, DeviceError, CompileError, BackendError: on every rank.
 
     Collective.
@@ -120,17 +123,50 @@ class CudaEngine:
         timeout_s: float,
         with_low_latency: bool = False,
         enable_shrink: bool = False,
+        num_network_bytes: int = 0,
+        max_network_tokens: int = 0,
     ) -> None:
-        domain = Domain(group, topology, num_bytes=num_bytes, timeout_s=timeout_s)
+        self._topology = topology
+        is_internode = topology.num_nodes > 1
+        if is_internode:
+            Internode.check(topology)
+            if with_low_latency:
+                raise on_all_ranks(
+                    BackendError(
+                        f"low-latency calls over {topology.num_nodes} nodes are not there yet: "
+                        "they need ranks of one node"
+                    )
+                )
+        domain = Domain(
+            NodeGroup(group, topology.local_ranks) if is_internode else group,
+            num_bytes=num_bytes,
+            timeout_s=timeout_s,
+            names=Names(topology.local_ranks, topology.num_ranks),
+        )
+        self._group = group
         self._domain = domain
         self.place = domain.place
         self._operations, self._expert_major, low_latency = domain.together(
             "kernels", lambda: self._load(with_low_latency)
         )
         self._inputs = Inputs(domain, self._operations)
+        self._internode: Internode | None = None
+        if is_internode:
+            try:
+                self._internode = Internode(
+                    group,
+                    topology,
+                    domain,
+                    max_tokens=max_network_tokens,
+                    num_bytes=num_network_bytes,
+                    timeout_s=timeout_s,
+                )
+            except EpError:  # of all ranks
+                domain.close()
+                raise
         parts = domain, self._operations, self._expert_major, self._inputs
-        self._dispatch = Dispatch(*parts, owner=owner)
-        self._combine = Combine(*parts, owner=owner)
+        self._dispatch = Dispatch(*parts, owner=owner, internode=self._internode)
+        self._combine = Combine(*parts, owner=owner, internode=self._internode)
         self._num_elsewhere = 0
         self.low_latency: CudaLowLatency | None = None
         if low_latency is not None:
@@ -145,7 +181,8 @@ class CudaEngine:
 
     def _load(self, with_low_latency: bool) -> tuple[Operations, ExpertMajor, LowLatencyKernels | None]:
         domain = self._domain
-        specs = kernels.normal_mode_specs()
+        segmented = self._topology.num_nodes > 1
+        specs = kernels.two_level_specs() if segmented else kernels.normal_mode_specs()
         if with_low_latency:
             specs += kernels.low_latency_specs()
         jit.prepare(specs, current_architecture())
@@ -159,6 +196,7 @@ class CudaEngine:
             num_ranks=domain.group.size,
             timeout_ns=deadline_ns,
             max_blocks=max_blocks,
+            segmented=segmented,
         )
         return (
             operations,
@@ -172,6 +210,8 @@ class CudaEngine:
         """Collective. Arrays that are still held stay valid; handles do not."""
         self._domain.close()
         self._dispatch.close()
+        if self._internode is not None:
+            self._internode.close()
 
     def reset(self) -> None:
         """Start again after an error of the ranks. Collective; see `HangWatch.reset`."""
@@ -179,12 +219,9 @@ class CudaEngine:
         domain.on_device(domain.runtime.deviceSynchronize)
         domain.on_device(self._operations.workspace.reset)
         domain.on_device(self._expert_major.workspace.reset)
-        low_latency = self.low_latency
-        domain.watch.reset(
-            timeout_s=domain.timeout_s,
-            meanwhile=(lambda: None) if low_latency is None else low_latency.reset,
-        )
-        calls = domain.group.allgather(self._dispatch.num_calls, op="reset calls", timeout_s=domain.timeout_s)
+        also = [part.reset for part in (self.low_latency, self._internode) if part is not None]
+        domain.watch.reset(self._group, timeout_s=domain.timeout_s, meanwhile=also)
+        calls = self._group.allgather(self._dispatch.num_calls, op="reset calls", timeout_s=domain.timeout_s)
         self._dispatch.reset(max(calls))
 
     @property
@@ -256,11 +293,13 @@ class CudaEngine:
     def _get_dispatch_layout(self, build: Callable[[], LayoutRequest], schedule: Schedule) -> DispatchLayout:
         domain = self._domain
         request = build()
-        ids, num_ranks = request.topk_idx, domain.group.size
+        ids, topology = request.topk_idx, self._topology
+        num_ranks, num_nodes = topology.num_ranks, topology.num_nodes
         num_tokens = ids.shape[0]
         domain.check()
         call = domain.begin((ids.framework,), (ids.owner,), schedule)
-        counts_bytes = 4 * (num_ranks + request.num_experts)
+        counts_bytes = 4 * (num_ranks + request.num_experts + num_nodes)
+        nodes_at = 4 * (num_ranks + request.num_experts)
         num_bytes = counts_bytes + num_tokens * num_ranks
         block = domain.heap.take(num_bytes, is_capturing=call.is_capturing)
         domain.order(call)
@@ -271,7 +310,10 @@ class CudaEngine:
             topk_idx=self._inputs.readable(Input.of(ids), ids.pointer, call),
             num_tokens_per_rank=block.pointer,
             num_tokens_per_expert=block.pointer + 4 * num_ranks,
+            num_tokens_per_node=block.pointer + nodes_at,
             is_token_in_rank=block.pointer + counts_bytes,
+            num_ranks=num_ranks,
+            ranks_per_node=num_ranks // num_nodes,
             num_tokens=num_tokens,
             num_topk=ids.shape[1],
             num_experts=request.num_experts,
@@ -279,17 +321,23 @@ class CudaEngine:
         )
         call.keep_with(block)
         event = domain.finish(call)
-        per_rank, per_expert, in_rank = domain.results(
-            [Column("int32", ()), Column("int32", ()), Column("bool", (num_ranks,))], ids.framework
+        count = Column("int32", ())
+        per_rank, per_expert, in_rank, per_node = domain.results(
+            [count, count, Column("bool", (num_ranks,)), count], ids.framework
         ).over(
             block.pointer,
             num_bytes,
             block,
-            [(0, num_ranks), (4 * num_ranks, request.num_experts), (counts_bytes, num_tokens)],
+            [
+                (0, num_ranks),
+                (4 * num_ranks, request.num_experts),
+                (counts_bytes, num_tokens),
+                (nodes_at, num_nodes),
+            ],
         )
         return DispatchLayout(
             num_tokens_per_rank=per_rank,
-            num_tokens_per_rdma_rank=None,
+            num_tokens_per_rdma_rank=None if num_nodes == 1 else per_node,
             num_tokens_per_expert=per_expert,
             is_token_in_rank=in_rank,
             event=event,

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..handle import DispatchHandle
 from .heap import Block
+from .internode import Crossing
 from .layout import DISPATCH_RESULT, MAX_LOCAL_RANKS, SEND_PLAN, Struct, align_up, field_offset
 from .plan import aligned
 
@@ -19,7 +20,6 @@ SEND_PLAN_OFFSET: Final = 0
 RESULT_OFFSET: Final = SEND_PLAN.itemsize
 NUM_RECV_TOKENS_OFFSET: Final = RESULT_OFFSET + field_offset(DISPATCH_RESULT, "num_recv_tokens")
 EXPERT_COUNTS_OFFSET: Final = RESULT_OFFSET + field_offset(DISPATCH_RESULT, "expert_counts")
-RECV_COUNTS_OFFSET: Final = SEND_PLAN_OFFSET + field_offset(SEND_PLAN, "recv_counts")
 SEND_ROW_OFFSET: Final = align_up(RESULT_OFFSET + DISPATCH_RESULT.itemsize, 256)
 
 _INT32: Final[Struct] = np.dtype("<i4")
@@ -57,6 +57,7 @@ class CudaDispatchHandle(DispatchHandle):
         known_recv_tokens: None where only the device knows.
         read: fetches a struct [1] from an address, once earlier calls are done.
         places: with layout "expert", see `expert_major.PlacesLayout`.
+        crossing: over several nodes, which tokens cross the network.
     """
 
     landed: CudaHandleShape = field(repr=False)
@@ -65,6 +66,7 @@ class CudaDispatchHandle(DispatchHandle):
     known_recv_tokens: int | None = field(repr=False)
     read: Callable[[int, Struct], NDArray[Any]] = field(repr=False)
     places: Block | None = field(repr=False)
+    crossing: Crossing | None = field(repr=False)
 
     @property
     def facts(self) -> Hashable:
@@ -79,9 +81,12 @@ class CudaDispatchHandle(DispatchHandle):
 
     @property
     def num_recv_tokens_per_rank(self) -> list[int]:
-        struct = np.dtype(("<i4", (self.landed.num_ranks,)))
-        counts = self.read(self.routing.pointer + RECV_COUNTS_OFFSET, struct)
-        per_rank: list[int] = counts[0].tolist()
+        plan = self.read(self.routing.pointer + SEND_PLAN_OFFSET, SEND_PLAN)
+        num_ranks = self.landed.num_ranks
+        per_rank: list[int] = plan["recv_counts"][0, :num_ranks].tolist()
+        if self.crossing is not None:
+            num_nodes = self.crossing.num_nodes
+            per_rank = plan["segment_counts"][0, :num_nodes, : num_ranks // num_nodes].reshape(-1).tolist()
         return per_rank
 
     @property

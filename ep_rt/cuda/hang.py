@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -24,6 +24,7 @@ from ..errors import (
     PeerTimeoutError,
     on_all_ranks,
 )
+from ..exchange import Group
 from .launch import fields_type
 from .layout import (
     HANG_RECORD,
@@ -46,6 +47,9 @@ _HOST_ALLOC_PORTABLE_MAPPED: Final = 1 | 2
 
 # About 30 years: the kernels add it in nanoseconds to a 64-bit clock.
 MAX_TIMEOUT_S: Final = 1e9
+
+NETWORK_PHASES: Final = (0, 9)
+"""Of calls over several nodes, before and after all phases within a node. Twin of internode_exchange.cu."""
 
 
 def timeout_ns(timeout_s: float) -> int:
@@ -118,7 +122,30 @@ class Report:
         )
 
 
-def verdict(reports: Sequence[Report | None], *, rank: int, timeout_s: float) -> EpError:
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What the ranks of a node are called among those of all nodes.
+
+    Attributes:
+        local: the ranks of this node.
+        num_ranks: of all nodes.
+    """
+
+    local: tuple[int, ...]
+    num_ranks: int
+
+    def of(self, report: Report) -> Report:
+        """The same report in these names. Steps over the network wait for nodes, others for local ranks."""
+        names = self.local
+        if report.phase in NETWORK_PHASES:
+            names = tuple(range(report.rank, self.num_ranks, len(self.local)))
+        waits = {names[peer]: wait for peer, wait in report.waits.items()}
+        return replace(report, rank=self.local[report.rank], waits=waits)
+
+
+def verdict(
+    reports: Sequence[Report | None], *, rank: int, timeout_s: float, num_ranks: int | None = None
+) -> EpError:
     """The error that this rank raises, given every rank's report (None: has not given up, or cannot be read).
 
     The earliest wait decides, by epoch and phase: later ones are its consequences. At that epoch, ranks in
@@ -128,7 +155,11 @@ def verdict(reports: Sequence[Report | None], *, rank: int, timeout_s: float) ->
 
     A rank that gave up among its own blocks waited for no peer: a `DeviceError` naming it, and its peers that
     find it late say the same.
+
+    Args:
+        num_ranks: if there are more than `reports`.
     """
+    num_ranks = num_ranks or len(reports)
     known = [report for report in reports if report is not None]
     stuck = [report.rank for report in known if report.operation == Operation.EXPAND]
     if stuck:
@@ -140,7 +171,7 @@ def verdict(reports: Sequence[Report | None], *, rank: int, timeout_s: float) ->
     operations = _operations_at(epoch, known)
     if len(set(operations.values())) > 1:
         return CollectiveMismatchError(
-            [operation_name(operations[peer]) if peer in operations else None for peer in range(len(reports))]
+            [operation_name(operations[peer]) if peer in operations else None for peer in range(num_ranks)]
         )
     overfull = ", ".join(str(report.rank) for report in known if report.reason == Reason.OVERFULL)
     if overfull:
@@ -153,7 +184,7 @@ def verdict(reports: Sequence[Report | None], *, rank: int, timeout_s: float) ->
     if any(report.epoch == epoch and report.reason == Reason.DISAGREED for report in known):
         return _disagreement(
             [report for report in known if report.epoch == epoch and report.reason == Reason.DISAGREED],
-            num_ranks=len(reports),
+            num_ranks=num_ranks,
         )
     first = [report for report in known if (report.epoch, report.phase) == (epoch, phase)]
     witnesses = [report for report in first if report.reason == Reason.EXPIRED] or first
@@ -222,18 +253,22 @@ class HangWatch:
     Args:
         slab: every kernel that is watched works on it.
         timeout_s: the kernels' deadline, for the message.
+        names: of the slab's ranks; default their numbers.
 
     Attributes:
         record_pointer: a `HANG_RECORD` in pinned memory; an argument of every kernel.
+        farewells: says for each node whether its rank of the same local index gave up; over several nodes.
     """
 
-    def __init__(self, slab: Slab, *, timeout_s: float) -> None:
+    def __init__(self, slab: Slab, *, timeout_s: float, names: Names | None = None) -> None:
         self._slab = slab
+        self._names = names or Names(tuple(range(slab.group.size)), slab.group.size)
         self._timeout_s = timeout_s
         self._pinned = PinnedStruct(HANG_RECORD)
         self._record = self._pinned.array
         self.record_pointer = self._pinned.pointer
         self._error: EpError | None = None
+        self.farewells: Callable[[], Sequence[int]] | None = None
 
     def check(self) -> None:
         """Raise if a kernel of this rank gave up since the last `reset`. Local; a memory read otherwise.
@@ -250,10 +285,17 @@ class HangWatch:
                 self._error = self._explain()
             raise self._error
 
-    def reset(self, *, timeout_s: float | None = None, meanwhile: Callable[[], None] = lambda: None) -> None:
+    def reset(
+        self,
+        group: Group | None = None,
+        *,
+        timeout_s: float | None = None,
+        meanwhile: Sequence[Callable[[], None]] = (),
+    ) -> None:
         """Let the ranks start again after an error. Collective; waits for this rank's device.
 
         Args:
+            group: of the ranks whose calls go on together; default those of the slab.
             meanwhile: called while no rank has any work.
 
         Raises:
@@ -261,10 +303,10 @@ class HangWatch:
         """
         import cupy
 
-        group = self._slab.group
+        group = group or self._slab.group
         with cupy.cuda.Device(self._slab.device):
             cupy.cuda.runtime.deviceSynchronize()
-        header = self._slab.read(group.rank, 0, SLAB_HEADER)
+        header = self._slab.read(self._slab.group.rank, 0, SLAB_HEADER)
         epochs = group.allgather(int(header["epoch"][0]), op="reset", timeout_s=timeout_s)
         # Every device is idle now. Above every word stored so far: calls in flight had max(epochs) + 1.
         base = max(epochs) + 2
@@ -274,7 +316,8 @@ class HangWatch:
         self._slab.write(0, header)
         self._record[:] = 0
         self._error = None
-        meanwhile()
+        for step in meanwhile:
+            step()
         group.allgather(None, op="reset done", timeout_s=timeout_s)
 
     def close(self) -> None:
@@ -290,8 +333,23 @@ class HangWatch:
                 for rank in range(self._slab.group.size)
             ]
             if None not in reports or time.monotonic() > settled_at:
-                return verdict(reports, rank=own, timeout_s=self._timeout_s)
+                names = self._names
+                reports[own] = self._with_farewells(reports[own])
+                return verdict(
+                    [None if report is None else names.of(report) for report in reports],
+                    rank=names.local[own],
+                    timeout_s=self._timeout_s,
+                    num_ranks=names.num_ranks,
+                )
             time.sleep(0.002)
+
+    def _with_farewells(self, report: Report | None) -> Report | None:
+        """A rank on another node may have given up shortly after this one: others are late, then."""
+        if report is None or report.phase not in NETWORK_PHASES or self.farewells is None:
+            return report
+        farewells = self.farewells()
+        waits = {node: (expected, farewells[node] or seen) for node, (expected, seen) in report.waits.items()}
+        return replace(report, waits=waits)
 
     def _read_record(self, rank: int) -> NDArray[Any]:
         try:

@@ -410,8 +410,9 @@ def dispatch_layout() -> KernelSpec:
         cfg=DispatchLayoutCfg(num_threads=256),
         args=np.dtype(
             [
-                *_pointers("topk_idx", "num_tokens_per_rank", "num_tokens_per_expert", "is_token_in_rank"),
-                *_ints("num_ranks", "num_tokens", "num_topk", "num_experts", "idx_bytes"),
+                *_pointers("topk_idx", "num_tokens_per_rank", "num_tokens_per_expert", "num_tokens_per_node"),
+                *_pointers("is_token_in_rank"),
+                *_ints("num_ranks", "ranks_per_node", "num_tokens", "num_topk", "num_experts", "idx_bytes"),
             ],
             align=True,
         ),
@@ -544,16 +545,21 @@ def internode_sum(element: str) -> KernelSpec:
 
 def normal_mode_specs() -> list[KernelSpec]:
     """What one engine of the normal mode loads."""
-    combines = [intranode_combine(element) for element in ELEMENTS]
-    collapses = [collapse(element) for element in ELEMENTS]
     dispatches = [intranode_dispatch(quantizes=quantizes) for quantizes in (False, True)]
-    return [*dispatches, *combines, expand(), *collapses, dispatch_layout(), contiguous()]
+    return [*dispatches, *(intranode_combine(element) for element in ELEMENTS), *_common_specs()]
 
 
-def segmented_specs() -> list[KernelSpec]:
-    """What an engine of the normal mode over several nodes loads besides, for the level within a node."""
+def two_level_specs() -> list[KernelSpec]:
+    """What one engine of the normal mode over several nodes loads, besides those of `network_specs`."""
     dispatches = [intranode_dispatch(quantizes=quantizes, segmented=True) for quantizes in (False, True)]
-    return [*dispatches, *(intranode_combine(element, segmented=True) for element in ELEMENTS)]
+    combines = [intranode_combine(element, segmented=True) for element in ELEMENTS]
+    sums = [internode_sum(element) for element in ELEMENTS]
+    return [*dispatches, *combines, *sums, *_common_specs()]
+
+
+def _common_specs() -> list[KernelSpec]:
+    """Of the normal mode, over one node or several."""
+    return [expand(), *(collapse(element) for element in ELEMENTS), dispatch_layout(), contiguous()]
 
 
 def low_latency_specs() -> list[KernelSpec]:
@@ -569,9 +575,8 @@ def network_specs() -> list[KernelSpec]:
 
 def all_specs() -> list[KernelSpec]:
     """Every other instance that can be asked for."""
-    normal_mode = [*normal_mode_specs(), *segmented_specs()]
-    sums = [internode_sum(element) for element in ELEMENTS]
-    return [barrier(8), barrier(MAX_RANKS), *normal_mode, *low_latency_specs(), wire_limit(), *sums]
+    normal_mode = dict.fromkeys([*normal_mode_specs(), *two_level_specs()])
+    return [barrier(8), barrier(MAX_RANKS), *normal_mode, *low_latency_specs(), wire_limit()]
 
 
 # The best shape of the prototype, which had no tickets: on H200 325 GB/s with 8 SMs, 342 with all.

@@ -165,7 +165,8 @@ def pack(struct: Struct, **values: Any) -> NDArray[Any]:
     record = np.zeros(1, struct)
     for name, value in values.items():
         if record.dtype[name].shape:
-            record[name][0, : len(value)] = value
+            if len(value):
+                record[name][0, : len(value)] = value
         else:
             record[name] = value
     return record

@@ -148,6 +148,7 @@ SEND_PLAN: Final[Struct] = np.dtype(
         ("limit", "<i4", (MAX_LOCAL_RANKS,)),
         ("recv_counts", "<i4", (MAX_LOCAL_RANKS,)),
         ("segment_base", "<i4", (MAX_NODES, MAX_LOCAL_RANKS)),
+        ("segment_counts", "<i4", (MAX_NODES, MAX_LOCAL_RANKS)),
     ],
     align=True,
 )

@@ -111,8 +111,12 @@ class Slab:
         """
         if not self.pointers:
             raise ClosedError("the slab is closed")
+        return self.read_at(self.pointers[rank] + offset, dtype)
+
+    def read_at(self, pointer: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+        """The same from any address of this device."""
         value = np.zeros(1, dtype)
-        self._copy(value.ctypes.data, self.pointers[rank] + offset, value.nbytes)
+        self._copy(value.ctypes.data, pointer, value.nbytes)
         return value
 
     def write(self, offset: int, value: NDArray[Any]) -> None:

@@ -215,6 +215,15 @@ class Network:
         self._allgather(None, "network free")
         self._on_device(self._started.library.free, memory.pointer)
 
+    def settle(self) -> None:
+        """All that any rank has put has arrived. Collective; every rank is about to come."""
+        self._check_open()
+        self._on_device(self._started.library.barrier)
+
+    def clear(self, memory: SymmetricMemory, num_bytes: int) -> None:
+        """Zero the first bytes of this rank's part. Nobody puts there."""
+        self._on_device(_clear, memory.pointer, num_bytes)
+
     def direct_peers(self, memory: SymmetricMemory) -> tuple[int, ...]:
         """The ranks whose part of `memory` loads and stores reach, this one included. Local."""
         self._check_open()

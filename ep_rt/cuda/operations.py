@@ -24,6 +24,7 @@ class Operations:
     Args:
         hang, slabs, rank, num_ranks, timeout_ns: as the kernels take them.
         max_blocks: the most that a call may ask for; all of them must be resident.
+        segmented: dispatch and combine are the part within a node of calls over several nodes.
 
     Attributes:
         workspace: of the kernels.
@@ -39,6 +40,7 @@ class Operations:
         num_ranks: int,
         timeout_ns: int,
         max_blocks: int,
+        segmented: bool = False,
     ) -> None:
         self._max_blocks = max_blocks
         self.workspace = Workspace(WORKSPACE.itemsize)
@@ -50,8 +52,12 @@ class Operations:
             "num_ranks": num_ranks,
             "slabs": slabs,
         }
-        self._dispatch = [Kernel(kernels.intranode_dispatch(quantizes=each)) for each in (False, True)]
-        self._combine = {element: Kernel(kernels.intranode_combine(element)) for element in ELEMENTS}
+        self._dispatch = [
+            Kernel(kernels.intranode_dispatch(quantizes=each, segmented=segmented)) for each in (False, True)
+        ]
+        self._combine = {
+            element: Kernel(kernels.intranode_combine(element, segmented=segmented)) for element in ELEMENTS
+        }
         self._layout = bind(Kernel(kernels.dispatch_layout()), _LOCAL_BLOCKS, self.common)
         self._contiguous = bind(Kernel(kernels.contiguous()), _LOCAL_BLOCKS)
 

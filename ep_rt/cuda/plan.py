@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from ..errors import ConfigError
@@ -11,6 +11,8 @@ from .layout import MAX_BLOCKS, MAX_LOCAL_RANKS, OFFSET_UNIT, align_up
 
 DEFAULT_SLAB_BYTES: Final = 1 << 30
 _MIN_MODEL_SLAB_BYTES: Final = 64 << 20
+DEFAULT_NETWORK_TOKENS: Final = 8192
+"""Most tokens that a rank dispatches over several nodes in a call, where no model says so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +122,43 @@ def slab_bytes(num_nvl_bytes: int, *, row_bytes: int = 0, num_topk: int = 0, num
 def rounded(num_bytes: int) -> int:
     """To whole units of the slab."""
     return align_up(num_bytes, OFFSET_UNIT)
+
+
+@dataclass(frozen=True, slots=True)
+class Rings:
+    """Rings between a rank and one of another node, one for each channel and direction."""
+
+    num_channels: int
+    num_slots: int
+    slot_bytes: int
+
+    def num_bytes(self, num_nodes: int) -> int:
+        """Of all rings in one direction."""
+        return num_nodes * self.num_channels * self.num_slots * self.slot_bytes
+
+
+# Not measured. A slot is a message: large enough for a network, and eight rows of DeepSeek-V3.
+_RINGS: Final = Rings(num_channels=16, num_slots=4, slot_bytes=128 << 10)
+
+
+def rings(num_nodes: int, num_bytes: int) -> Rings:
+    """Rings of both directions that take `num_bytes` at most; 0 for the usual ones.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
+    chosen = _RINGS
+    while num_bytes and 2 * chosen.num_bytes(num_nodes) > num_bytes:
+        if chosen.num_slots > 2:
+            chosen = replace(chosen, num_slots=chosen.num_slots // 2)
+        elif chosen.num_channels > 1:
+            chosen = replace(chosen, num_channels=chosen.num_channels // 2)
+        else:
+            raise ConfigError(
+                f"num_rdma_bytes={num_bytes}: rings between {num_nodes} nodes take at least "
+                f"{2 * chosen.num_bytes(num_nodes)}"
+            )
+    return chosen
 
 
 def scratch_bytes(num_tokens: int) -> int:

@@ -155,9 +155,14 @@ def dispatch_layout(ranks: Ranks, rank: int, ids: Array, *, num_experts: int) ->
     """Counts of one rank's routing."""
     kernel = ranks.load.small(kernels.dispatch_layout())
     allocate = ranks.machine.allocate
-    wanted = reference.dispatch_layout(ids, num_experts=num_experts, num_ranks=ranks.num_ranks)
+    per_node = 2 if ranks.num_ranks % 2 == 0 else ranks.num_ranks
+    wanted = reference.dispatch_layout(
+        ids, num_experts=num_experts, num_ranks=ranks.num_ranks, ranks_per_node=per_node
+    )
+    assert wanted.num_tokens_per_node is not None
     outputs = {
         "num_tokens_per_rank": wanted.num_tokens_per_rank,
+        "num_tokens_per_node": wanted.num_tokens_per_node,
         "num_tokens_per_expert": wanted.num_tokens_per_expert,
         "is_token_in_rank": wanted.is_token_in_rank.view(np.uint8),
     }
@@ -165,6 +170,7 @@ def dispatch_layout(ranks: Ranks, rank: int, ids: Array, *, num_experts: int) ->
     fields = {
         "topk_idx": ranks.machine.put(rank, ids, "topk_idx"),
         "num_ranks": ranks.num_ranks,
+        "ranks_per_node": per_node,
         "num_tokens": len(ids),
         "num_topk": ids.shape[1],
         "num_experts": num_experts,

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from ep_rt import Buffer, arrays
 from ep_rt.cuda.inputs import is_contiguous
-from ep_rt.cuda.layout import PAYLOAD_OFFSET
 from ep_rt.exchange import Group
 
 Array = NDArray[Any]
@@ -131,11 +130,9 @@ def cuda_buffer(group: Group, **options: Any) -> Iterator[Buffer]:
 
 def poison(buffer: Buffer, value: int) -> None:
     """Fill the free memory of the slab. Nothing is held, and no call is under way on any rank."""
-    slab = buffer._engine._domain.slab  # type: ignore[union-attr]
+    domain = buffer._engine._domain  # type: ignore[union-attr]
     cupy.cuda.runtime.deviceSynchronize()
     stream = cupy.cuda.get_current_stream()
-    cupy.cuda.runtime.memsetAsync(
-        slab.pointers[buffer.rank] + PAYLOAD_OFFSET, value, slab.num_bytes - PAYLOAD_OFFSET, stream.ptr
-    )
+    cupy.cuda.runtime.memsetAsync(domain.base, value, domain.pool.num_bytes, stream.ptr)
     stream.synchronize()
     buffer.group.barrier()

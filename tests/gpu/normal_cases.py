@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 from device_arrays import Array, fetch, overwrite, put
 from host_cases import DTYPES, Case, random_bits, random_values, same_bits
+from ranks import RANKS_PER_NODE
 
 from ep_rt import Buffer, Config, reference
 
@@ -76,6 +77,8 @@ def check_normal(
         assert out.recv_topk_weights is None
     assert out.num_recv_tokens_per_expert_list == mine.num_recv_tokens_per_expert
     assert out.handle.num_recv_tokens == mine.num_recv_tokens
+    by_rank = np.bincount(mine.src_rank, minlength=buffer.num_ranks)
+    assert out.handle.num_recv_tokens_per_rank == by_rank.tolist()
     assert not out.handle.overflow
 
     pause()
@@ -97,6 +100,7 @@ def check_normal(
         num_tokens=case.num_tokens,
         topk_weights=weights if with_weights else None,
         bias=[each if len(each) == 2 else each[0] for each in biases] if biases[0] else None,
+        ranks_per_node=RANKS_PER_NODE,
     )[rank]
     if seed % 2 and framework == "cupy":
         mine_y = buffer.empty(y[rank].shape, y[rank].dtype)
@@ -156,7 +160,7 @@ def check_worst_case(buffer: Buffer, seed: int, *, num_sms: int = 16) -> None:
     assert same_bits(fetch(cached.recv_x)[:rows], expected_x[:rows])
 
     y = [random_values(rng, each.recv_x.shape, np.float32) for each in expected]
-    combined = reference.combine(y, expected, num_tokens=case.num_tokens)
+    combined = reference.combine(y, expected, num_tokens=case.num_tokens, ranks_per_node=RANKS_PER_NODE)
     back = buffer.combine(put(y[rank]), out.handle, config=config)
     assert same_bits(fetch(back.combined_x), combined[rank].x)
 

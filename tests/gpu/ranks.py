@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -11,14 +13,19 @@ import pytest
 # Virtual ranks wait for each other, so their streams must not share a hardware queue. Read when CUDA starts.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
+from ep_rt.config import settings
 from ep_rt.exchange import Group
 from ep_rt.groups import as_group, run_local
 
 T = TypeVar("T")
 NUM_VIRTUAL_RANKS = 8
+RANKS_PER_NODE = settings().ranks_per_node
+"""Set, the ranks of mpirun are on virtual nodes, and all tests go over the network between them."""
 IS_UNDER_MPI = any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
 PLACES = ("mpi",) if IS_UNDER_MPI else ("virtual", "gpus")
 GROUP_TIMEOUT_S = 30.0
+_HEAP_BYTES = 512 << 20
+_OPENED: list[Any] = []
 
 
 def device_count() -> int:
@@ -43,6 +50,8 @@ def run_ranks(place: str, fn: Callable[[Group], T], *, num_virtual_ranks: int = 
         group = as_group()
         if group.size > num_devices:
             pytest.skip(f"{group.size} processes wait for each other on {num_devices} GPUs")
+        if RANKS_PER_NODE:
+            _open_network(group)
         try:
             return [_on_device(group, group.rank, fn)]
         except BaseException as error:
@@ -68,6 +77,25 @@ def _on_device(group: Group, device: int, fn: Callable[[Group], T]) -> T:
 
     with cupy.cuda.Device(device):
         return fn(group)
+
+
+def _open_network(group: Group) -> None:
+    """NVSHMEM once for all tests: to start it takes longer than most of them.
+
+    ``EP_RT_TEST_NVSHMEM_PLUGIN`` names a transport to load before, for runs that keep off NVLink.
+    """
+    if _OPENED:
+        return
+    from ep_rt.cuda.nvshmem import Network
+
+    plugin = os.environ.get("EP_RT_TEST_NVSHMEM_PLUGIN")
+    if plugin:
+        ctypes.CDLL(plugin, mode=ctypes.RTLD_GLOBAL)
+    network = _on_device(
+        group, group.rank, lambda group: Network(group, num_bytes=_HEAP_BYTES, timeout_s=GROUP_TIMEOUT_S)
+    )
+    _OPENED.append(network)
+    atexit.register(network.close)
 
 
 class Payload:

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from host_cases import Array, Case, ExpertMajorCase, random_values, same_bits
-from ranks import PLACES, device_count, run_ranks
+from ranks import PLACES, RANKS_PER_NODE, device_count, run_ranks
 
 import ep_rt
 from ep_rt import Buffer, Config, Group, reference
@@ -102,7 +102,7 @@ def check_expert_major(
     weights = [rng.random(len(each.row), np.float32) - 0.5 for each in drawn.expanded] if seed % 5 else None
     shapes = [(count, case.hidden) for count in case.num_tokens]
     biases = [tuple(random_values(rng, each, summed) for _ in range(seed // 3 % 3)) for each in shapes]
-    combined = drawn.combined(y, weights, biases)[rank]
+    combined = drawn.combined(y, weights, biases, ranks_per_node=RANKS_PER_NODE)[rank]
     if seed % 2 and framework == "cupy":
         mine_y = buffer.empty(y[rank].shape, y[rank].dtype)
         overwrite(mine_y, y[rank])
@@ -312,7 +312,12 @@ def test_graph_with_changing_routing(place: str) -> None:
                 assert out.handle.overflow == mine.overflow
                 saw_overflow.add(mine.overflow)
                 collapsed = [reference.collapse(e.x, e, capacity, weighted=True) for e in expanded]
-                combined = reference.combine(collapsed, dispatched, num_tokens=[num_tokens] * group.size)
+                combined = reference.combine(
+                    collapsed,
+                    dispatched,
+                    num_tokens=[num_tokens] * group.size,
+                    ranks_per_node=RANKS_PER_NODE,
+                )
                 assert same_bits(fetch(back.combined_x), combined[group.rank].x)
                 check_expert_major(buffer, number, num_sms=4)  # eager calls between replays
             assert group.rank != 0 or saw_overflow == {False, True}

@@ -1,0 +1,421 @@
+"""The network's part of the two-level mode on one rank: what crosses, memory for it, and launches.
+
+A dispatch over several nodes is that of one node over a longer list of tokens: a rank's own ones, and those
+that came from the ranks of the same local index on the other nodes. `Internode` brings them, and on the way
+back takes each node's sum of a token to where it came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from ..arrays import ArrayView
+from ..errors import ConfigError, TopologyError, on_all_ranks
+from ..exchange import Group
+from ..network_options import NetworkOptions
+from ..topology import Topology
+from . import kernels, plan
+from .domain import Call, Domain
+from .hang import timeout_ns
+from .heap import Block, Workspace
+from .inputs import itemsize, row_bytes
+from .kernels import ELEMENTS
+from .launch import Kernel, Launch, bind
+from .layout import (
+    MAX_LOCAL_RANKS,
+    MAX_NODES,
+    MAX_SECTIONS,
+    NETWORK_AREA,
+    NETWORK_PLAN,
+    NETWORK_STATE,
+    OFFSET_UNIT,
+    align_up,
+    field_offset,
+)
+from .nvshmem import Network
+
+_RECORD_ALIGN: Final = 16  # of the parts of a row in a slot
+
+
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """Which tokens of a dispatch cross the network, on the device; kept by its handle.
+
+    Attributes:
+        block: a `NETWORK_PLAN`, then the tokens for each node, then the number of each token there.
+    """
+
+    block: Block
+    num_tokens: int
+    num_nodes: int
+
+    @property
+    def plan(self) -> int:
+        return self.block.pointer
+
+    @property
+    def segments(self) -> int:
+        """The `SEGMENTS`, with which the plan begins."""
+        return self.block.pointer
+
+    @property
+    def lists(self) -> int:
+        return self.plan + align_up(NETWORK_PLAN.itemsize, OFFSET_UNIT)
+
+    @property
+    def positions(self) -> int:
+        return self.lists + _lists_bytes(self.num_tokens, self.num_nodes)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What belongs to a row on the network: bytes of each part, 0 where it is absent, and where it lies.
+
+    Attributes:
+        offsets: within a record.
+        record_bytes: of a row with everything.
+    """
+
+    num_bytes: tuple[int, ...]
+    offsets: tuple[int, ...]
+    record_bytes: int
+
+    @classmethod
+    def of(cls, views: Sequence[ArrayView | None]) -> Parts:
+        """Of arrays [num_tokens, ...]."""
+        num_bytes = tuple(row_bytes(view) for view in views)
+        ends = [0]
+        for each in num_bytes:
+            ends.append(ends[-1] + align_up(each, _RECORD_ALIGN))
+        return cls(num_bytes, tuple(ends[:-1]), ends[-1])
+
+    def places(self, num_rows: int) -> tuple[int, ...]:
+        """Where each part of so many rows lies in memory that holds them, and where it ends."""
+        ends = [0]
+        for each in self.num_bytes:
+            ends.append(ends[-1] + align_up(each * num_rows, OFFSET_UNIT))
+        return tuple(ends)
+
+
+@dataclass(frozen=True, slots=True)
+class Bringing:
+    """The way out for dispatches of certain shapes.
+
+    Attributes:
+        layout: None with a handle.
+        num_node_experts: of one node; 0 with a handle.
+    """
+
+    layout: Launch | None
+    exchange: Launch
+    parts: Parts
+    num_tokens: int
+    num_node_experts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Returning:
+    """The way back for combines of certain shapes, of rows and their weights."""
+
+    exchange: Launch
+    total: Launch
+    parts: Parts
+    num_tokens: int
+    capacity: int
+
+    @property
+    def here_places(self) -> tuple[int, ...]:
+        """Where this node's sums of rows and weights lie in memory for all tokens of the list; its end."""
+        return self.parts.places(self.capacity)
+
+
+class Internode:
+    """Construction and `close` are collective over all ranks of all nodes.
+
+    Args:
+        group: of all nodes.
+        domain: of this node's ranks.
+        max_tokens: of any rank in one call.
+        num_bytes: of symmetric memory for the rings; 0 for what serves most.
+
+    Attributes:
+        num_nodes, node: of all, and this one.
+        num_ranks: of all nodes.
+
+    Raises:
+        TopologyError: nodes of different sizes, or whose ranks are not consecutive; too many.
+        BackendError, DeviceError: see `Network`. All on every rank.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        topology: Topology,
+        domain: Domain,
+        *,
+        max_tokens: int,
+        num_bytes: int,
+        timeout_s: float,
+        options: NetworkOptions | None = None,
+    ) -> None:
+        self._domain = domain
+        self.num_nodes, self.node, self.num_ranks = topology.num_nodes, topology.node, topology.num_ranks
+        self.max_tokens = max_tokens
+        self._rings = plan.rings(self.num_nodes, num_bytes)
+        area_bytes = align_up(NETWORK_AREA.itemsize, OFFSET_UNIT)
+        rings_bytes = self._rings.num_bytes(self.num_nodes)
+        total = area_bytes + 2 * rings_bytes
+        self._network = Network(group, num_bytes=total, options=options, timeout_s=timeout_s)
+        self._memory = self._network.allocate(total)
+        self._area = self._memory.pointer
+        self._state = Workspace(NETWORK_STATE.itemsize)
+        self._common = {
+            "hang": domain.watch.record_pointer,
+            "area": self._area,
+            "state": self._state.pointer,
+            "timeout_ns": timeout_ns(timeout_s),
+            "rank": domain.group.rank,
+            "num_ranks": domain.group.size,
+            "node": self.node,
+            "num_nodes": self.num_nodes,
+            "slabs": domain.slab.pointers,
+        }
+        self._rings_fields = {
+            "outbox": self._area + area_bytes,
+            "inbox": self._area + area_bytes + rings_bytes,
+            "num_channels": self._rings.num_channels,
+            "num_slots": self._rings.num_slots,
+            "slot_bytes": self._rings.slot_bytes,
+        }
+        domain.watch.farewells = self.farewells
+        self._max_blocks = 2 * domain.max_blocks
+        self._layout = Kernel(kernels.internode_layout(), network=self._network)
+        self._exchange = Kernel(kernels.internode_exchange(), network=self._network)
+        self._sum = {element: Kernel(kernels.internode_sum(element)) for element in ELEMENTS}
+
+    @staticmethod
+    def check(topology: Topology) -> None:
+        """Raise `TopologyError` on every rank for nodes that are not served."""
+        topology.require_uniform("the two-level mode")
+        num_local = topology.num_local_ranks
+        wanted = tuple(rank // num_local for rank in range(topology.num_ranks))
+        if topology.node_of_rank != wanted:
+            raise on_all_ranks(
+                TopologyError(
+                    f"ranks are on nodes {topology.node_of_rank}; those of a node must be consecutive: start "
+                    "them node by node (mpirun --map-by ppr:N:node, srun --distribution=block)"
+                )
+            )
+        if topology.num_nodes > MAX_NODES or num_local > MAX_LOCAL_RANKS:
+            raise on_all_ranks(
+                TopologyError(
+                    f"{topology.num_nodes} nodes of {num_local} ranks; at most {MAX_NODES} of "
+                    f"{MAX_LOCAL_RANKS} are served"
+                )
+            )
+
+    def farewells(self) -> list[int]:
+        """A word for each node: not 0 once the rank there has given a call up. Waits for no call."""
+        at = self._area + field_offset(NETWORK_AREA, "farewells")
+        words: list[int] = self._domain.slab.read_at(at, np.dtype(("<u8", (MAX_NODES,))))[0].tolist()
+        return words
+
+    def reset(self) -> None:
+        """Forget what was under way, while no rank has any work; see `HangWatch.reset`."""
+        self._network.settle()
+        self._state.reset()
+        self._network.clear(self._memory, align_up(NETWORK_AREA.itemsize, OFFSET_UNIT))
+
+    def close(self) -> None:
+        """After the domain: no kernel uses the network any more."""
+        self._network.close()
+
+    def list_capacity(self, num_tokens: int) -> int:
+        """Most tokens that this rank dispatches within its node, its own ones included."""
+        return num_tokens + (self.num_nodes - 1) * self.max_tokens
+
+    # The way out.
+
+    def bringing(
+        self,
+        views: Sequence[ArrayView | None],
+        *,
+        num_tokens: int,
+        num_experts: int,
+        is_cached: bool,
+    ) -> Bringing:
+        """Of x, scale factors, ids and weights.
+
+        Raises:
+            ConfigError: more tokens than any rank may have, or rows that do not fit into a slot.
+        """
+        if num_tokens > self.max_tokens:
+            raise ConfigError(
+                f"{num_tokens} tokens; across nodes a rank dispatches at most {self.max_tokens} in a call: "
+                "give num_max_tokens_per_rank to Buffer.for_moe"
+            )
+        parts = Parts.of(views)
+        ids = views[2]
+        layout = None
+        if not is_cached:
+            if ids is None:
+                raise ConfigError("across nodes a dispatch needs topk_idx, or the handle of such a dispatch")
+            layout = bind(
+                self._layout,
+                1,
+                {
+                    "num_tokens": num_tokens,
+                    "num_topk": ids.shape[1],
+                    "num_experts": num_experts,
+                    "idx_bytes": itemsize(ids),
+                },
+                self._common,
+            )
+        num_node_experts = num_experts // self.num_nodes
+        return Bringing(layout, self._bind_exchange(parts, num_tokens), parts, num_tokens, num_node_experts)
+
+    def bring(
+        self,
+        found: Bringing,
+        crossing: Crossing | None,
+        pointers: Sequence[int],
+        call: Call,
+        *,
+        num_sms: int,
+        digest: int,
+    ) -> tuple[Crossing, tuple[int, ...]]:
+        """Enqueue the way out. Addresses of the parts of what comes from the other nodes.
+
+        Args:
+            crossing: of the handle; None for a new one.
+            pointers: of the parts here.
+        """
+        domain, parts = self._domain, found.parts
+        if crossing is None:
+            crossing = self._lay_out(found, pointers, call, digest=digest)
+        places = parts.places((self.num_nodes - 1) * self.max_tokens)
+        landed = domain.heap.take(places[-1], is_capturing=call.is_capturing)
+        call.temporaries.append(landed)
+        targets = tuple(landed.pointer + place for place in places[:-1])
+        found.exchange.args.lists = crossing.lists  # never set on the way back
+        self._launch_exchange(found.exchange, parts, crossing, pointers, targets, call.stream, num_sms)
+        return crossing, targets
+
+    def _lay_out(self, found: Bringing, pointers: Sequence[int], call: Call, *, digest: int) -> Crossing:
+        num_tokens = found.num_tokens
+        num_bytes = align_up(NETWORK_PLAN.itemsize, OFFSET_UNIT) + 2 * _lists_bytes(
+            num_tokens, self.num_nodes
+        )
+        block = self._domain.heap.take(num_bytes, is_capturing=call.is_capturing)
+        crossing = Crossing(block, num_tokens, self.num_nodes)
+        assert found.layout is not None
+        args = found.layout.args
+        args.topk_idx, args.plan = pointers[2], crossing.plan
+        args.lists, args.positions = crossing.lists, crossing.positions
+        args.digest = digest
+        found.layout(call.stream)
+        return crossing
+
+    # The way back.
+
+    def returning(
+        self, x: ArrayView, weights: ArrayView | None, *, num_tokens: int, element: str
+    ) -> Returning:
+        """Of rows like those of x and, where they are summed too, of weights."""
+        parts = Parts.of((x, weights))
+        num_topk = 0 if weights is None else weights.shape[1]
+        total = bind(
+            self._sum[element],
+            4 * self._domain.max_blocks,
+            {
+                "header": self._common["slabs"][self._domain.group.rank],  # type: ignore[index]
+                "num_tokens": num_tokens,
+                "row_bytes": row_bytes(x),
+                "num_topk": num_topk,
+            },
+            self._common,
+        )
+        exchange = self._bind_exchange(parts, num_tokens)
+        return Returning(exchange, total, parts, num_tokens, self.list_capacity(num_tokens))
+
+    def take_back(
+        self,
+        found: Returning,
+        crossing: Crossing,
+        here: tuple[int, int],
+        biases: Sequence[int],
+        out: tuple[int, int],
+        call: Call,
+        *,
+        num_sms: int,
+    ) -> None:
+        """Enqueue the way back, and the sum of what comes.
+
+        Args:
+            here: this node's sums of all tokens of the list, and of their weights.
+            out: where the results go, and their weights.
+        """
+        domain, parts = self._domain, found.parts
+        places = parts.places((self.num_nodes - 1) * found.num_tokens)
+        returned = domain.heap.take(places[-1], is_capturing=call.is_capturing)
+        call.temporaries.append(returned)
+        targets = returned.pointer + places[0], returned.pointer + places[1]
+        self._launch_exchange(found.exchange, parts, crossing, here, targets, call.stream, num_sms)
+        args = found.total.args
+        args.plan, args.positions = crossing.plan, crossing.positions
+        args.here, args.here_weights = here
+        args.returned, args.returned_weights = targets
+        for number in range(2):
+            args.bias[number] = biases[number] if number < len(biases) else 0
+        args.out, args.out_weights = out
+        found.total(call.stream, plan.num_local_blocks(num_sms, max_blocks=4 * domain.max_blocks))
+
+    # Both.
+
+    def _bind_exchange(self, parts: Parts, num_tokens: int) -> Launch:
+        if parts.record_bytes > self._rings.slot_bytes:
+            raise ConfigError(
+                f"a row takes {parts.record_bytes} bytes on the network, a slot has "
+                f"{self._rings.slot_bytes}: give more num_rdma_bytes"
+            )
+        return bind(
+            self._exchange,
+            self._max_blocks,
+            {"num_tokens": num_tokens, "record_bytes": parts.record_bytes},
+            self._rings_fields,
+            self._common,
+        )
+
+    def _launch_exchange(
+        self,
+        launch: Launch,
+        parts: Parts,
+        crossing: Crossing,
+        sources: Sequence[int],
+        targets: Sequence[int],
+        stream: int,
+        num_sms: int,
+    ) -> None:
+        args = launch.args
+        args.plan = crossing.plan
+        number = 0
+        for source, target, num_bytes, offset in zip(
+            sources, targets, parts.num_bytes, parts.offsets, strict=True
+        ):
+            if num_bytes == 0:
+                continue
+            section = args.sections[number]
+            section.source, section.target = source, target
+            section.bytes, section.offset = num_bytes, offset
+            number += 1
+        assert number <= MAX_SECTIONS
+        args.num_sections = number
+        launch(stream, 2 * min(self._rings.num_channels, num_sms))
+
+
+def _lists_bytes(num_tokens: int, num_nodes: int) -> int:
+    return align_up(4 * num_tokens * num_nodes, OFFSET_UNIT)

@@ -1,0 +1,141 @@
+"""The normal mode over virtual nodes: what only that has. ``EP_RT_RANKS_PER_NODE=1 mpirun -n 2 pytest ...``
+
+With that variable all tests of test_normal.py and test_expert_major.py go over the network, too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from host_cases import Case, same_bits
+from ranks import IS_UNDER_MPI, RANKS_PER_NODE, device_count, run_ranks
+
+import ep_rt
+from ep_rt import Group, reference
+
+if device_count():
+    import cupy
+    from device_arrays import cuda_buffer, fetch, put
+    from normal_cases import check_normal, context_is_alive
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not (IS_UNDER_MPI and RANKS_PER_NODE),
+        reason="needs EP_RT_RANKS_PER_NODE and a process for each GPU",
+    ),
+]
+
+SHORT_S = 2.0
+NUM_ROUNDS = 1000
+
+
+def on_ranks(body: Callable[[Group], None]) -> None:
+    run_ranks("mpi", body)
+
+
+def test_counts_by_node() -> None:
+    def body(group: Group) -> None:
+        with cuda_buffer(group) as buffer:
+            for seed in range(8):
+                case = Case.draw(seed, group.size)
+                ids = case.topk_idx[group.rank]
+                out = buffer.get_dispatch_layout(put(ids), case.num_experts)
+                expected = reference.dispatch_layout(
+                    ids,
+                    num_experts=case.num_experts,
+                    num_ranks=group.size,
+                    ranks_per_node=RANKS_PER_NODE,
+                )
+                assert same_bits(fetch(out.num_tokens_per_rank), expected.num_tokens_per_rank)
+                assert expected.num_tokens_per_node is not None
+                assert same_bits(fetch(out.num_tokens_per_rdma_rank), expected.num_tokens_per_node)
+                assert same_bits(fetch(out.num_tokens_per_expert), expected.num_tokens_per_expert)
+                assert same_bits(fetch(out.is_token_in_rank), expected.is_token_in_rank)
+
+    on_ranks(body)
+
+
+def test_a_thousand_layers() -> None:
+    def body(group: Group) -> None:
+        with cuda_buffer(group) as buffer:
+            for seed in range(NUM_ROUNDS):
+                check_normal(buffer, seed % 64, num_sms=(1, 3, 16)[seed % 3])
+
+    on_ranks(body)
+
+
+def test_tokens_of_many_chunks() -> None:
+    """More rows than all slots of a ring hold, on some ranks."""
+
+    def body(group: Group) -> None:
+        rng = np.random.default_rng(0)
+        hidden, num_experts, counts = 2048, 2 * group.size, [3000 * (r % 2) + 5 for r in range(group.size)]
+        x = [rng.integers(0, 1 << 16, (n, hidden), np.uint16).view(np.float16) for n in counts]
+        ids = [rng.integers(-1, num_experts, (n, 4)) for n in counts]
+        expected = reference.dispatch(x, ids, num_experts=num_experts)[group.rank]
+        with cuda_buffer(group, num_nvl_bytes=256 << 20) as buffer:
+            for _ in range(3):
+                out = buffer.dispatch(
+                    put(x[group.rank]), topk_idx=put(ids[group.rank]), num_experts=num_experts
+                )
+                assert same_bits(fetch(out.recv_x), expected.recv_x)
+
+    on_ranks(body)
+
+
+def test_a_missing_rank_is_named_by_its_number_among_all_and_reset_helps() -> None:
+    def body(group: Group) -> None:
+        missing = group.size - 1
+        with cuda_buffer(group, timeout_s=SHORT_S) as buffer:
+            check_normal(buffer, 1)
+            for _ in range(2):
+                group.barrier()
+                if group.rank != missing:
+                    error: Any = None
+                    start = time.monotonic()
+                    try:
+                        buffer.dispatch(
+                            put(np.ones((4, 16), np.float32)),
+                            topk_idx=put(np.full((4, 1), missing)),
+                            num_experts=group.size,
+                        )
+                    except ep_rt.EpError as raised:
+                        error = raised
+                    assert SHORT_S * 0.9 < time.monotonic() - start < SHORT_S * 4
+                    assert isinstance(error, ep_rt.PeerTimeoutError)
+                    assert missing in error.peers
+                    cupy.cuda.runtime.deviceSynchronize()
+                group.barrier()
+                buffer.reset()
+                context_is_alive()
+                group.barrier()
+                check_normal(buffer, 2)
+
+    on_ranks(body)
+
+
+def test_too_many_tokens_are_refused() -> None:
+    def body(group: Group) -> None:
+        with cuda_buffer(group, moe=None) as buffer:
+            with pytest.raises(ep_rt.ConfigError, match="num_max_tokens_per_rank"):
+                buffer.dispatch(
+                    put(np.ones((9000, 8), np.float16)),
+                    topk_idx=put(np.zeros((9000, 1), np.int64)),
+                    num_experts=group.size,
+                )
+            check_normal(buffer, 3)
+
+    on_ranks(body)
+
+
+def test_low_latency_calls_need_one_node() -> None:
+    def body(group: Group) -> None:
+        with pytest.raises(ep_rt.BackendError, match="low-latency calls over"):
+            ep_rt.Buffer(group, backend="cuda", low_latency_mode=True)
+
+    on_ranks(body)

@@ -1,0 +1,85 @@
+"""What the host works out for calls over several nodes: parts of rows, rings, names in errors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ep_rt import arrays
+from ep_rt.cuda import plan
+from ep_rt.cuda.hang import Names, Report, verdict
+from ep_rt.cuda.internode import Internode, Parts
+from ep_rt.cuda.layout import MAX_CHANNELS, MAX_SLOTS, Operation, Reason, signal_word
+from ep_rt.errors import ConfigError, PeerTimeoutError, TopologyError
+from ep_rt.exchange import Group
+from ep_rt.groups import run_local
+from ep_rt.node_group import NodeGroup
+from ep_rt.topology import Topology
+
+
+def test_parts_of_a_row() -> None:
+    x, ids = np.zeros((5, 24), np.float16), np.zeros((5, 3), np.int32)
+    weights = np.zeros((5, 3), np.float32)
+    parts = Parts.of([arrays.view(x), None, arrays.view(ids), arrays.view(weights)])
+    assert parts.num_bytes == (48, 0, 12, 12)
+    assert parts.offsets == (0, 48, 48, 64)
+    assert parts.record_bytes == 80
+    assert parts.places(10) == (0, 512, 512, 768, 1024)
+
+
+@pytest.mark.parametrize("num_nodes", [2, 8, 32])
+def test_rings_fit_into_what_they_are_given(num_nodes: int) -> None:
+    usual = plan.rings(num_nodes, 0)
+    assert usual.num_channels <= MAX_CHANNELS
+    assert usual.num_slots <= MAX_SLOTS
+    num_bytes = 2 * usual.num_bytes(num_nodes)
+    while True:
+        rings = plan.rings(num_nodes, num_bytes)
+        assert 2 * rings.num_bytes(num_nodes) <= num_bytes
+        assert rings.slot_bytes == usual.slot_bytes
+        if rings.num_channels == 1:
+            break
+        num_bytes //= 2
+    with pytest.raises(ConfigError, match="at least"):
+        plan.rings(num_nodes, rings.slot_bytes)
+
+
+def report(rank: int, phase: int, waits: dict[int, tuple[int, int]]) -> Report:
+    return Report(
+        rank=rank, reason=Reason.EXPIRED, operation=Operation.DISPATCH, phase=phase, epoch=7, waits=waits
+    )
+
+
+def test_errors_name_ranks_of_all_nodes() -> None:
+    names = Names(local=(4, 5, 6, 7), num_ranks=12)
+    word = signal_word(7, Operation.DISPATCH), signal_word(6, Operation.NO_OPERATION)
+    over_the_network = names.of(report(1, 0, {2: word}))
+    assert (over_the_network.rank, set(over_the_network.waits)) == (5, {9})
+    within = names.of(report(1, 3, {2: word}))
+    assert (within.rank, set(within.waits)) == (5, {6})
+    error = verdict([over_the_network, None, within, None], rank=5, timeout_s=1.0, num_ranks=12)
+    assert isinstance(error, PeerTimeoutError)
+    assert (error.rank, error.peers) == (5, (9,))
+
+
+def test_nodes_that_are_not_served() -> None:
+    Internode.check(Topology(rank=0, node_of_rank=(0, 0, 1, 1)))
+    with pytest.raises(TopologyError, match="consecutive"):
+        Internode.check(Topology(rank=0, node_of_rank=(0, 1, 0, 1)))
+    with pytest.raises(TopologyError, match="same number"):
+        Internode.check(Topology(rank=0, node_of_rank=(0, 0, 1)))
+    with pytest.raises(TopologyError, match="at most 32 of 8"):
+        Internode.check(Topology(rank=0, node_of_rank=tuple(range(33))))
+
+
+def test_groups_of_nodes_do_not_wait_for_each_other() -> None:
+    def body(group: Group) -> list[int]:
+        node = NodeGroup(group, range(group.rank // 2 * 2, group.rank // 2 * 2 + 2))
+        assert (node.rank, node.size) == (group.rank % 2, 2)
+        values = []
+        for number in range(3):
+            values = node.allgather(10 * group.rank + number, op="values")
+        node.barrier()
+        return values
+
+    assert run_local(body, 4) == [[2, 12], [2, 12], [22, 32], [22, 32]]
