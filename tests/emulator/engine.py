@@ -71,6 +71,12 @@ class _Launch:
         self._fields = fields
         self.args = SimpleNamespace()
 
+    def saved(self) -> dict[str, Any]:
+        return dict(vars(self.args))
+
+    def restore(self, arguments: dict[str, Any]) -> None:
+        self.args = SimpleNamespace(**arguments)
+
     def __call__(self, stream: int, num_blocks: int) -> None:
         ranks, rank, kernel = self._where
         unknown = set(vars(self.args)) - set(kernel.spec.args.names or ())
