@@ -125,7 +125,7 @@ class _Domain:
         return _Results(columns)
 
     def begin(self, frameworks: tuple[str, ...], inputs: Sequence[object], schedule: Schedule) -> Call:
-        return Call(0, (0,), frameworks[0], inputs, schedule, False)
+        return Call(0, (0,), frameworks, inputs, schedule, False)
 
     def finish(self, call: Call) -> EventOverlap:
         return EventOverlap()
