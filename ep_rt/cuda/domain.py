@@ -34,24 +34,25 @@ class Call:
     Attributes:
         stream: where its work goes.
         streams: on which its inputs were made, and its results are used.
+        frameworks: of its inputs, distinct, the one of the results first.
         inputs: the arrays it reads.
         temporaries: memory that its work uses and nobody else holds.
     """
 
-    __slots__ = ("framework", "inputs", "is_capturing", "schedule", "stream", "streams", "temporaries")
+    __slots__ = ("frameworks", "inputs", "is_capturing", "schedule", "stream", "streams", "temporaries")
 
     def __init__(
         self,
         stream: int,
         streams: tuple[int, ...],
-        framework: str,
+        frameworks: tuple[str, ...],
         inputs: Sequence[object],
         schedule: Schedule,
         is_capturing: bool,
     ) -> None:
         self.stream = stream
         self.streams = streams
-        self.framework = framework
+        self.frameworks = frameworks
         self.inputs = inputs
         self.schedule = schedule
         self.is_capturing = is_capturing
@@ -179,14 +180,13 @@ class Domain:
         """Choose the stream of a call. Nothing is enqueued.
 
         Args:
-            frameworks: of its inputs, distinct, the one of the results first.
+            frameworks: see `Call`.
             inputs: to be kept until the call is done.
         """
-        framework = frameworks[0]
         stream = self.comm.pointer
         streams: tuple[int, ...]
-        if len(frameworks) == 1 and framework != "jax":
-            current = current_stream(framework, self.device)
+        if len(frameworks) == 1 and frameworks[0] != "jax":
+            current = current_stream(frameworks[0], self.device)
             streams = (current,)
             if schedule.previous_event is None and not schedule.async_finish:
                 stream = current
@@ -199,7 +199,7 @@ class Domain:
                 "them: give each a non-blocking stream of its own, and make it current"
             )
         is_capturing = self.comm.is_capturing(streams)
-        return Call(stream, streams, framework, inputs, schedule, is_capturing)
+        return Call(stream, streams, frameworks, inputs, schedule, is_capturing)
 
     def order(self, call: Call) -> None:
         """Let the call's stream wait for what comes before the call. All memory of it was taken.
@@ -228,14 +228,14 @@ class Domain:
     def finish(self, call: Call) -> EventOverlap:
         """The caller's streams wait for the call, or the event that the caller waits for."""
         self.launched(call)
-        if call.framework == "jax":
+        if call.frameworks[0] == "jax":
             # JAX does not know who reads its memory: hold it until JAX has waited for the next call.
             self._kept_inputs = call.inputs
         if not call.schedule.async_finish:
             if call.stream == self.comm.pointer:
                 self.comm.release(call.streams)
             return self._done
-        return EventOverlap(self.comm.event(call.framework), extra_tensors=tuple(call.inputs))
+        return EventOverlap(self.comm.event(call.frameworks[0]), extra_tensors=tuple(call.inputs))
 
     def results(self, columns: Sequence[Column | None], framework: str) -> ResultArrays:
         """What makes results of calls. JAX waits for the communication stream, where its calls run."""

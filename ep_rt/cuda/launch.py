@@ -18,6 +18,8 @@ from .layout import Struct
 # A block may have so much dynamic shared memory without asking for more.
 _UNASKED_SHARED_BYTES: Final = 48 << 10
 
+_INVALID_CONTEXT: Final = 201
+
 
 class ModuleOwner(Protocol):
     """What makes a loaded module ready for kernels that use NVSHMEM: an `nvshmem.Network`."""
@@ -93,18 +95,18 @@ class Launch:
     """
 
     def __init__(self, kernel: Kernel, args: NDArray[Any], fields: Any, num_blocks: int) -> None:
-        from cuda.bindings import driver
+        from cupy.cuda import driver
 
         self._keep_alive = (kernel, args)
         self.args: Any = fields
         self._params = np.array([args.ctypes.data], np.uint64)
         self._max_blocks = num_blocks
-        self._function = driver.CUfunction(kernel.function)
+        self._function = kernel.function
         self._after_grid = (1, 1, kernel.spec.cfg.num_threads, 1, 1, kernel.shared_bytes)
         self._params_address = self._params.ctypes.data
-        self._launch_kernel = driver.cuLaunchKernel
-        self._success = driver.CUresult.CUDA_SUCCESS
-        self._no_context = driver.CUresult.CUDA_ERROR_INVALID_CONTEXT
+        # Not that of cuda.bindings, which makes an object of every result and of every handle it is given.
+        self._launch_kernel = driver.launchKernel
+        self._error = driver.CUDADriverError
         self._name = kernel.spec.name
 
     def saved(self) -> bytes:
@@ -129,14 +131,17 @@ class Launch:
         elif num_blocks > self._max_blocks:
             raise DeviceError(f"launching {self._name}: {num_blocks} blocks, bound were {self._max_blocks}")
         where = self._function, num_blocks, *self._after_grid, stream, self._params_address, 0
-        (status,) = self._launch_kernel(*where)
-        if status is self._success:
-            return
-        if status is self._no_context:  # this thread has not used CUDA yet
+        try:
+            self._launch_kernel(*where)
+        except self._error as error:
+            if error.status != _INVALID_CONTEXT:
+                raise DeviceError(f"launching {self._name}: {error}") from error
+            # This thread has not used CUDA yet.
             make_context_current()
-            (status,) = self._launch_kernel(*where)
-        if status is not self._success:
-            raise DeviceError(f"launching {self._name}: {status.name}")
+            try:
+                self._launch_kernel(*where)
+            except self._error as again:
+                raise DeviceError(f"launching {self._name}: {again}") from again
 
 
 def current_architecture() -> str:

@@ -5,9 +5,9 @@ Every rendered kernel asserts that both twins agree, so a difference is a compil
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -272,8 +272,7 @@ PAYLOAD_OFFSET: Final = align_up(EXCHANGE_OFFSET + EXCHANGE.itemsize, OFFSET_UNI
 """Where the part of a slab begins that holds no control words."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReceiveLayout:
+class ReceiveLayout(NamedTuple):
     """Byte offsets of the parts of what a rank receives, from the place it offers."""
 
     topk_idx: int
@@ -415,9 +414,9 @@ def _receive_layout_asserts() -> list[str]:
     ]
     return [
         f"static_assert(ep::receive_layout({capacity}, {row.idx_bytes}, {row.weights_bytes}, {row.sf_bytes}, "
-        f"{row.row_bytes}).{part.name} == {getattr(row.layout(capacity), part.name)});"
+        f"{row.row_bytes}).{part} == {getattr(row.layout(capacity), part)});"
         for capacity, row in samples
-        for part in fields(ReceiveLayout)
+        for part in ReceiveLayout._fields
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -112,8 +112,6 @@ def run(
     num_blocks: tuple[int, int, int],
     *,
     pending: Pending | None,
-    frameworks: tuple[str, ...],
-    objects: Sequence[Any],
     received: list[bool],
     kept: tuple[Any, ...],
 ) -> tuple[EventOverlap, Callable[[], None] | None]:
@@ -124,7 +122,7 @@ def run(
         num_blocks: of the send phase, of the receive phase, and of both in one.
         pending: for a call in two phases.
         received: gets an element when the receive phase is enqueued.
-        kept: what the hook must keep alive.
+        kept: what the hook must keep alive besides `call`.
     """
     phases = SENDS if pending is not None else SENDS | RECEIVES
     launch.args.phases = phases
@@ -138,7 +136,7 @@ def run(
     def receive() -> None:
         domain.check()
         taken.check()
-        later = domain.begin(frameworks, objects, Schedule())
+        later = domain.begin(call.frameworks, call.inputs, Schedule())
         domain.order(later)
         launch.restore(arguments)
         launch.args.phases = RECEIVES

@@ -228,10 +228,8 @@ class LowLatencyCombine:
             launch,
             found.num_blocks,
             pending=area.postpone(zone) if with_hook else None,
-            frameworks=found.frameworks,
-            objects=objects,
             received=[],
-            kept=(block, handle, objects, call.temporaries),
+            kept=(block, handle),
         )
         self.num_calls += 1
         if found.make is None:

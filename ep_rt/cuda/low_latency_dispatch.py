@@ -289,10 +289,8 @@ class LowLatencyDispatch:
             launch,
             found.num_blocks,
             pending=area.postpone(zone) if with_hook else None,
-            frameworks=found.frameworks,
-            objects=objects,
             received=received,
-            kept=(block, results, area, objects, call.temporaries),
+            kept=(block, results, area),
         )
         self.num_calls += 1
         # What lies in the zone belongs to the area, which lives as long as the buffer.

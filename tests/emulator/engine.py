@@ -71,6 +71,12 @@ class _Launch:
         self._fields = fields
         self.args = SimpleNamespace()
 
+    def saved(self) -> dict[str, Any]:
+        return dict(vars(self.args))
+
+    def restore(self, arguments: dict[str, Any]) -> None:
+        self.args = SimpleNamespace(**arguments)
+
     def __call__(self, stream: int, num_blocks: int) -> None:
         ranks, rank, kernel = self._where
         unknown = set(vars(self.args)) - set(kernel.spec.args.names or ())
@@ -119,7 +125,7 @@ class _Domain:
         return _Results(columns)
 
     def begin(self, frameworks: tuple[str, ...], inputs: Sequence[object], schedule: Schedule) -> Call:
-        return Call(0, (0,), frameworks[0], inputs, schedule, False)
+        return Call(0, (0,), frameworks, inputs, schedule, False)
 
     def finish(self, call: Call) -> EventOverlap:
         return EventOverlap()
