@@ -1,4 +1,4 @@
-"""`ep_rt.torch` on GPUs: the checks of tests/test_torch_module.py, streams, graphs, and where rows lie."""
+"""`ep_rt.torch` on GPUs: the checks of its tests on CPU tensors, streams, graphs, and where rows lie."""
 
 from __future__ import annotations
 
