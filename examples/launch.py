@@ -94,6 +94,32 @@ def launch(
         sys.exit(f"error: {error}" if group.rank == 0 else 1)
 
 
+def launch_torch(
+    parser: argparse.ArgumentParser, run: Callable[[ep_rt.Group, argparse.Namespace], object]
+) -> None:
+    """`launch` for examples in PyTorch alone, which torchrun starts, too."""
+    import torch
+
+    def run_here(group: ep_rt.Group, options: argparse.Namespace) -> None:
+        if options.ranks:
+            # Torch loads kernels and takes memory at any time, for which the driver waits until the GPU is
+            # idle; autograd has one thread for all ranks on it.
+            if options.backend == "cuda":
+                raise ep_rt.ConfigError(
+                    "--backend cuda needs a process for each rank here: torchrun or mpiexec"
+                )
+            options.backend = "host"
+        run(group, options)
+
+    torch.set_num_threads(1)
+    if torch.distributed.is_torchelastic_launched():
+        torch.distributed.init_process_group("gloo")  # what travels between GPUs goes through the buffer
+        launch(parser, run_here, torch.distributed.group.WORLD)
+        torch.distributed.destroy_process_group()
+    else:
+        launch(parser, run_here)
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a rank computes.

@@ -23,13 +23,15 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks are the parallelism; libraries read it when they load
 
 import argparse
+import contextlib
 import math
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from launch import add_sizes, example_parser, launch, place_of
+from launch import add_sizes, example_parser, launch_torch, place_of
 from training import Trained, is_equal, ranks_in_words
 
 import ep_rt
@@ -99,7 +101,7 @@ EXPERT_PARAMETERS = ("moe.up", "moe.down")  # a rank holds those of its own expe
 class Imitator(torch.nn.Module):  # type: ignore[misc]
     """x + MoE(x), then a linear layer. Calls are collective."""
 
-    def __init__(self, moe: EPMoE, w_out: Tensor) -> None:
+    def __init__(self, moe: torch.nn.Module, w_out: Tensor) -> None:
         super().__init__()
         self.moe = moe
         self.w_out = torch.nn.Parameter(w_out)
@@ -114,17 +116,20 @@ def random_matrix(seed: tuple[int, ...], *shape: int) -> Tensor:
     return torch.from_numpy(rng.standard_normal(shape) / np.sqrt(shape[-2]))
 
 
-def new_model(buffer: ep_rt.Buffer, options: argparse.Namespace, device: str) -> Imitator:
+def new_model(
+    group: ep_rt.Group,
+    new_layer: Callable[[Tensor, Tensor, Tensor], Any],
+    options: argparse.Namespace,
+    device: str,
+) -> Imitator:
+    """A model around ``new_layer(gate, up, down)``, which gets the gate and the experts of this rank."""
     hidden, ffn, num_experts = options.hidden, options.ffn, options.num_experts
-    num_local_experts = num_experts // buffer.num_ranks
-    mine = slice(buffer.rank * num_local_experts, (buffer.rank + 1) * num_local_experts)
-    moe = EPMoE(
-        buffer,
+    num_local_experts = num_experts // group.size
+    mine = slice(group.rank * num_local_experts, (group.rank + 1) * num_local_experts)
+    moe = new_layer(
         random_matrix((options.seed, 1), hidden, num_experts),
         random_matrix((options.seed, 2), num_experts, hidden, ffn)[mine].clone(),
         random_matrix((options.seed, 3), num_experts, ffn, hidden)[mine].clone(),
-        num_topk=options.topk,
-        capacity=options.batch * options.topk if options.compile else 0,  # all rows of all ranks
     )
     model = Imitator(moe, random_matrix((options.seed, 4), hidden, options.outputs))
     model.to(device)
@@ -149,8 +154,9 @@ def sum_gradients(group: ep_rt.Group, model: Imitator) -> None:
         p.grad = torch.from_numpy(np.sum([part[name] for part in parts], axis=0)).to(p.device)
 
 
-def train(group: ep_rt.Group, options: argparse.Namespace) -> Trained:
-    """Train over the ranks of `group`. Every rank gets the whole result. Collective."""
+@contextlib.contextmanager
+def buffer_of(group: ep_rt.Group, options: argparse.Namespace) -> Iterator[tuple[ep_rt.Buffer, str]]:
+    """A buffer for the model's layer, and the device of its tensors. Collective."""
     with (
         place_of(group, options) as place,
         ep_rt.Buffer.for_moe(
@@ -163,35 +169,60 @@ def train(group: ep_rt.Group, options: argparse.Namespace) -> Trained:
             backend=place.backend,
         ) as buffer,
     ):
-        device = f"cuda:{place.gpu}" if buffer.backend == "cuda" else "cpu"
-        model = new_model(buffer, options, device)
+        yield buffer, f"cuda:{place.gpu}" if buffer.backend == "cuda" else "cpu"
+
+
+def train(group: ep_rt.Group, options: argparse.Namespace) -> Trained:
+    """Train over the ranks of `group`. Every rank gets the whole result. Collective."""
+    with buffer_of(group, options) as (buffer, device):
+
+        def new_layer(gate: Tensor, up: Tensor, down: Tensor) -> EPMoE:
+            capacity = options.batch * options.topk if options.compile else 0  # all rows of all ranks
+            return EPMoE(buffer, gate, up, down, num_topk=options.topk, capacity=capacity)
+
+        model = new_model(group, new_layer, options, device)
         forward = torch.compile(model, fullgraph=True, backend=options.compile) if options.compile else model
-        adam = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
-        mine = np.array_split(np.arange(options.batch), group.size)[group.rank]
-        losses = []
-        for step in range(options.steps):
-            x, wanted = (each[mine].to(device) for each in examples_of(step, options))
-            loss = ((forward(x) - wanted) ** 2).sum() / (options.batch * options.outputs)
-            adam.zero_grad()
-            loss.backward()
-            sum_gradients(group, model)
-            adam.step()
-            losses.append(sum(group.allgather(loss.item())))
-            if group.rank == 0 and step % 50 == 0:
-                print(
-                    f"{ranks_in_words(group.size)}, {device}, step {step}: loss {losses[-1]:.4f}", flush=True
-                )
-        trained = {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
+        return fit(group, model, forward, options, device)
+
+
+def fit(
+    group: ep_rt.Group, model: Imitator, forward: Any, options: argparse.Namespace, device: str
+) -> Trained:
+    """Train a model whose experts are divided among the ranks of `group`. Collective.
+
+    Args:
+        forward: calls the model.
+    """
+    adam = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
+    mine = np.array_split(np.arange(options.batch), group.size)[group.rank]
+    losses = []
+    for step in range(options.steps):
+        x, wanted = (each[mine].to(device) for each in examples_of(step, options))
+        loss = ((forward(x) - wanted) ** 2).sum() / (options.batch * options.outputs)
+        adam.zero_grad()
+        loss.backward()
+        sum_gradients(group, model)
+        adam.step()
+        losses.append(sum(group.allgather(loss.item())))
+        if group.rank == 0 and step % 50 == 0:
+            print(f"{ranks_in_words(group.size)}, {device}, step {step}: loss {losses[-1]:.4f}", flush=True)
+    trained = {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
     for name in EXPERT_PARAMETERS:
         trained[name] = np.concatenate(group.allgather(trained[name]))
     return Trained(np.array(losses), trained)
 
 
-def report(trained: Trained, options: argparse.Namespace, num_ranks: int) -> bool:
-    """Print how the training went; compare it with one rank. Whether all is as it should be."""
+def has_learned(trained: Trained) -> bool:
+    """Print how the training went. Whether the loss fell."""
     first, last = trained.losses[0], trained.losses[-10:].mean()
     passed = bool(last < 0.9 * first)
     print(f"loss {'fell' if passed else 'DID NOT FALL'}: first {first:.4f}, last {last:.4f}", flush=True)
+    return passed
+
+
+def report(trained: Trained, options: argparse.Namespace, num_ranks: int) -> bool:
+    """Compare with a training on one rank. Whether all is as it should be."""
+    passed = has_learned(trained)
     if num_ranks > 1:
         [alone] = ep_rt.run_local(train, 1, options)
         passed &= is_equal(trained, alone, ranks_in_words(num_ranks))
@@ -199,13 +230,18 @@ def report(trained: Trained, options: argparse.Namespace, num_ranks: int) -> boo
 
 
 def main(group: ep_rt.Group, options: argparse.Namespace) -> None:
+    train_and_compare(group, options, train, report)
+
+
+def train_and_compare(
+    group: ep_rt.Group,
+    options: argparse.Namespace,
+    train: Callable[[ep_rt.Group, argparse.Namespace], Trained],
+    report: Callable[[Trained, argparse.Namespace, int], bool],
+) -> None:
+    """Train on all ranks; then rank 0 reports, and all leave if something is wrong. Collective."""
     if options.topk > options.num_experts:
         raise ep_rt.ConfigError(f"--topk {options.topk} of --num-experts {options.num_experts} is impossible")
-    if options.ranks:
-        # Autograd has one thread for each GPU, and the ranks on it would take turns there.
-        if options.backend == "cuda":
-            raise ep_rt.ConfigError("--backend cuda needs a process for each rank: torchrun or mpiexec")
-        options.backend = "host"
     trained = train(group, options)
     passed = report(trained, options, group.size) if group.rank == 0 else None
     # The other ranks wait here while rank 0 trains alone.
@@ -213,8 +249,9 @@ def main(group: ep_rt.Group, options: argparse.Namespace) -> None:
         sys.exit(1)
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = example_parser(__doc__, frameworks=("torch",))
+def model_parser(description: str | None) -> argparse.ArgumentParser:
+    """Flags for the model and its training."""
+    parser = example_parser(description, frameworks=("torch",))
     parser.set_defaults(framework="torch")
     sizes = {
         "steps": (300, "batches to train on"),
@@ -228,6 +265,11 @@ def parser() -> argparse.ArgumentParser:
     # More than two terms would be added in an order that depends on the ranks, in float32.
     parser.add_argument("--topk", type=int, choices=(1, 2), default=2, help="experts per token (default: 2)")
     parser.add_argument("--learning-rate", type=float, default=3e-3, metavar="X")
+    return parser
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = model_parser(__doc__)
     parser.add_argument(
         "--compile",
         nargs="?",
@@ -239,10 +281,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    if torch.distributed.is_torchelastic_launched():
-        torch.distributed.init_process_group("gloo")  # what travels between GPUs goes through the buffer
-        launch(parser(), main, torch.distributed.group.WORLD)
-        torch.distributed.destroy_process_group()
-    else:
-        launch(parser(), main)
+    launch_torch(parser(), main)

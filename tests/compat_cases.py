@@ -1,14 +1,17 @@
-"""Random layers through the calls of `ep_rt.compat.deep_ep`, on torch CPU tensors, beside the oracle."""
+"""Layers through the calls of `ep_rt.compat.deep_ep` beside the oracle, on torch's default device."""
 
 from __future__ import annotations
 
+import contextlib
 from itertools import product
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import torch
+import torch_places
 from host_cases import Array, Case, random_bits, random_values, same_bits
+from torch_places import NUM_TOKENS, Streams
 
 from ep_rt import arrays, reference
 from ep_rt.compat import deep_ep
@@ -20,13 +23,21 @@ FP8 = ml_dtypes.float8_e4m3fn
 def tensor(array: Array) -> Any:
     made = arrays.to_framework(array, "torch")
     assert isinstance(made, torch.Tensor)
-    return made
+    return made.to(torch.get_default_device())
 
 
 def equal(got: Any, expected: Array | None) -> bool:
-    """The same bits, in a torch tensor."""
-    assert arrays.view(got).framework == "torch"
-    return same_bits(arrays.host(got), expected)
+    """The same bits, in a torch tensor of the default device."""
+    assert isinstance(got, torch.Tensor)
+    assert got.device.type == torch.get_default_device().type
+    return same_bits(arrays.host(got.cpu()), expected)
+
+
+def rows_at(rows: Any, where: Any) -> Any:
+    """Rows by index, of any dtype: not all of torch's kernels know float8."""
+    if rows.dtype == torch.float8_e4m3fn:
+        return rows.view(torch.uint8)[where].view(rows.dtype)
+    return rows[where]
 
 
 def options_of(buffer: Any, number: int) -> dict[str, Any]:
@@ -330,7 +341,7 @@ def check_elastic(buffer: Any, seed: int, *, do_cpu_sync: bool = True) -> None:
         return results
 
     def rows_of(got: Any, keep: Any) -> Any:
-        return tuple(part[keep] for part in got) if isinstance(got, tuple) else got[keep]
+        return tuple(rows_at(part, keep) for part in got) if isinstance(got, tuple) else rows_at(got, keep)
 
     for do_expand in (False, True):
         stats = tensor(np.zeros(num_local_experts, np.int32))
@@ -418,7 +429,7 @@ def check_elastic(buffer: Any, seed: int, *, do_cpu_sync: bool = True) -> None:
             padding = torch.ones(num_rows, dtype=torch.bool, device="cpu")
             padding[keep] = False
             first = again_x[0] if is_fp8 else again_x
-            assert (first[padding].float() == 0).all()
+            assert (rows_at(first, padding).float() == 0).all()
             assert (again_weights[padding] == 0).all()
 
         biases: list[Any] = [None] * num_ranks
@@ -452,3 +463,199 @@ def distinct(ids: Array) -> Array:
     for column in range(1, ids.shape[1]):
         out[(out[:, column, None] == out[:, :column]).any(axis=1), column] = -1
     return out
+
+
+def check_tuning(buffer: Any) -> None:
+    """Whatever the `Config`, the rows and sums are the same, as programs expect that try many of them."""
+    num_ranks, rank = buffer.group_size, buffer.rank
+    ids = torch_places.everywhere(num_ranks)
+    x = torch.full((len(ids), 256), rank + 1.0, dtype=torch.bfloat16)
+    per_rank, per_node, per_expert, in_rank, _ = buffer.get_dispatch_layout(ids, num_ranks)
+    first, _, _, _, handle, _ = buffer.dispatch(x, None, per_rank, per_node, in_rank, per_expert)
+    configs = [deep_ep.Config(num_sms, chunk, 256) for num_sms in (4, 24) for chunk in range(4, 33, 4)]
+    for config in (*configs, buffer.get_dispatch_config(num_ranks), buffer.get_combine_config(num_ranks)):
+        recv_x, *_ = buffer.dispatch(x, handle, config=config)
+        combined_x, _, _ = buffer.combine(recv_x, handle, config=config)
+        assert torch.equal(recv_x, first)
+        assert torch.equal(combined_x, num_ranks * x)
+
+
+def check_masks(buffer: Any) -> None:
+    """The last rank and the others leave each other out. Of 2 ranks or more."""
+    num_ranks, rank, last = buffer.group_size, buffer.rank, buffer.group_size - 1
+    others = [peer for peer in range(num_ranks) if (peer == last) != (rank == last)]
+    ids = torch.arange(2 * num_ranks).repeat(3, 1)
+    x = torch.full((3, 128), rank + 1.0, dtype=torch.bfloat16)
+    weights = torch.ones(ids.shape)
+    status = torch.full((num_ranks,), 7, dtype=torch.int)
+    for masked in ([], others):
+        for peer in masked:
+            buffer.low_latency_update_mask_buffer(peer, True)
+        here = [peer for peer in range(num_ranks) if peer not in masked]
+        recv_x, recv_count, handle, _, _ = buffer.low_latency_dispatch(
+            x, ids, 3, 2 * num_ranks, use_fp8=False
+        )
+        combined_x, _, _ = buffer.low_latency_combine(recv_x, ids, weights, handle)
+        assert recv_count.tolist() == [3 * len(here)] * 2
+        for expert in range(2):
+            values = recv_x[expert, : 3 * len(here), 0].tolist()
+            assert values == [src + 1.0 for src in here for _ in range(3)]
+        assert torch.equal(combined_x, 2 * len(here) * x)
+        buffer.low_latency_query_mask_buffer(status)
+        assert status.tolist() == [int(peer in masked) for peer in range(num_ranks)]
+    buffer.low_latency_clean_mask_buffer()
+    buffer.low_latency_query_mask_buffer(status)
+    assert not status.any()
+
+
+def check_graph(
+    buffer: Any,
+    *,
+    has_threads_beside: bool,
+    first: contextlib.AbstractContextManager[None] | None = None,
+) -> None:
+    """Calls of both modes in one graph, replayed with other tokens and other routing.
+
+    Args:
+        first: around the calls before the capture.
+    """
+    num_ranks, rank = buffer.group_size, buffer.rank
+    num_tokens, hidden, num_experts = 24, 256, 2 * num_ranks
+    capacity = num_ranks * num_tokens
+    rng = np.random.default_rng(7)
+
+    def draw() -> tuple[list[Array], ...]:
+        """x, ids, weights and outputs of experts, of all ranks; an expert is not named twice by a token."""
+        x = [random_values(rng, (num_tokens, hidden), BF16) for _ in range(num_ranks)]
+        ids = [np.argsort(rng.random((num_tokens, num_experts)), axis=1)[:, :2] for _ in x]
+        for each in ids:
+            each[rng.random(each.shape) < 0.1] = -1
+        weights = [rng.random(each.shape, np.float32) for each in ids]
+        return x, ids, weights, [random_values(rng, (2, capacity, hidden), BF16) for _ in x]
+
+    given = [tensor(each[rank]) for each in draw()]
+    x, ids, weights, y = given
+
+    def calls() -> Any:
+        layout = buffer.get_dispatch_layout(ids, num_experts)
+        per_rank, per_node, per_expert, in_rank, _ = layout
+        sent = buffer.dispatch(
+            x, None, per_rank, per_node, in_rank, per_expert, ids, weights, num_worst_tokens=capacity
+        )
+        back = buffer.combine(sent[0], sent[4], topk_weights=sent[2])
+        few = buffer.low_latency_dispatch(x, ids, num_tokens, num_experts)
+        return layout, sent, back, few, buffer.low_latency_combine(y, ids, weights, few[2])
+
+    with first or contextlib.nullcontext():
+        calls()
+    inner = buffer._buffer
+    torch_places.meet(inner)
+    replay = torch_places.Replay(inner.group, calls, has_threads_beside=has_threads_beside)
+    for _ in range(4):
+        drawn = draw()
+        for static, values in zip(given, drawn, strict=True):
+            static.copy_(tensor(values[rank]))
+        torch_places.meet(inner)
+        replay()
+        torch_places.meet(inner)
+        layout, sent, back, few, few_back = replay.results
+        all_x, all_ids, all_weights, all_y = drawn
+        counts = [num_tokens] * num_ranks
+        expected = reference.dispatch(
+            all_x, all_ids, num_experts=num_experts, topk_weights=all_weights, num_worst_tokens=capacity
+        )
+        mine = expected[rank]
+        wanted = reference.dispatch_layout(all_ids[rank], num_experts=num_experts, num_ranks=num_ranks)
+        assert equal(layout[0], wanted.num_tokens_per_rank)
+        assert equal(layout[2], wanted.num_tokens_per_expert)
+        num_rows = mine.num_recv_tokens
+        assert equal(sent[0][:num_rows], mine.recv_x[:num_rows])
+        assert equal(sent[1], mine.recv_topk_idx)
+        recv_weights = [each.recv_topk_weights for each in expected if each.recv_topk_weights is not None]
+        assert equal(sent[2], recv_weights[rank])
+        combined = reference.combine(
+            [each.recv_x for each in expected], expected, num_tokens=counts, topk_weights=recv_weights
+        )[rank]
+        assert equal(back[0], combined.x)
+        assert equal(back[1], combined.topk_weights)
+        dispatched = reference.low_latency_dispatch(
+            all_x, all_ids, num_max_dispatch_tokens_per_rank=num_tokens, num_experts=num_experts
+        )
+        here = dispatched[rank]
+        (rows, scales), count = few[0], few[1]
+        assert equal(count, here.recv_count)
+        assert here.sf is not None
+        for expert, length in enumerate(here.recv_count):
+            assert equal(rows[expert, :length], here.recv_x[expert, :length])
+            assert equal(scales[expert, :length], here.sf[expert, :length])
+        assert equal(
+            few_back[0], reference.low_latency_combine(all_y, dispatched, all_ids, all_weights)[rank]
+        )
+
+
+def check_order(buffer: Any, streams: Streams, mode: str) -> None:
+    """Calls of a `Buffer`, "exact", "worst", "low-latency" or "hook", in the order of streams and events."""
+    num_ranks = buffer.group_size
+    ids = torch_places.everywhere(num_ranks)
+    weights = torch.ones(ids.shape)
+    per_rank, per_node, per_expert, in_rank, _ = buffer.get_dispatch_layout(ids, num_ranks)
+
+    def normal(x: Any, *, is_async: bool, previous: Any) -> tuple[Any, Any]:
+        options = {"async_finish": is_async, "allocate_on_comm_stream": is_async, "previous_event": previous}
+        capacity = len(ids) * num_ranks if mode == "worst" else 0
+        recv_x, _, _, _, handle, event = buffer.dispatch(
+            x, None, per_rank, per_node, in_rank, per_expert, ids, num_worst_tokens=capacity, **options
+        )
+        event.current_stream_wait()
+        y = 2 * recv_x
+        options["previous_event"] = buffer.capture() if is_async else None
+        combined_x, _, event = buffer.combine(y, handle, **options)
+        with event:
+            pass
+        return recv_x, combined_x
+
+    def low_latency(x: Any, *, is_async: bool, previous: Any) -> tuple[Any, Any]:
+        if previous is not None:
+            previous.current_stream_wait()
+        options = {"async_finish": is_async and mode != "hook", "return_recv_hook": mode == "hook"}
+        recv_x, _, handle, event, hook = buffer.low_latency_dispatch(
+            x, ids, NUM_TOKENS, num_ranks, use_fp8=False, **options
+        )
+        hook() if hook else event.current_stream_wait()
+        y = 2 * recv_x
+        combined_x, event, hook = buffer.low_latency_combine(y, ids, weights, handle, **options)
+        hook() if hook else event.current_stream_wait()
+        return recv_x[0], combined_x
+
+    layer = normal if mode in ("exact", "worst") else low_latency
+    torch_places.check_order(buffer._buffer, streams, layer, dtype=torch.bfloat16)
+
+
+def check_elastic_order(buffer: Any, streams: Streams, *, do_expand: bool, do_cpu_sync: bool) -> None:
+    """Calls of an `ElasticBuffer` in the order of streams and events."""
+    num_ranks = buffer.num_ranks
+    ids = torch_places.everywhere(num_ranks)
+
+    def layer(x: Any, *, is_async: bool, previous: Any) -> tuple[Any, Any]:
+        options = {
+            "async_with_compute_stream": is_async,
+            "allocate_on_comm_stream": is_async,
+            "previous_event": previous,
+        }
+        recv_x, _, _, handle, event = buffer.dispatch(
+            x,
+            ids,
+            num_experts=num_ranks,
+            num_max_tokens_per_rank=NUM_TOKENS,
+            do_expand=do_expand,
+            do_cpu_sync=do_cpu_sync,
+            **options,
+        )
+        event.current_stream_wait()
+        y = 2 * recv_x
+        options["previous_event"] = buffer.capture() if is_async else None
+        combined_x, _, event = buffer.combine(y, handle, **options)
+        event.current_stream_wait()
+        return recv_x, combined_x
+
+    torch_places.check_order(buffer._buffer, streams, layer, dtype=torch.bfloat16)

@@ -27,6 +27,7 @@ SMALL_MODEL = (
     "--backend=host --steps=40 --batch=130 --context=8 --embedding=8 --hidden=32 --ffn=32 --sample=20"
 )
 SMALL_TORCH = "--backend=host --steps=40 --batch=60 --hidden=16 --ffn=16"
+SMALL_ADAPTERS = "--backend=host --tokens=20 --hidden=128 --ffn=32 --num-experts=8 --topk=3"
 SMALL_OVERLAP = "--backend=host --tokens=32 --hidden=64 --num-experts=16 --columns=32"
 
 RunExample = Callable[..., "tuple[int, str]"]
@@ -293,15 +294,18 @@ def check_torch_moe(printed: str, label: str) -> None:
 
 
 def test_torch_moe_under_torchrun() -> None:
-    pytest.importorskip("torch.distributed.run")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    script = str(EXAMPLES / "torch_moe.py")
-    code, printed = run_python(*launcher, script, *SMALL_TORCH.split(), "--topk", "1")
+    code, printed = run_under_torchrun("torch_moe.py", *SMALL_TORCH.split(), "--topk", "1")
     assert code == 0, printed
     check_torch_moe(printed, "2 ranks")
-    code, printed = run_python(*launcher, script, "--ranks", "2")
+    code, printed = run_under_torchrun("torch_moe.py", "--ranks", "2")
     assert code != 0
     assert printed.count("torchrun started 2 processes already") == 1, printed
+
+
+def run_under_torchrun(script: str, *args: str) -> tuple[int, str]:
+    pytest.importorskip("torch.distributed.run")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    return run_python(*launcher, str(EXAMPLES / script), *args)
 
 
 def test_torch_moe_compiled() -> None:
@@ -332,6 +336,82 @@ def test_torch_moe_notices_a_wrong_gradient(
 
     monkeypatch.setattr(torch_moe.ep_rt.torch, "combine", forgetful)
     assert not torch_moe.is_equal(train(2), alone, "2 ranks")
+    assert "equality check FAILED" in capsys.readouterr().out
+
+
+# adapt_vllm.py, adapt_sglang.py, adapt_megatron.py
+
+ADAPTERS = pytest.mark.parametrize(("script", "num_ways"), [("adapt_vllm.py", 8), ("adapt_sglang.py", 12)])
+
+
+@ADAPTERS
+def test_adapters(run_on_4_ranks: RunExample, script: str, num_ways: int) -> None:
+    pytest.importorskip("torch")
+    code, printed = run_on_4_ranks(script, *SMALL_ADAPTERS.split())
+    assert code == 0, printed
+    assert printed.count("of what rounding to bfloat16 allows") == num_ways
+    assert printed.count("check passed: 4 ranks against one dense layer") == 1
+
+
+@ADAPTERS
+def test_adapters_under_torchrun(script: str, num_ways: int) -> None:
+    code, printed = run_under_torchrun(script, *SMALL_ADAPTERS.split(), "--tokens=1")
+    assert code == 0, printed
+    assert printed.count("of what rounding to bfloat16 allows") == num_ways
+    assert printed.count("check passed: 2 ranks against one dense layer") == 1
+
+
+@pytest.mark.parametrize("module", ["adapt_vllm", "adapt_sglang"])
+def test_adapters_notice_a_wrong_row(
+    example: Callable[[str], Any], module: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch")
+    adapter, adapter_layer = example(module), example("adapter_layer")
+    options = adapter_layer.parser(None).parse_args(SMALL_ADAPTERS.split())
+
+    def run(group: ep_rt.Group) -> Any:
+        with adapter_layer.rank_of(group, options) as rank:
+            return adapter.layers(rank, options)
+
+    everyone = ep_rt.run_local(run, 2)
+    assert adapter_layer.report(everyone, options)
+    for name, output in everyone[1].items():
+        kept, output.y[5, 7] = output.y[5, 7].copy(), np.nan
+        assert not adapter_layer.report(everyone, options), name
+        output.y[5, 7] = kept
+    assert "check FAILED" in capsys.readouterr().out
+
+
+def test_adapt_megatron(run_on_4_ranks: RunExample) -> None:
+    pytest.importorskip("torch")
+    code, printed = run_on_4_ranks("adapt_megatron.py", *SMALL_TORCH.split())
+    assert code == 0, printed
+    check_torch_moe(printed, "4 ranks")
+
+
+def test_adapt_megatron_under_torchrun() -> None:
+    code, printed = run_under_torchrun("adapt_megatron.py", *SMALL_TORCH.split(), "--topk", "1")
+    assert code == 0, printed
+    check_torch_moe(printed, "2 ranks")
+
+
+def test_adapt_megatron_notices_a_wrong_gradient(
+    example: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of weights, which travel beside the rows."""
+    pytest.importorskip("torch")
+    adapter = example("adapt_megatron")
+    options = example("torch_moe").parser().parse_args([*SMALL_TORCH.split(), "--steps=3"])
+    [dense] = ep_rt.run_local(adapter.train_dense, 1, options)
+    assert adapter.is_equal(ep_rt.run_local(adapter.train, 2, options)[0], dense, "2 ranks")
+    permuted = adapter.EpRtManager.get_permuted_hidden_states_by_experts
+
+    def forgetful(self: Any, rows: Any) -> Any:
+        rows, weights = permuted(self, rows)
+        return rows, weights.detach()
+
+    monkeypatch.setattr(adapter.EpRtManager, "get_permuted_hidden_states_by_experts", forgetful)
+    assert not adapter.is_equal(ep_rt.run_local(adapter.train, 2, options)[0], dense, "2 ranks")
     assert "equality check FAILED" in capsys.readouterr().out
 
 

@@ -87,3 +87,30 @@ def test_overlap(tmp_path: Path) -> None:
     assert [row[0] for row in rows] == ["2", "8"]
     assert all(float(milliseconds) > 0 for row in rows for milliseconds in (row[1], *row[3:6]))
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("script", "verdict"),
+    [
+        ("adapt_vllm.py", "check passed"),
+        ("adapt_sglang.py", "check passed"),
+        ("adapt_megatron.py", "equality check passed"),
+        ("torch_moe.py", "equality check passed"),
+    ],
+)
+def test_processes_in_torch(script: str, verdict: str) -> None:
+    require("torch")
+    if device_count() < 2:
+        pytest.skip("needs two GPUs")
+    num_ranks = next(n for n in (8, 4, 2) if n <= device_count())
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "examples" / script), "--backend=cuda"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stdout
+    assert verdict in done.stdout
