@@ -17,7 +17,7 @@ ORDER = [
     {"_version", "errors", "dlpack"},
     {"config", "network_options", "arrays", "events", "handle"},
     {"cuda_arrays", "exchange", "results", "requests", "reference"},
-    {"groups_torch", "topology", "backend"},
+    {"groups_torch", "node_group", "topology", "backend"},
     {"groups"},
     {"host", "cuda"},
     {"buffer"},
