@@ -53,9 +53,9 @@ __device__ inline bool begin(Session& session, uint64_t epoch, uint64_t operatio
 // Why a thread that waits for another node should stop: kNothing to go on.
 __device__ __noinline__ static Reason trouble(const Session& session, int32_t at) {
     if (ptx::ld_relaxed_gpu(&session.own()->failed) != 0) return kLeft;
-    if (ptx::ld_relaxed_sys(&session.area->farewells[at]) != 0) return kContradicted;
     const uint64_t doing = ptx::ld_relaxed_sys(&session.area->doing[at]);
     if (sync::arrival_of(doing, session.word) == sync::Arrival::kContradicted) return kContradicted;
+    if (ptx::ld_relaxed_sys(&session.area->farewells[at]) != 0) return kContradicted;
     return ptx::globaltimer_ns() > session.deadline_ns ? kExpired : kNothing;
 }
 
@@ -85,9 +85,12 @@ __device__ inline void leave(const Session& session, Reason reason, uint64_t pha
         const bool has_arrived = (missing >> at & 1) == 0;
         const uint64_t farewell = ptx::ld_relaxed_sys(&session.area->farewells[at]);
         const uint64_t doing = ptx::ld_relaxed_sys(&session.area->doing[at]);
-        // A rank that entered this call, but got no further, has completed the one before.
-        const uint64_t entered = doing != session.word ? doing : signal_word(session.epoch - 1, kNoOperation);
-        const uint64_t seen = farewell != 0 ? farewell : entered;
+        uint64_t seen = doing;
+        if (sync::arrival_of(doing, session.word) != sync::Arrival::kContradicted) {
+            // A rank that entered this call, but got no further, has completed the one before.
+            if (doing == session.word) seen = signal_word(session.epoch - 1, kNoOperation);
+            if (farewell != 0) seen = signal_word(session.epoch, kGaveUp);
+        }
         sync::fill_hang(&session.own()->hang, phase, session.word, seen, has_arrived);
         sync::fill_hang(session.host_hang, phase, session.word, seen, has_arrived);
     }
@@ -98,10 +101,10 @@ __device__ inline void leave(const Session& session, Reason reason, uint64_t pha
         ptx::st_release_sys(&session.host_hang->reason, reason);
     }
     __syncthreads();
-    const uint64_t farewell = signal_word(session.epoch, kGaveUp);
-    if (at < place.num_local_ranks) ptx::st_release_sys(&session.header(at)->signals[place.rank], farewell);
+    if (at < place.num_local_ranks)
+        ptx::st_release_sys(&session.header(at)->signals[place.rank], signal_word(session.epoch, kGaveUp));
     if (at < place.num_nodes && at != place.node)
-        network::set_signal(&session.area->farewells[place.node], farewell, place.peer(at));
+        network::set_signal(&session.area->farewells[place.node], farewell_word(missing), place.peer(at));
 }
 
 }  // namespace internode

@@ -233,6 +233,9 @@ struct Segments {
 constexpr int kMaxChannels = 32;  // rings between two ranks in one direction
 constexpr int kMaxSlots = 8;      // of a ring
 
+// The farewell of a rank that waited in vain for the nodes whose bits are set.
+__host__ __device__ constexpr uint64_t farewell_word(uint32_t missing) { return uint64_t{missing} << 32 | 1; }
+
 // What a rank tells those that its tokens go to before they come.
 struct CountMessage {
     int32_t counts[kMaxLocalRanks];  // tokens that go to each rank of the receiver's node
@@ -243,7 +246,7 @@ struct CountMessage {
 // At the start of a rank's symmetric memory; the rings follow.
 struct NetworkArea {
     uint64_t doing[kMaxNodes];       // [src_node]: the call that it is in
-    uint64_t farewells[kMaxNodes];   // [src_node]: 0, or the call that it gave up
+    uint64_t farewells[kMaxNodes];   // [src_node]: 0, or that it gave a call up, and over whom
     uint64_t counted[2][kMaxNodes];  // [call & 1][src_node]: the call of its CountMessage
     uint64_t landed[kMaxNodes][kMaxChannels][kMaxSlots];  // [src_node]: the chunk that lies in the slot
     uint64_t freed[kMaxNodes][kMaxChannels][kMaxSlots];   // [dst_node]: the chunk that it has taken out

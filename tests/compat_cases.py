@@ -126,6 +126,7 @@ def check_normal(buffer: Any, seed: int, *, ranks_per_node: int | None = None) -
             is_token_in_rank=in_rank,
             **options_of(buffer, seed + number + 1),
         )
+        cached[5].current_stream_wait()
         assert cached[1:5] == (None, None, None, None)
         check_rows(cached[0], expected_x, expected_sf)
 

@@ -121,6 +121,26 @@ class Report:
             },
         )
 
+    def with_farewells(self, farewells: Sequence[int], *, own: int) -> Report:
+        """Of a step over the network, knowing which ranks of other nodes gave up, and over whom.
+
+        They are not to blame, but those that they waited for. They are told by other nodes, later than this
+        rank gave up; so this is for hosts, that look again.
+
+        Args:
+            farewells: by node, see ``farewell_word``.
+            own: this rank's node.
+        """
+        waits = dict(self.waits)
+        for node, (expected, seen) in self.waits.items():
+            if not farewells[node] or (seen >= expected and not _gave_up(seen)):
+                continue
+            waits[node] = expected, signal_word(self.epoch, Operation.GAVE_UP)
+            for other, farewell in enumerate(farewells):
+                if farewells[node] >> 32 + other & 1 and not farewell and other != own:
+                    waits.setdefault(other, (expected, signal_word(self.epoch - 1, Operation.NO_OPERATION)))
+        return replace(self, waits=waits)
+
 
 @dataclass(frozen=True, slots=True)
 class Names:
@@ -133,6 +153,11 @@ class Names:
 
     local: tuple[int, ...]
     num_ranks: int
+
+    @property
+    def node(self) -> int:
+        """That of these ranks."""
+        return self.local[0] // len(self.local)
 
     def of(self, report: Report) -> Report:
         """The same report in these names. Steps over the network wait for nodes, others for local ranks."""
@@ -334,7 +359,9 @@ class HangWatch:
             ]
             if None not in reports or time.monotonic() > settled_at:
                 names = self._names
-                reports[own] = self._with_farewells(reports[own])
+                mine = reports[own]
+                if mine is not None and mine.phase in NETWORK_PHASES and self.farewells is not None:
+                    reports[own] = mine.with_farewells(self.farewells(), own=names.node)
                 return verdict(
                     [None if report is None else names.of(report) for report in reports],
                     rank=names.local[own],
@@ -342,14 +369,6 @@ class HangWatch:
                     num_ranks=names.num_ranks,
                 )
             time.sleep(0.002)
-
-    def _with_farewells(self, report: Report | None) -> Report | None:
-        """A rank on another node may have given up shortly after this one: others are late, then."""
-        if report is None or report.phase not in NETWORK_PHASES or self.farewells is None:
-            return report
-        farewells = self.farewells()
-        waits = {node: (expected, farewells[node] or seen) for node, (expected, seen) in report.waits.items()}
-        return replace(report, waits=waits)
 
     def _read_record(self, rank: int) -> NDArray[Any]:
         try:

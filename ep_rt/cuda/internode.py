@@ -330,7 +330,7 @@ class Internode:
         num_topk = 0 if weights is None else weights.shape[1]
         total = bind(
             self._sum[element],
-            4 * self._domain.max_blocks,
+            self._max_blocks,
             {
                 "header": self._common["slabs"][self._domain.group.rank],  # type: ignore[index]
                 "num_tokens": num_tokens,
@@ -372,7 +372,7 @@ class Internode:
         for number in range(2):
             args.bias[number] = biases[number] if number < len(biases) else 0
         args.out, args.out_weights = out
-        found.total(call.stream, plan.num_local_blocks(num_sms, max_blocks=4 * domain.max_blocks))
+        found.total(call.stream, plan.num_local_blocks(num_sms, max_blocks=self._max_blocks))
 
     # Both.
 

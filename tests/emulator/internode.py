@@ -18,8 +18,10 @@ from ep_rt.cuda.layout import (
     NETWORK_STATE,
     PAYLOAD_OFFSET,
     SLAB_HEADER,
+    Operation,
     align_up,
     field_offset,
+    signal_operation,
 )
 
 from .kernels import Kernels, bound
@@ -273,6 +275,12 @@ class Exchanges:
 
     def reports(self) -> list[Report | None]:
         return [Report.of(rank, memory.array(HANG_RECORD)) for rank, memory in enumerate(self.hangs)]
+
+    def late(self, report: Report) -> set[int]:
+        """The nodes that a report blames, as its host finds them."""
+        farewells = self.areas[report.rank].array(NETWORK_AREA, (1,))["farewells"][0].tolist()
+        waits = report.with_farewells(farewells, own=report.rank // self.num_local_ranks).waits
+        return {node for node, (_, seen) in waits.items() if signal_operation(seen) != Operation.GAVE_UP}
 
     def headers(self) -> list[Array]:
         return [slab.array(SLAB_HEADER, (1,)) for slab in self.slabs]

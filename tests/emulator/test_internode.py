@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 import pytest
 
-from ep_rt.cuda.layout import NETWORK_AREA, Reason
+from ep_rt.cuda.layout import Reason
 
 from .build import KERNELS_CU
 from .internode import Exchanges, Layer
@@ -62,11 +62,8 @@ def test_a_lost_node_is_named(lost_node: int) -> None:
         ]
         if not reports:
             continue
-        # Who waits for others in vain may name them, too, until they have said that they gave up.
         for report in reports:
-            farewells = exchanges.areas[report.rank].array(NETWORK_AREA, (1,))["farewells"][0]
-            late = {node for node in report.waits if not farewells[node]}
-            assert late == {lost_node}
+            assert exchanges.late(report) == {lost_node}
         assert all(exchanges.headers()[report.rank]["failed"][0] == 1 for report in reports)
         num_failed += 1
     assert num_failed > 20

@@ -201,6 +201,9 @@ def test_ids_out_of_range_go_nowhere(place: str) -> None:
 
 
 def test_layout_and_dispatch_from_a_layout(place: str) -> None:
+    if RANKS_PER_NODE:
+        pytest.skip("over several nodes a dispatch needs expert ids")
+
     def body(group: Group) -> None:
         with cuda_buffer(group) as buffer:
             for seed, dtype in enumerate((np.int64, np.int32, np.int64)):
