@@ -142,18 +142,22 @@ def check_against_reference(group: Group, place: Place, options: Options) -> Non
     expected = reference.dispatch(
         case.x, case.topk_idx, num_experts=options.num_experts, topk_weights=case.topk_weights
     )
+    setting = place.setting
     sums = reference.combine(
         case.y(expected),
         expected,
         num_tokens=[len(ids) for ids in case.topk_idx],
         topk_weights=[part.recv_topk_weights for part in expected if part.recv_topk_weights is not None],
+        ranks_per_node=group.size // setting.num_nodes
+        if setting.num_nodes > 1 and setting.backend == "cuda"
+        else None,
     )
     rank = group.rank
     mine, my_sum = expected[rank], sums[rank]
     assert mine.recv_topk_weights is not None
     assert my_sum.topk_weights is not None
-    num_bytes = _SMALL_BUFFER_BYTES if place.setting.backend == "cuda" else 0
-    with Buffer(group, num_bytes, backend=place.setting.backend, timeout_s=TIMEOUT_S) as buffer:
+    num_bytes = _SMALL_BUFFER_BYTES if setting.backend == "cuda" else 0
+    with Buffer(group, num_bytes, backend=setting.backend, timeout_s=TIMEOUT_S) as buffer:
         group.barrier()
         x, ids, weights = (place.put(each[rank]) for each in (case.x, case.topk_idx, case.topk_weights))
         y = place.put(case.y(expected)[rank])

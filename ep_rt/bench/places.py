@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -43,13 +44,15 @@ class Setting:
     num_ranks: int
     ranks_are: str  # "processes" or "threads"
     is_shared: bool  # all ranks on one GPU
+    num_nodes: int = 1
 
     @property
     def text(self) -> str:
-        """For instance ``4 ranks (processes, a GPU each)``."""
+        """For instance ``4 ranks on 2 nodes (processes, a GPU each)``."""
         gpus = "" if self.backend == "host" else ", all on one GPU" if self.is_shared else ", a GPU each"
         plural = "" if self.num_ranks == 1 else "s"
-        return f"{self.num_ranks} rank{plural} ({self.ranks_are}{gpus})"
+        nodes = f" on {self.num_nodes} nodes" if self.num_nodes > 1 else ""
+        return f"{self.num_ranks} rank{plural}{nodes} ({self.ranks_are}{gpus})"
 
 
 class Place(Protocol):
@@ -222,14 +225,22 @@ def _on_process(group: Group, backend: str, options: Options, body: Callable[[Gr
         if options.is_virtual or options.num_ranks:
             problem = "--ranks and --virtual start threads; mpirun started processes already"
             raise on_all_ranks(ConfigError(problem))
-        topology = discover(group)
-        if backend == "cuda" and topology.num_local_ranks > _num_devices():
+        # Nodes may be virtual: several of them on one host.
+        hosts = group.allgather(socket.gethostname(), op="hosts")
+        number, num_here = (ranks.count(hosts[group.rank]) for ranks in (hosts[: group.rank], hosts))
+        if backend == "cuda" and num_here > _num_devices():
             raise ConfigError(
-                f"{topology.num_local_ranks} processes on this host, and {_num_devices()} GPUs: processes "
+                f"{num_here} processes on this host, and {_num_devices()} GPUs: processes "
                 "that wait for each other cannot share one; threads can: --ranks N --virtual"
             )
-        setting = Setting(backend=backend, num_ranks=group.size, ranks_are="processes", is_shared=False)
-        with _opened(setting, topology.local_rank) as place:
+        setting = Setting(
+            backend=backend,
+            num_ranks=group.size,
+            ranks_are="processes",
+            is_shared=False,
+            num_nodes=discover(group).num_nodes,
+        )
+        with _opened(setting, number) as place:
             return body(group, place)
     except BaseException as error:
         if not getattr(error, "is_collective", False):
