@@ -148,6 +148,8 @@ def view(obj: object, *, name: str = "x", stream: int | None = None) -> ArrayVie
         return _view_jax(obj, what, stream)
     if hasattr(obj, "__dlpack__") and hasattr(obj, "__dlpack_device__"):
         return _view_dlpack(obj, what, stream)
+    if isinstance(obj, ArrayView):
+        return obj
     if hasattr(obj, "__cuda_array_interface__"):
         return _view_cuda_array_interface(obj, what)
     raise ArrayError(
@@ -240,7 +242,7 @@ def cuda_to_framework(
 
     Host wait: none.
     """
-    index = _cuda_index(device)
+    index = cuda_index(device)
     if framework == "cupy":
         cupy = _load("cupy")
         if stream is not None:
@@ -355,7 +357,8 @@ def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-def _cuda_index(device: str) -> int:
+def cuda_index(device: str) -> int:
+    """N of the device ``"cuda:N"``."""
     if device.startswith("cuda:") and device[5:].isdigit():
         return int(device[5:])
     raise ArrayError(f"device {device!r} is not of the form 'cuda:N'")
@@ -566,7 +569,7 @@ def _cuda_capsule(seen: ArrayView, dtype: str) -> object:
         capsule = np.asarray(_Memory(seen)).__dlpack__()
     else:
         capsule = np.empty(seen.shape, f"u{itemsize}").__dlpack__()
-    dlpack.relabel(capsule, cuda_index=_cuda_index(seen.device), dtype=dtype)
+    dlpack.relabel(capsule, cuda_index=cuda_index(seen.device), dtype=dtype)
     return capsule
 
 
@@ -578,12 +581,12 @@ class _DeviceExport:
         self.after = after
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return dlpack.CUDA_DEVICE_TYPES[0], _cuda_index(self.seen.device)
+        return dlpack.CUDA_DEVICE_TYPES[0], cuda_index(self.seen.device)
 
     def __dlpack__(self, *, stream: int | None = None, **_: object) -> object:
         # -1: the consumer asks for no ordering.
         if self.after is not None and stream != -1:
-            _order(self.after, before=stream or CUDA_STREAM_LEGACY, device=_cuda_index(self.seen.device))
+            _order(self.after, before=stream or CUDA_STREAM_LEGACY, device=cuda_index(self.seen.device))
         return _cuda_capsule(self.seen, self.seen.dtype)
 
 

@@ -19,7 +19,7 @@ from .cuda.streams import capture
 from .errors import BackendError, ClosedError, ConfigError, EpError
 from .events import EventOverlap
 from .groups import as_group
-from .handle import DispatchHandle, LowLatencyHandle
+from .handle import DispatchHandle, FlatLayout, FlatShape, LowLatencyHandle
 from .host.engine import HostEngine
 from .host.low_latency import HostLowLatency
 from .host.peers import Announcement, Peers, attempt
@@ -377,6 +377,48 @@ class Buffer:
             self._combine_request,
             self._schedule(config, previous_event, async_finish),
         )
+
+    # Handles for graphs that hold arrays and constants alone, see `ep_rt.jax`.
+
+    def flat_layout(self, shape: FlatShape) -> FlatLayout:
+        """The sizes of the arrays of a flat handle, and what is where in them. Local.
+
+        Raises:
+            BackendError: the ranks are on GPUs of several nodes.
+        """
+        self._enter()
+        return self._engine.flat_layout(shape)
+
+    def flatten_handle(self, handle: DispatchHandle, shape: FlatShape, framework: str) -> list[Any]:
+        """All that a handle holds, as arrays of bytes in a framework, which keep no handle. Local.
+
+        They stand for the handle on this rank, as do copies, while this buffer is open. On a GPU they are the
+        memory that the handle keeps.
+
+        Args:
+            shape: what follows from the arguments of the dispatch; after an exact one, from its results.
+            framework: "numpy" or "jax" on the host backend, "cupy" or "jax" on a GPU.
+        """
+        self._enter()
+        return self._engine.flatten_handle(handle, shape, framework)
+
+    def unflatten_handle(self, shape: FlatShape, parts: Sequence[Any]) -> DispatchHandle:
+        """The handle again, from the arrays of `flatten_handle` or from copies. Local.
+
+        On a GPU it refers to the arrays; ranks do not compare which dispatch it comes from.
+        """
+        self._enter()
+        return self._engine.unflatten_handle(shape, parts)
+
+    def deliver(self, results: Sequence[Any], targets: Sequence[arrays.ArrayView]) -> None:
+        """Copy CuPy arrays to memory of others, on CuPy's current stream. Local.
+
+        Later calls come after that, whatever their stream, so results may be dropped at once.
+
+        Raises:
+            BackendError: on the host backend.
+        """
+        self._cuda().deliver(results, targets)
 
     # Low-latency mode.
 

@@ -42,6 +42,12 @@ def settings(environ: Mapping[str, str] = os.environ) -> Settings:
     )
 
 
+def xla_cpu_threads(environ: Mapping[str, str] = os.environ) -> int:
+    """How many threads XLA starts on CPUs: what ``NPROC`` says, else one for each core that it may use."""
+    number = environ.get("NPROC", "")
+    return int(number) if number.isdigit() else len(os.sched_getaffinity(0))
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """Tuning of the normal mode, with DeepEP's names and positional order.

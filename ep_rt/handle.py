@@ -90,6 +90,52 @@ class DispatchHandle(abc.ABC):
         return self.num_needed_rows > self.num_recv_rows
 
 
+class FlatShape(NamedTuple):
+    """What a flat handle is besides its bytes: constants, for a graph. See `Buffer.flatten_handle`.
+
+    Attributes:
+        handle: of the handle.
+        num_landed_rows: received tokens that it has room for: ``num_worst_tokens``, if that was given.
+        num_local_experts, expert_alignment: of the dispatch.
+        is_exact: whether the dispatch had no ``num_worst_tokens``.
+    """
+
+    handle: HandleShape
+    num_landed_rows: int
+    num_local_experts: int
+    expert_alignment: int = 1
+    is_exact: bool = False
+
+
+class FlatField(NamedTuple):
+    """Little-endian int32 numbers in a flat handle: `length` of them, from byte `offset` of array `array`."""
+
+    array: int
+    offset: int
+    length: int
+
+
+class FlatLayout(NamedTuple):
+    """Where things are in a flat handle. After an exact dispatch only the last two are there.
+
+    Attributes:
+        num_bytes: of each of its arrays.
+        num_recv_tokens, num_needed_rows: see `DispatchHandle`.
+        expert_counts: [num_local_experts], pairs of tokens and local experts, of dropped rows too; rounded
+            up to the alignment, or not yet.
+        psum: with layout "expert" ``psum_num_tokens_per_expert``, else nothing.
+        expert_row: with layout "expert" [num_landed_rows, num_topk], the row that each column of a received
+            token became, negative for none. What lies behind the last received token is unspecified.
+    """
+
+    num_bytes: tuple[int, ...]
+    num_recv_tokens: FlatField
+    num_needed_rows: FlatField
+    expert_counts: FlatField
+    psum: FlatField
+    expert_row: FlatField
+
+
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class ExpertRows:
     """What the rows of the expert-major layout stand for, on the host.

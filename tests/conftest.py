@@ -22,6 +22,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
+# Read by XLA when it starts: ranks that are threads wait for each other on its threads.
+os.environ.setdefault("NPROC", "16")
+
 
 class MpiRun(Protocol):
     def __call__(

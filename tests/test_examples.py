@@ -339,6 +339,41 @@ def test_torch_moe_notices_a_wrong_gradient(
     assert "equality check FAILED" in capsys.readouterr().out
 
 
+# jax_moe.py
+
+
+def test_jax_moe(run_on_4_ranks: RunExample) -> None:
+    pytest.importorskip("jax")
+    code, printed = run_on_4_ranks("jax_moe.py", *SMALL_TORCH.split())
+    assert code == 0, printed
+    assert "4 ranks, host, step 0: loss 1." in printed
+    assert "loss fell: first 1." in printed
+    assert "equality check passed: 4 ranks and 1 rank differ by at most" in printed
+    assert printed.count("equality check") == 1
+
+
+def test_jax_moe_notices_a_wrong_gradient(
+    example: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jax = pytest.importorskip("jax")
+    jax_moe = example("jax_moe")
+    options = jax_moe.parser().parse_args([*SMALL_TORCH.split(), "--steps=3"])
+
+    def train(num_ranks: int) -> Any:
+        return ep_rt.run_local(jax_moe.train, num_ranks, options)[0]
+
+    alone = train(1)
+    assert jax_moe.is_equal(train(2), alone, "2 ranks")
+    combine = jax_moe.ep_rt.jax.combine
+
+    def forgetful(rows: Any, *args: Any) -> Any:
+        return combine(rows.at[0].set(jax.lax.stop_gradient(rows[0])), *args)
+
+    monkeypatch.setattr(jax_moe.ep_rt.jax, "combine", forgetful)
+    assert not jax_moe.is_equal(train(2), alone, "2 ranks")
+    assert "equality check FAILED" in capsys.readouterr().out
+
+
 # adapt_vllm.py, adapt_sglang.py, adapt_megatron.py
 
 ADAPTERS = pytest.mark.parametrize(("script", "num_ways"), [("adapt_vllm.py", 8), ("adapt_sglang.py", 12)])
@@ -494,6 +529,7 @@ def test_gpus_that_cannot_be_shared(example: Callable[[str], Any]) -> None:
         ("moe_layer.py", ("--tokens", "0"), "argument --tokens: 0 is not positive"),
         ("train_moe.py", ("--topk", "2", "--num-experts", "1"), "--topk 2 of --num-experts 1 is impossible"),
         ("torch_moe.py", ("--topk", "2", "--num-experts", "1"), "--topk 2 of --num-experts 1 is impossible"),
+        ("jax_moe.py", ("--topk", "2", "--num-experts", "1"), "--topk 2 of --num-experts 1 is impossible"),
         ("moe_layer.py", ("--backend=cuda", "--framework=numpy"), "numpy has no arrays for --backend cuda"),
         ("overlap.py", ("--backend=host", "--framework=cupy"), "cupy has no arrays for --backend host"),
     ],
@@ -501,8 +537,8 @@ def test_gpus_that_cannot_be_shared(example: Callable[[str], Any]) -> None:
 def test_wrong_options_are_explained_once(
     run_on_4_ranks: RunExample, script: str, args: tuple[str, ...], complaint: str
 ) -> None:
-    if script.startswith("torch"):
-        pytest.importorskip("torch")
+    if script.startswith(("torch", "jax")):
+        pytest.importorskip(script.partition("_")[0])
     code, printed = run_on_4_ranks(script, *args)
     assert code in (1, 2)
     assert printed.count(complaint) == 1, printed

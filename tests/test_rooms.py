@@ -21,7 +21,7 @@ ORDER = [
     {"groups"},
     {"host", "cuda"},
     {"buffer"},
-    {"__init__", "bench", "torch"},
+    {"__init__", "bench", "torch", "jax"},
     {"doctor", "compat"},
     {"__main__"},
 ]
@@ -77,6 +77,8 @@ def test_optional_libraries_are_imported_where_they_are_used(path: Path) -> None
     standard = __import__("sys").stdlib_module_names
     if path == PACKAGE / "torch.py":  # imported only by who asks; its operators are torch's
         always.add("torch")
+    if path == PACKAGE / "jax.py":  # the same for JAX
+        always.add("jax")
     for module, at_import in imports(path):
         top = module.partition(".")[0]
         assert not at_import or top in always or top in standard, f"{path.name} imports {module} at import"

@@ -11,24 +11,28 @@ Capture    with `num_worst_tokens` or a handle a dispatch may be captured in a C
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from .. import arrays
-from ..cuda_arrays import Column, ResultArrays
+from ..arrays import ArrayView
+from ..cuda_arrays import Column, ResultArrays, current_stream
 from ..errors import BackendError, EpError, on_all_ranks
 from ..exchange import Group
+from ..handle import DispatchHandle, FlatLayout, FlatShape
 from ..node_group import NodeGroup
 from ..requests import CombineRequest, DispatchRequest, LayoutRequest, Schedule
 from ..results import Combined, Dispatched, DispatchLayout
 from ..topology import Topology
-from . import jit, kernels
+from . import flat, jit, kernels
 from .combine import Combine
 from .dispatch import Dispatch
 from .domain import Domain
 from .expert_major import ExpertMajor
+from .handle import CudaDispatchHandle
 from .hang import Names, timeout_ns
 from .heap import Block
 from .inputs import Input, Inputs, itemsize
@@ -145,6 +149,7 @@ class CudaEngine:
         )
         self._group = group
         self._domain = domain
+        self._owner = owner
         self.place = domain.place
         self._operations, self._expert_major, low_latency = domain.together(
             "kernels", lambda: self._load(with_low_latency)
@@ -168,6 +173,8 @@ class CudaEngine:
         self._dispatch = Dispatch(*parts, owner=owner, internode=self._internode)
         self._combine = Combine(*parts, owner=owner, internode=self._internode)
         self._num_elsewhere = 0
+        # JAX does not know who reads its memory: parts are held until JAX has waited for the next call.
+        self._kept_parts: deque[Sequence[ArrayView]] = deque(maxlen=2)
         self.low_latency: CudaLowLatency | None = None
         if low_latency is not None:
             self.low_latency = CudaLowLatency(
@@ -270,6 +277,38 @@ class CudaEngine:
         column = Column(dtype, tuple(shape[1:]))
         result = ResultArrays([column], device=domain.device, framework=framework)
         return result.over(pointer, num_bytes, place, [(0, shape[0])])[0]
+
+    # Flat handles, see `Buffer`.
+
+    def flat_layout(self, shape: FlatShape) -> FlatLayout:
+        if self._internode is not None:
+            raise BackendError("handles of ranks on several nodes cannot be flattened yet")
+        return flat.layout(shape)
+
+    def flatten_handle(self, handle: DispatchHandle, shape: FlatShape, framework: str) -> list[Any]:
+        assert isinstance(handle, CudaDispatchHandle)
+        return flat.flatten(handle, self.flat_layout(shape), self._domain, framework)
+
+    def unflatten_handle(self, shape: FlatShape, parts: Sequence[Any]) -> CudaDispatchHandle:
+        views = [arrays.view(part, name="handle", stream=self.place.stream) for part in parts]
+        self._kept_parts.append(views)
+        return flat.unflatten(shape, views, self._domain, self._owner)
+
+    def deliver(self, results: Sequence[Any], targets: Sequence[ArrayView]) -> None:
+        """Copy CuPy arrays to memory of others, on CuPy's current stream. Later calls come after that."""
+        domain = self._domain
+        stream = current_stream("cupy", domain.device)
+        for result, target in zip(results, targets, strict=True):
+            if result.nbytes:
+                with device_errors("copying a result"):
+                    domain.runtime.memcpyAsync(
+                        target.pointer,
+                        result.data.ptr,
+                        result.nbytes,
+                        domain.runtime.memcpyDeviceToDevice,
+                        stream,
+                    )
+        domain.turns.end(stream)
 
     # Calls.
 

@@ -125,6 +125,15 @@ class CommStream:
                 self._runtime.streamWaitEvent(then, self._event.ptr)
 
 
+@contextlib.contextmanager
+def foreign_stream(pointer: int, device: int) -> Iterator[None]:
+    """Make a stream of somebody else current for CuPy in this thread, and its device."""
+    import cupy
+
+    with cupy.cuda.Device(device), _cupy_stream(pointer, device):
+        yield
+
+
 class _Foreign:
     """A stream as the CUDA stream protocol has it."""
 

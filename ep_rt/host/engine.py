@@ -13,11 +13,11 @@ from .. import arrays, reference
 from ..arrays import ArrayView
 from ..errors import ArrayError, ConfigError, EpError
 from ..events import EventOverlap
-from ..handle import ExpertRows, HandleShape, HostDispatchHandle
+from ..handle import DispatchHandle, ExpertRows, FlatLayout, FlatShape, HandleShape, HostDispatchHandle
 from ..requests import CombineRequest, DispatchRequest, LayoutRequest, Place, Schedule, local_experts
 from ..results import Combined, Dispatched, DispatchLayout
 from ..topology import Topology
-from . import expert_major
+from . import expert_major, flat
 from .peers import Announcement, Peers, attempt
 from .rows import Array, Term, as_bytes, sum_terms
 
@@ -36,6 +36,21 @@ class HostEngine:
 
     def reset(self) -> None:
         self._peers.agree("reset", Announcement())
+
+    # Flat handles, see `Buffer`.
+
+    def flat_layout(self, shape: FlatShape) -> FlatLayout:
+        return flat.layout(shape, self._num_ranks)
+
+    def flatten_handle(self, handle: DispatchHandle, shape: FlatShape, framework: str) -> list[Any]:
+        assert isinstance(handle, HostDispatchHandle)
+        return [arrays.to_framework(flat.flatten(handle, shape), framework)]
+
+    def unflatten_handle(self, shape: FlatShape, parts: Sequence[Any]) -> HostDispatchHandle:
+        [part] = parts
+        return flat.unflatten(shape, arrays.host(part, name="handle"), self._num_ranks, self._owner)
+
+    # Calls.
 
     def get_dispatch_layout(self, build: Callable[[], LayoutRequest], schedule: Schedule) -> DispatchLayout:
         _wait_for(schedule)
