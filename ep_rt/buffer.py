@@ -30,6 +30,7 @@ from .requests import (
     LowLatencyCombineRequest,
     LowLatencyDispatchRequest,
     Schedule,
+    integer,
     local_experts,
 )
 from .results import Combined, Dispatched, DispatchLayout, LowLatencyCombined, LowLatencyDispatched
@@ -165,7 +166,7 @@ class Buffer:
                 timeout_s=timeout_s,
                 with_low_latency=low_latency_mode,
                 enable_shrink=enable_shrink,
-                num_network_bytes=num_rdma_bytes,
+                num_network_bytes=int(num_rdma_bytes),
                 max_network_tokens=max_tokens,
             )
             self._low_latency = self._engine.low_latency or NoLowLatency(self._engine.close)
@@ -190,7 +191,13 @@ class Buffer:
             dtype: of the payload, "bfloat16", "float16", "float32", "float8_e4m3fn" or "uint8".
             options: any keyword of `Buffer`.
         """
-        moe = MoeSizes(num_max_tokens_per_rank, hidden, num_experts, num_topk, dtype)
+        moe = MoeSizes(
+            integer(num_max_tokens_per_rank, "num_max_tokens_per_rank"),
+            integer(hidden, "hidden"),
+            integer(num_experts, "num_experts"),
+            integer(num_topk, "num_topk"),
+            dtype,
+        )
         return cls(group, moe=moe, **options)
 
     @property
@@ -744,7 +751,7 @@ class Buffer:
 
     def _slab_bytes(self, num_nvl_bytes: int, num_rdma_bytes: int, low_latency_mode: bool) -> int:
         moe = self._moe
-        zones_bytes = num_rdma_bytes
+        num_nvl_bytes, zones_bytes = int(num_nvl_bytes), int(num_rdma_bytes)
         if moe is None:
             # As DeepEP's users write it: all memory is for the low-latency calls.
             if low_latency_mode and zones_bytes and not num_nvl_bytes:
@@ -762,7 +769,7 @@ class Buffer:
         )
 
     def _check_construction(self, backend: str, num_nvl_bytes: int, num_rdma_bytes: int) -> str:
-        if num_nvl_bytes < 0 or num_rdma_bytes < 0:
+        if min(integer(num_nvl_bytes, "num_nvl_bytes"), integer(num_rdma_bytes, "num_rdma_bytes")) < 0:
             raise ConfigError(
                 f"num_nvl_bytes={num_nvl_bytes} and num_rdma_bytes={num_rdma_bytes} must not be negative"
             )

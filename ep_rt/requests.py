@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any, NamedTuple
 
 from . import arrays
@@ -54,6 +55,14 @@ class Schedule(NamedTuple):
     previous_event: EventOverlap | None = None
     async_finish: bool = False
     num_sms: int = 16
+
+
+def integer(value: object, name: str) -> int:
+    """An int from any integer, NumPy's too, which not every call of CUDA takes."""
+    try:
+        return index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ConfigError(f"{name}={value!r} is not an integer") from None
 
 
 def local_experts(num_experts: int, num_ranks: int) -> int:
@@ -109,6 +118,7 @@ class LayoutRequest:
 
     @classmethod
     def of(cls, topk_idx: object, num_experts: int, *, num_ranks: int, place: Place) -> LayoutRequest:
+        num_experts = integer(num_experts, "num_experts")
         local_experts(num_experts, num_ranks)
         ids = load(topk_idx, "topk_idx", dtypes=INDEX_DTYPES, shape=(None, None), place=place)
         return cls(topk_idx=ids, num_experts=num_experts)
@@ -170,6 +180,10 @@ class DispatchRequest:
         if sf is not None:
             shape = (num_tokens,) if arrays.view(sf, name="sf").shape == (num_tokens,) else (num_tokens, None)
             scales = load(sf, "sf", dtypes=SF_DTYPES, shape=shape, place=place)
+        expert_alignment = integer(expert_alignment, "expert_alignment")
+        num_worst_tokens = integer(num_worst_tokens, "num_worst_tokens")
+        if num_experts is not None:
+            num_experts = integer(num_experts, "num_experts")
         if not 1 <= expert_alignment <= MAX_ALIGNMENT:
             raise ConfigError(f"expert_alignment={expert_alignment} must be from 1 to {MAX_ALIGNMENT}")
         if num_worst_tokens < 0:
@@ -325,6 +339,8 @@ class LowLatencyDispatchRequest:
         num_ranks: int,
         place: Place,
     ) -> LowLatencyDispatchRequest:
+        num_max_tokens_per_rank = integer(num_max_tokens_per_rank, "num_max_dispatch_tokens_per_rank")
+        num_experts = integer(num_experts, "num_experts")
         num_local_experts = local_experts(num_experts, num_ranks)
         rows = _load_rows(x, "x", ("bfloat16",), None, place)
         num_tokens, hidden = rows.shape

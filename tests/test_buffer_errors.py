@@ -163,6 +163,14 @@ WRONG_ON_ONE_RANK: list[tuple[str, Callable[..., Any], dict[str, Any], type[EpEr
     ),
     ("scales", low_latency_dispatch, {"use_ue8m0": True}, ep_rt.ConfigError, "round_scale"),
     (
+        "half a token",
+        low_latency_dispatch,
+        {"num_max_dispatch_tokens_per_rank": 8.5},
+        ep_rt.ConfigError,
+        "not an integer",
+    ),
+    ("half a row", dispatch, {"num_worst_tokens": 8.5}, ep_rt.ConfigError, "not an integer"),
+    (
         "too many rows for one expert",
         low_latency_dispatch,
         {"topk_idx": np.zeros((4, 3), np.int64)},

@@ -14,6 +14,7 @@ from ep_rt.errors import ConfigError, PeerTimeoutError, TopologyError
 from ep_rt.exchange import Group
 from ep_rt.groups import run_local
 from ep_rt.node_group import NodeGroup
+from ep_rt.requests import integer
 from ep_rt.topology import Topology
 
 
@@ -62,6 +63,18 @@ def test_errors_name_ranks_of_all_nodes() -> None:
     assert (error.rank, error.peers) == (5, (9,))
 
 
+def test_those_that_gave_up_are_not_blamed_but_those_that_they_waited_for() -> None:
+    word = signal_word(7, Operation.DISPATCH), signal_word(6, Operation.NO_OPERATION)
+    waits = {1: word, 2: word}
+    # Node 1 waited for nodes 0, which is this one, and 3; node 2 said nothing.
+    farewells = [0, 0b1001 << 32 | 1, 0, 0]
+    found = report(0, 0, waits).with_farewells(farewells, own=0).waits
+    late = {node for node, (_, seen) in found.items() if seen == word[1]}
+    assert (late, set(found)) == ({2, 3}, {1, 2, 3})
+    elsewhere = {1: (word[0], signal_word(7, Operation.BARRIER))}
+    assert report(0, 0, elsewhere).with_farewells(farewells, own=0).waits == elsewhere
+
+
 def test_nodes_that_are_not_served() -> None:
     Internode.check(Topology(rank=0, node_of_rank=(0, 0, 1, 1)))
     with pytest.raises(TopologyError, match="consecutive"):
@@ -83,3 +96,9 @@ def test_groups_of_nodes_do_not_wait_for_each_other() -> None:
         return values
 
     assert run_local(body, 4) == [[2, 12], [2, 12], [22, 32], [22, 32]]
+
+
+def test_numpy_integers_are_integers() -> None:
+    assert type(integer(np.int64(3), "n")) is int
+    with pytest.raises(ConfigError, match=r"n=3\.0 is not an integer"):
+        integer(3.0, "n")

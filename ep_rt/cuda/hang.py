@@ -133,7 +133,8 @@ class Report:
         """
         waits = dict(self.waits)
         for node, (expected, seen) in self.waits.items():
-            if not farewells[node] or (seen >= expected and not _gave_up(seen)):
+            is_elsewhere = signal_epoch(seen) >= signal_epoch(expected) and not _gave_up(seen)
+            if is_elsewhere or not farewells[node]:
                 continue
             waits[node] = expected, signal_word(self.epoch, Operation.GAVE_UP)
             for other, farewell in enumerate(farewells):
