@@ -78,7 +78,7 @@ class Buffer:
             time. 0: from the sizes of `for_moe`, else 1 GiB. The host backend needs none.
         num_rdma_bytes: on one node memory besides for the landing zones of low-latency calls; 0: from the
             sizes of `for_moe`, else taken from `num_nvl_bytes`. Over several nodes the rings between them;
-            0: 8 MiB for each node and direction.
+            0: 8 MiB or a little more for each node and direction, in and out.
         low_latency_mode: on GPUs, load the kernels of the low-latency calls, which raise without.
         num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, explicitly_destroy: as in DeepEP;
             every value means the same.
@@ -151,7 +151,12 @@ class Buffer:
         self._identity = object()
         self._engine: HostEngine | CudaEngine
         self._low_latency: HostLowLatency | CudaLowLatency | NoLowLatency
-        max_tokens = plan.DEFAULT_NETWORK_TOKENS if moe is None else moe.num_max_tokens_per_rank
+        max_tokens, max_record_bytes = plan.DEFAULT_NETWORK_TOKENS, plan.record_bytes(0, 0)
+        if moe is not None:
+            max_tokens = moe.num_max_tokens_per_rank
+            # Experts may answer FP8 rows with bfloat16 ones.
+            row_bytes = moe.hidden * max(2, arrays.np_dtype(moe.dtype).itemsize)
+            max_record_bytes = plan.record_bytes(row_bytes, moe.num_topk)
         if self.backend == "host":
             self._engine = HostEngine(peers, self.topology, owner=self._identity)
             self._low_latency = HostLowLatency(peers, owner=self._identity, enable_shrink=enable_shrink)
@@ -168,6 +173,7 @@ class Buffer:
                 enable_shrink=enable_shrink,
                 num_network_bytes=int(num_rdma_bytes),
                 max_network_tokens=max_tokens,
+                max_record_bytes=max_record_bytes,
             )
             self._low_latency = self._engine.low_latency or NoLowLatency(self._engine.close)
 

@@ -36,8 +36,11 @@ template <InternodeLayoutCfg kCfg>
 struct InternodeLayout {
     static constexpr int kNumWarps = kCfg.num_threads / kWarpSize;
 
+    static constexpr int kMaxAll = kMaxNodes * kMaxLocalRanks;
+
     struct Shared {
-        int32_t rank_tokens[kMaxNodes * kMaxLocalRanks];  // by rank, of all nodes
+        uint32_t ranks[kMaxAll / 32][kCfg.num_threads];  // by thread: bit of each rank that its token goes to
+        int32_t rank_tokens[kMaxAll];
         int32_t warp_tokens[kNumWarps][kMaxNodes];
         uint32_t missing;
     };
@@ -47,32 +50,43 @@ struct InternodeLayout {
     Shared& shared;
     int32_t experts_per_rank, warp, lane;
 
-    // The rank of the expert in a column; -1: none, also for an id that does not exist.
-    __device__ int32_t rank_of(int32_t token, int32_t k) const {
-        const int64_t at = int64_t{token} * args.num_topk + k;
-        const int64_t id = args.idx_bytes == 8 ? reinterpret_cast<const int64_t*>(args.topk_idx)[at]
-                                               : reinterpret_cast<const int32_t*>(args.topk_idx)[at];
-        return id >= 0 && id < args.num_experts ? static_cast<int32_t>(id) / experts_per_rank : -1;
+    __device__ int32_t num_all() const { return args.num_nodes * args.num_ranks; }
+    __device__ uint32_t& ranks(int32_t rank) const { return shared.ranks[rank / 32][threadIdx.x]; }
+
+    // Finds out where a token goes. An id that does not exist is none.
+    __device__ void find_ranks(int32_t token) const {
+        for (int32_t rank = 0; rank < num_all(); rank += 32) ranks(rank) = 0;
+        if (token >= args.num_tokens) return;
+        if (args.topk_idx == nullptr) {
+            for (int32_t rank = 0; rank < num_all(); ++rank)
+                if (args.is_token_in_rank[int64_t{token} * num_all() + rank]) ranks(rank) |= 1u << rank % 32;
+            return;
+        }
+#pragma unroll 8
+        for (int32_t k = 0; k < args.num_topk; ++k) {
+            const int64_t at = int64_t{token} * args.num_topk + k;
+            const int64_t id = args.idx_bytes == 8 ? reinterpret_cast<const int64_t*>(args.topk_idx)[at]
+                                                   : reinterpret_cast<const int32_t*>(args.topk_idx)[at];
+            if (id < 0 || id >= args.num_experts) continue;
+            const int32_t rank = static_cast<int32_t>(id) / experts_per_rank;
+            ranks(rank) |= 1u << rank % 32;
+        }
     }
 
-    // Bit n: the token goes to node n. Counts the token for each of its ranks.
-    __device__ uint32_t nodes_of(int32_t token) const {
+    // Bit n: the token of this thread goes to node n. Counts the tokens of the warp for every rank and node.
+    __device__ uint32_t count_tokens() const {
         uint32_t mask = 0;
-        const auto add = [&](int32_t rank) {
-            mask |= 1u << (rank / args.num_ranks);
-            atomicAdd(&shared.rank_tokens[rank], 1);
-        };
-        if (args.topk_idx == nullptr) {
-            const int32_t num_all = args.num_nodes * args.num_ranks;
-            for (int32_t r = 0; r < num_all; ++r)
-                if (args.is_token_in_rank[int64_t{token} * num_all + r]) add(r);
-            return mask;
-        }
-        for (int32_t k = 0; k < args.num_topk; ++k) {
-            const int32_t rank = rank_of(token, k);
-            bool is_first = rank >= 0;
-            for (int32_t j = 0; j < k && is_first; ++j) is_first = rank_of(token, j) != rank;
-            if (is_first) add(rank);
+        for (int32_t n = 0; n < args.num_nodes; ++n) {
+            bool goes = false;
+            for (int32_t rank = n * args.num_ranks; rank < (n + 1) * args.num_ranks; ++rank) {
+                const bool is_there = ranks(rank) >> rank % 32 & 1;
+                const uint32_t takers = __ballot_sync(kFullWarp, is_there);
+                if (lane == 0 && takers) atomicAdd(&shared.rank_tokens[rank], __popc(takers));
+                goes |= is_there;
+            }
+            const uint32_t takers = __ballot_sync(kFullWarp, goes);
+            if (lane == n) shared.warp_tokens[warp][n] = __popc(takers);
+            if (goes) mask |= 1u << n;
         }
         return mask;
     }
@@ -82,11 +96,8 @@ struct InternodeLayout {
         total = 0;
         for (int32_t begin = 0; begin < args.num_tokens; begin += kCfg.num_threads) {
             const int32_t token = begin + static_cast<int32_t>(threadIdx.x);
-            const uint32_t mask = token < args.num_tokens ? nodes_of(token) : 0;
-            for (int32_t n = 0; n < args.num_nodes; ++n) {
-                const uint32_t takers = __ballot_sync(kFullWarp, mask >> n & 1);
-                if (lane == n) shared.warp_tokens[warp][n] = __popc(takers);
-            }
+            find_ranks(token);
+            const uint32_t mask = count_tokens();
             __syncthreads();
             int32_t before = total;
             for (int32_t w = 0; w < kNumWarps && lane < args.num_nodes; ++w) {
@@ -180,7 +191,7 @@ __device__ void internode_layout(const InternodeLayoutArgs<kCfg>& args) {
                         .experts_per_rank = max(1, args.num_experts / (args.num_nodes * args.num_ranks)),
                         .warp = static_cast<int32_t>(threadIdx.x) / kWarpSize,
                         .lane = static_cast<int32_t>(threadIdx.x) % kWarpSize};
-    for (int32_t i = threadIdx.x; i < kMaxNodes * kMaxLocalRanks; i += blockDim.x) shared.rank_tokens[i] = 0;
+    for (int32_t i = threadIdx.x; i < Layout::kMaxAll; i += blockDim.x) shared.rank_tokens[i] = 0;
     if (threadIdx.x == 0) shared.missing = 0;
     __syncthreads();
     int32_t total;

@@ -43,26 +43,45 @@ template <InternodeSumCfg kCfg>
 __device__ void internode_sum(const InternodeSumArgs<kCfg>& args) {
     // Rows of a call that was given up are not there.
     if (ptx::ld_relaxed_gpu(&args.header->failed) != 0) return;
+    constexpr int kDepth = 4;  // vectors of a lane that are on their way together, for each term
+    const int32_t lane = static_cast<int32_t>(threadIdx.x) % kWarpSize;
     const int32_t per_row = args.row_bytes / rows::kVectorBytes;
+    const int32_t pieces_per_row = (per_row + kDepth * kWarpSize - 1) / (kDepth * kWarpSize);
     const int64_t stride = int64_t{gridDim.x} * kCfg.num_threads;
     const int64_t begin = int64_t{blockIdx.x} * kCfg.num_threads + threadIdx.x;
-    for (int64_t i = begin; i < int64_t{args.num_tokens} * per_row; i += stride) {
-        const int32_t token = static_cast<int32_t>(i / per_row), vector = static_cast<int32_t>(i % per_row);
-        float sum[rows::kVectorElements<kCfg.element>];
+    const int64_t num_pieces = int64_t{args.num_tokens} * pieces_per_row;
+    for (int64_t piece = begin / kWarpSize; piece < num_pieces; piece += stride / kWarpSize) {
+        const auto token = static_cast<int32_t>(piece / pieces_per_row);
+        const int32_t first = static_cast<int32_t>(piece % pieces_per_row) * kDepth * kWarpSize + lane;
+        float sum[kDepth][rows::kVectorElements<kCfg.element>];
         bool has_term = false;
-        for (float& element : sum) element = rows::kNoTerm;
+#pragma unroll
+        for (auto& vector : sum)
+            for (float& element : vector) element = rows::kNoTerm;
         const auto add = [&](const uint8_t* base, int64_t row) {
-            const auto* vectors = reinterpret_cast<const uint4*>(base);
-            rows::add<kCfg.element>(sum, ptx::ld_stream(vectors + row * per_row + vector));
+            const auto* vectors = reinterpret_cast<const uint4*>(base) + row * per_row;
+            uint4 values[kDepth];
+#pragma unroll
+            for (int v = 0; v < kDepth; ++v) {
+                const int32_t i = first + v * kWarpSize;
+                values[v] = i < per_row ? ptx::ld_stream(vectors + i) : make_uint4(0, 0, 0, 0);
+            }
+#pragma unroll
+            for (int v = 0; v < kDepth; ++v) rows::add<kCfg.element>(sum[v], values[v]);
             has_term = true;
         };
         each_term(args, token,
                   [&](bool is_here, int64_t row) { add(is_here ? args.here : args.returned, row); });
         for (const uint8_t* bias : args.bias)
             if (bias != nullptr) add(bias, token);
-        if (!has_term)
-            for (float& element : sum) element = 0.0f;
-        ptx::st_stream(reinterpret_cast<uint4*>(args.out) + i, rows::rounded<kCfg.element>(sum));
+        auto* out = reinterpret_cast<uint4*>(args.out) + int64_t{token} * per_row;
+#pragma unroll
+        for (int v = 0; v < kDepth; ++v) {
+            if (!has_term)
+                for (float& element : sum[v]) element = 0.0f;
+            const int32_t i = first + v * kWarpSize;
+            if (i < per_row) ptx::st_stream(out + i, rows::rounded<kCfg.element>(sum[v]));
+        }
     }
     for (int64_t i = begin; i < int64_t{args.num_tokens} * args.num_topk; i += stride) {
         const int32_t token = static_cast<int32_t>(i / args.num_topk);

@@ -29,20 +29,22 @@ def test_parts_of_a_row() -> None:
 
 
 @pytest.mark.parametrize("num_nodes", [2, 8, 32])
-def test_rings_fit_into_what_they_are_given(num_nodes: int) -> None:
-    usual = plan.rings(num_nodes, 0)
-    assert usual.num_channels <= MAX_CHANNELS
-    assert usual.num_slots <= MAX_SLOTS
-    num_bytes = 2 * usual.num_bytes(num_nodes)
+@pytest.mark.parametrize("row_bytes", [0, 4096, 14336, 65536])
+def test_rings_fit_into_what_they_are_given(num_nodes: int, row_bytes: int) -> None:
+    record_bytes = plan.record_bytes(row_bytes, 8)
+    assert record_bytes > row_bytes
+    num_bytes = 0
     while True:
-        rings = plan.rings(num_nodes, num_bytes)
-        assert 2 * rings.num_bytes(num_nodes) <= num_bytes
-        assert rings.slot_bytes == usual.slot_bytes
+        rings = plan.rings(num_nodes, num_bytes, record_bytes)
+        assert not num_bytes or 2 * rings.num_bytes(num_nodes) <= num_bytes
+        assert rings.slot_bytes >= record_bytes
+        assert rings.num_channels <= MAX_CHANNELS
+        assert rings.num_slots <= MAX_SLOTS
         if rings.num_channels == 1:
             break
-        num_bytes //= 2
+        num_bytes = rings.num_bytes(num_nodes)
     with pytest.raises(ConfigError, match="at least"):
-        plan.rings(num_nodes, rings.slot_bytes)
+        plan.rings(num_nodes, rings.slot_bytes, record_bytes)
 
 
 def report(rank: int, phase: int, waits: dict[int, tuple[int, int]]) -> Report:

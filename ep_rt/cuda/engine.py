@@ -129,6 +129,7 @@ class CudaEngine:
         enable_shrink: bool = False,
         num_network_bytes: int = 0,
         max_network_tokens: int = 0,
+        max_record_bytes: int = 0,
     ) -> None:
         self._topology = topology
         is_internode = topology.num_nodes > 1
@@ -164,6 +165,7 @@ class CudaEngine:
                     domain,
                     max_tokens=max_network_tokens,
                     num_bytes=num_network_bytes,
+                    record_bytes=max_record_bytes,
                     timeout_s=timeout_s,
                 )
             except EpError:  # of all ranks

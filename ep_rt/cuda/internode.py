@@ -141,6 +141,7 @@ class Internode:
         domain: of this node's ranks.
         max_tokens: of any rank in one call.
         num_bytes: of symmetric memory for the rings; 0 for what serves most.
+        record_bytes: the most that a row takes on the network, see `plan.record_bytes`.
 
     Attributes:
         num_nodes, node: of all, and this one.
@@ -159,13 +160,14 @@ class Internode:
         *,
         max_tokens: int,
         num_bytes: int,
+        record_bytes: int,
         timeout_s: float,
         options: NetworkOptions | None = None,
     ) -> None:
         self._domain = domain
         self.num_nodes, self.node, self.num_ranks = topology.num_nodes, topology.node, topology.num_ranks
         self.max_tokens = max_tokens
-        self._rings = plan.rings(self.num_nodes, num_bytes)
+        self._rings = plan.rings(self.num_nodes, num_bytes, record_bytes)
         area_bytes = align_up(NETWORK_AREA.itemsize, OFFSET_UNIT)
         rings_bytes = self._rings.num_bytes(self.num_nodes)
         total = area_bytes + 2 * rings_bytes
@@ -380,7 +382,7 @@ class Internode:
         if parts.record_bytes > self._rings.slot_bytes:
             raise ConfigError(
                 f"a row takes {parts.record_bytes} bytes on the network, a slot has "
-                f"{self._rings.slot_bytes}: give more num_rdma_bytes"
+                f"{self._rings.slot_bytes}, which follows from the sizes given to Buffer.for_moe"
             )
         return bind(
             self._exchange,

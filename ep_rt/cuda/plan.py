@@ -137,27 +137,42 @@ class Rings:
         return num_nodes * self.num_channels * self.num_slots * self.slot_bytes
 
 
-# Not measured. A slot is a message: large enough for a network, and eight rows of DeepSeek-V3.
-_RINGS: Final = Rings(num_channels=16, num_slots=4, slot_bytes=128 << 10)
+# Not measured: as many channels as warps send on 16 SMs. A slot is a message on the network.
+_MIN_SLOT_BYTES: Final = 32 << 10
+_NUM_CHANNELS: Final = 256
+_LARGEST_RECORD_BYTES: Final = 66 << 10  # 16384 float32, and 128 columns
 
 
-def rings(num_nodes: int, num_bytes: int) -> Rings:
+def record_bytes(row_bytes: int, num_topk: int) -> int:
+    """At least what a row takes on the network with its scale factors, ids and weights.
+
+    Args:
+        row_bytes: of the widest rows of the model, 0 for no model.
+    """
+    if not row_bytes:
+        return _LARGEST_RECORD_BYTES
+    return align_up(row_bytes + row_bytes // 32 + 12 * num_topk + 64, 1024)
+
+
+def rings(num_nodes: int, num_bytes: int, record_bytes: int) -> Rings:
     """Rings of both directions that take `num_bytes` at most; 0 for the usual ones.
+
+    Args:
+        record_bytes: that a slot must hold.
 
     Raises:
         ConfigError: they do not fit.
     """
-    chosen = _RINGS
+    slot_bytes = max(_MIN_SLOT_BYTES, record_bytes)
+    num_channels = _NUM_CHANNELS * _MIN_SLOT_BYTES // slot_bytes
+    chosen = Rings(num_channels=num_channels, num_slots=2, slot_bytes=slot_bytes)
     while num_bytes and 2 * chosen.num_bytes(num_nodes) > num_bytes:
-        if chosen.num_slots > 2:
-            chosen = replace(chosen, num_slots=chosen.num_slots // 2)
-        elif chosen.num_channels > 1:
-            chosen = replace(chosen, num_channels=chosen.num_channels // 2)
-        else:
+        if chosen.num_channels == 1:
             raise ConfigError(
                 f"num_rdma_bytes={num_bytes}: rings between {num_nodes} nodes take at least "
                 f"{2 * chosen.num_bytes(num_nodes)}"
             )
+        chosen = replace(chosen, num_channels=chosen.num_channels // 2)
     return chosen
 
 

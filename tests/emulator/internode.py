@@ -28,7 +28,7 @@ from .kernels import Kernels, bound
 from .machine import Array, EmulatedKernel, Machine, Memory
 from .runtime import Kind
 
-NUM_CHANNELS = 2
+NUM_CHANNELS = 3
 NUM_SLOTS = 2
 ELEMENT = "float32"
 
