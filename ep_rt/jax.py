@@ -16,7 +16,10 @@ Every call is one of `ep_rt.Buffer`, and so is every step of a backward pass:
 Within a compiled program XLA calls back into Python, once for each call, with its own buffers: what
 ``jax.experimental.buffer_callback`` does, with a token besides. On a GPU the callback enqueues on XLA's
 stream, waits for nothing, and copies results to XLA's memory there. The program holds all of a handle in its
-own arrays, so loops, conditionals, residuals and several uses of a handle are as for any array.
+own arrays, so residuals and several uses of a handle are as for any array, and on CPUs loops and conditionals.
+On GPUs ``lax.scan``, ``lax.while_loop`` and ``lax.cond`` over these calls raise `NotImplementedError`: XLA of
+JAX 0.11.2 ends the process when it compiles a loop with such a call ("Check failed: shape.IsArray()"). A
+Python loop is unrolled, and works.
 
 Order     a call is an ordered effect, as ordered ones of ``jax.debug`` are: XLA makes the calls of a
           program, and of programs started one after another, in the order in which the functions were
@@ -429,7 +432,14 @@ class _CallEffect(effects.Effect):  # type: ignore[misc]  # see pyproject.toml: 
         return "ep_rt call"
 
 
-_EFFECT = _CallEffect()
+class _GpuCallEffect(effects.Effect):  # type: ignore[misc]
+    def __str__(self) -> str:
+        return "ep_rt call on a GPU, whose token XLA cannot carry through a loop or a branch"
+
+    __repr__ = __str__
+
+
+_EFFECT, _GPU_EFFECT = _CallEffect(), _GpuCallEffect()
 for _allowed in (
     "ordered_effects",
     "lowerable_effects",
@@ -440,10 +450,16 @@ for _allowed in (
 ):
     if hasattr(effects, _allowed):
         getattr(effects, _allowed).add_type(_CallEffect)
+        if _allowed != "control_flow_allowed_effects":
+            getattr(effects, _allowed).add_type(_GpuCallEffect)
+
+
+def _effect(call: Any) -> effects.Effect:
+    return _EFFECT if _open(call.buffer).backend == "host" else _GPU_EFFECT
 
 
 def _results(*given: Any, call: Any) -> tuple[list[Any], set[Any]]:
-    return call.results(*given), {_EFFECT}
+    return call.results(*given), {_effect(call)}
 
 
 def _run_now(*given: Any, call: Any) -> list[Any]:
@@ -463,7 +479,7 @@ def _lower(ctx: Any, *operands: Any, call: Any) -> Any:
     if len(platforms) != 1:
         raise ConfigError(f"a call of a buffer is compiled for one platform, not for {', '.join(platforms)}")
     _check_place(_open(call.buffer), platforms[0])
-    num_given = len(operands)
+    num_given, effect = len(operands), _effect(call)
 
     def callback(context: Any, *memory: Any) -> tuple[()]:
         given, results = memory[1 : 1 + num_given], memory[2 + num_given :]
@@ -475,11 +491,11 @@ def _lower(ctx: Any, *operands: Any, call: Any) -> Any:
     token = core.abstract_token
     lowered = jax.ffi.ffi_lowering(_TARGETS[platforms[0]], has_side_effect=True)(
         ctx.replace(avals_in=[token, *ctx.avals_in], avals_out=[token, *ctx.avals_out]),
-        ctx.tokens_in.get(_EFFECT),
+        ctx.tokens_in.get(effect),
         *operands,
         index=number,
     )
-    ctx.set_tokens_out(ctx.tokens_in.update_tokens(mlir.TokenSet({_EFFECT: lowered[0]})))
+    ctx.set_tokens_out(ctx.tokens_in.update_tokens(mlir.TokenSet({effect: lowered[0]})))
     return lowered[1:]
 
 

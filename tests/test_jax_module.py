@@ -311,6 +311,19 @@ def test_layers_in_eager_functions(form: str) -> None:
     run(partial(check_deep, options=STATIC["expert-worst"], form=form, way=eager), 2)
 
 
+def test_loops_are_refused_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA ends the process when it compiles one; here the calls are taken for those of a GPU."""
+    monkeypatch.setattr(ep, "_effect", lambda call: ep._GPU_EFFECT)
+    options = STATIC["rank-worst"]
+    run(partial(check_deep, options=options, form="plain", way=jax.jit), 2)
+
+    def body(buffer: ep_rt.Buffer) -> None:
+        with pytest.raises(NotImplementedError, match="through a loop"):
+            check_deep(buffer, options, "scan", jax.jit)
+
+    run(body, 2)
+
+
 @pytest.mark.parametrize("form", ORDER_FORMS)
 def test_calls_come_in_the_order_of_the_function(form: str) -> None:
     run(partial(check_order, form=form))

@@ -9,6 +9,7 @@ from .. import buffer
 from ..config import Config
 from ..errors import ConfigError, HandleError
 from ..events import EventOverlap
+from ..results import Dispatched
 from .ep_handle import EPHandle, unaligned
 from .events import EventHandle
 
@@ -223,11 +224,14 @@ class ElasticBuffer:
                     topk_idx=handle.topk_idx,
                     topk_weights=topk_weights,
                     expert_alignment=handle.expert_alignment,
-                    num_worst_tokens=handle.handle.num_recv_rows,
+                    # 0 would ask for exact shapes, on this rank alone.
+                    num_worst_tokens=max(1, handle.handle.num_recv_rows),
                     num_experts=handle.num_experts,
                     layout=handle.handle.layout,
                     **options,
                 )
+                if handle.handle.num_recv_rows == 0:
+                    out = _without_rows(out)
         else:
             if topk_idx is None or num_experts is None:
                 raise ConfigError("dispatch needs topk_idx and num_experts, or a handle")
@@ -347,6 +351,13 @@ def _before(*events: Any) -> EventOverlap | None:
     for each in given:
         each.current_stream_wait()
     return buffer.Buffer.capture()
+
+
+def _without_rows(out: Dispatched) -> Dispatched:
+    """The same with no received row, instead of a row of nothing."""
+    recv_x = tuple(part[:0] for part in out.recv_x) if isinstance(out.recv_x, tuple) else out.recv_x[:0]
+    ids, weights = (None if each is None else each[:0] for each in (out.recv_topk_idx, out.recv_topk_weights))
+    return out._replace(recv_x=recv_x, recv_topk_idx=ids, recv_topk_weights=weights)
 
 
 def _after(event: EventOverlap, steps: list[Callable[[], None]], *, is_async: bool) -> None:

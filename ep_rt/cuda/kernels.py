@@ -529,7 +529,7 @@ def internode_sum(element: str) -> KernelSpec:
     return KernelSpec(
         source="internode_sum.cu",
         function="internode_sum",
-        cfg=InternodeSumCfg(num_threads=512, element=ELEMENTS.index(element)),
+        cfg=InternodeSumCfg(num_threads=256, element=ELEMENTS.index(element)),
         args=np.dtype(
             [
                 *_pointers("header", "plan", "positions", "here", "returned", "here_weights"),
@@ -540,6 +540,7 @@ def internode_sum(element: str) -> KernelSpec:
             ],
             align=True,
         ),
+        blocks_per_sm=2,
     )
 
 
