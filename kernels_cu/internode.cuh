@@ -70,6 +70,17 @@ __device__ inline Reason await_signal(const Session& session, uint64_t* word, ui
     return kNothing;
 }
 
+// Stores a word of ours at another node, as one thread. Over NVLink it goes behind all that came before in
+// this thread's causality order; over the network only what a put carries does.
+__device__ inline void tell(const Session& session, uint64_t* word, uint64_t value, int32_t at) {
+    const int32_t peer = session.place.peer(at);
+    void* there = network::peer_pointer(word, peer);
+    if (there != nullptr)
+        ptx::st_release_sys(static_cast<uint64_t*>(there), value);
+    else
+        network::set_signal(word, value, peer);
+}
+
 // Gives the call up, as one block, over what did not come from the nodes whose bits are in `missing`; of
 // several blocks one does. The record names nodes. Ranks of this node hear of it as from any call that is
 // given up, those of other nodes by a word that nothing else writes.

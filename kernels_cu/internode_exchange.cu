@@ -4,15 +4,15 @@
 //            and, at the same place, in the receiver's inbox. A channel carries an equal stretch of the rows
 //            for a node, in chunks that fill a slot; the receiver knows from the counts which rows those are,
 //            so no row has a header. Rows go on to their place at once, and the slot is free again.
-// Work       a warp has a channel at a time, and waits for no other one: what one waits for, others move.
 // Credits    chunk k of a ring is put in slot k % num_slots once the receiver has said that it took chunk
 //            k - num_slots out of it, which also means that the outbox has been read. Every slot has its own
 //            words: so no two stores to one of them are under way.
 // Progress   who sends waits for credits alone, who receives for chunks alone, and all take nodes in turn,
 // one
-//            chunk of each at a time, and channels in order: a wait is only ever for somebody who is behind.
-// Order      the warp's stores into the outbox, __syncwarp, put with signal; acquire of the signal by one
-//            lane, __syncwarp, loads from the inbox, __syncwarp, credit.
+//            chunk of each at a time: a wait is only ever for somebody who is behind.
+// Order      the block's stores into the outbox, barrier, put with signal; acquire of the signal by one
+//            thread, barrier, loads from the inbox, barrier, credit. Where stores reach the peer, as over
+//            NVLink or PCIe, rows go straight to its inbox: stores, barrier, release.sys of the word.
 // Launch     an even number of blocks, all resident: the first half send, the others receive.
 #include "internode.cuh"
 
@@ -41,11 +41,10 @@ struct InternodeExchangeArgs {
 
 template <InternodeExchangeCfg kCfg>
 struct InternodeExchange {
-    static constexpr int kDepth = 8;  // loads of a lane that are on their way together
+    static constexpr int kDepth = 4;  // loads of a thread that are on their way together
 
     const InternodeExchangeArgs<kCfg>& args;
     const internode::Session& session;
-    int32_t lane;
 
     // Rows [first, end) of those for a node, or from it, that chunk `chunk` of a channel carries in this
     // call.
@@ -84,20 +83,20 @@ struct InternodeExchange {
         return ((int64_t{at} * args.num_channels + channel) * args.num_slots + slot) * args.slot_bytes;
     }
 
-    // Copies one part of `num` rows, as one warp.
+    // Copies one part of `num` rows, as one block.
     template <class Vector, class From, class To>
     __device__ void copy(int32_t num, int32_t bytes, From from, To to) const {
         const int32_t per_row = bytes / static_cast<int32_t>(sizeof(Vector)), total = num * per_row;
-        for (int32_t first = lane; first < total; first += kDepth * kWarpSize) {
+        for (int32_t first = threadIdx.x; first < total; first += kDepth * kCfg.num_threads) {
             Vector values[kDepth];
 #pragma unroll
             for (int32_t v = 0; v < kDepth; ++v) {
-                const int32_t i = first + v * kWarpSize;
+                const int32_t i = first + v * kCfg.num_threads;
                 if (i < total) values[v] = reinterpret_cast<const Vector*>(from(i / per_row))[i % per_row];
             }
 #pragma unroll
             for (int32_t v = 0; v < kDepth; ++v) {
-                const int32_t i = first + v * kWarpSize;
+                const int32_t i = first + v * kCfg.num_threads;
                 if (i < total) reinterpret_cast<Vector*>(to(i / per_row))[i % per_row] = values[v];
             }
         }
@@ -137,7 +136,7 @@ struct InternodeExchange {
         uint64_t slack;
     };
 
-    // As one warp: `step(at, rows, slot, number)` for the chunks of a channel, those of all nodes in turn,
+    // As one block: `step(at, rows, slot, number)` for the chunks of a channel, those of all nodes in turn,
     // each once its slot's word has come. `missing`: the nodes whose word had not when it gave up.
     template <class Count, class Step>
     __device__ Reason each_chunk(int32_t channel, const Ring& ring, uint32_t& missing, Count count,
@@ -154,10 +153,9 @@ struct InternodeExchange {
                 is_more = true;
                 const uint64_t number = ring.chunks[at][channel] + 1 + chunk;
                 Reason reason = kNothing;
-                if (lane == 0 && number > ring.slack)
+                if (threadIdx.x == 0 && number > ring.slack)
                     reason = internode::await_signal(session, word_of(at, number), number - ring.slack, at);
-                reason = static_cast<Reason>(__shfl_sync(kFullWarp, static_cast<int32_t>(reason), 0));
-                __syncwarp();  // what lane 0 has acquired, for all
+                reason = sync::agree(reason);
                 if (reason == kNothing) {
                     step(at, rows, static_cast<int32_t>(number % args.num_slots), number);
                     continue;
@@ -173,8 +171,8 @@ struct InternodeExchange {
             }
             if (!is_more) break;
         }
-        __syncwarp();  // all have read how many there were
-        for (int32_t at = lane; at < args.num_nodes; at += kWarpSize) {
+        __syncthreads();  // all have read how many there were
+        for (int32_t at = threadIdx.x; at < args.num_nodes; at += blockDim.x) {
             if (at == args.node) continue;
             const int32_t per_chunk = args.slot_bytes / args.record_bytes;
             const int32_t num_rows = begin(count(at), channel + 1) - begin(count(at), channel);
@@ -188,13 +186,21 @@ struct InternodeExchange {
         return each_chunk(
             channel, ring, missing, [&](int32_t at) { return send_count(at); },
             [&](int32_t at, Stretch rows, int32_t slot, uint64_t number) {
+                const int32_t peer = session.place.peer(at);
+                uint8_t* to = args.inbox + slot_offset(args.node, channel, slot);
+                uint64_t* landed = &args.area->landed[args.node][channel][slot];
+                auto* there = static_cast<uint8_t*>(network::peer_pointer(to, peer));
+                if (there != nullptr) {
+                    gather(at, rows, there);
+                    __syncthreads();
+                    if (threadIdx.x == 0) internode::tell(session, landed, number, at);
+                    return;
+                }
                 uint8_t* from = args.outbox + slot_offset(at, channel, slot);
                 gather(at, rows, from);
-                __syncwarp();
-                network::put_signal_warp(args.inbox + slot_offset(args.node, channel, slot), from,
-                                         int64_t{rows.end - rows.first} * args.record_bytes,
-                                         &args.area->landed[args.node][channel][slot], number,
-                                         session.place.peer(at));
+                __syncthreads();
+                network::put_signal_block(to, from, int64_t{rows.end - rows.first} * args.record_bytes,
+                                          landed, number, peer);
             });
     }
 
@@ -204,10 +210,9 @@ struct InternodeExchange {
             channel, ring, missing, [&](int32_t at) { return recv_count(at); },
             [&](int32_t at, Stretch rows, int32_t slot, uint64_t number) {
                 scatter(at, rows, args.inbox + slot_offset(at, channel, slot));
-                __syncwarp();
-                if (lane == 0)
-                    network::set_signal(&args.area->freed[args.node][channel][slot], number,
-                                        session.place.peer(at));
+                __syncthreads();
+                if (threadIdx.x == 0)
+                    internode::tell(session, &args.area->freed[args.node][channel][slot], number, at);
             });
     }
 };
@@ -222,26 +227,18 @@ __device__ void internode_exchange(const InternodeExchangeArgs<kCfg>& args) {
                                .host_hang = args.hang,
                                .area = args.area,
                                .state = args.state};
-    const int32_t warp = static_cast<int32_t>(threadIdx.x) / kWarpSize;
-    const InternodeExchange<kCfg> exchange{
-        .args = args, .session = session, .lane = static_cast<int32_t>(threadIdx.x) % kWarpSize};
+    const InternodeExchange<kCfg> exchange{.args = args, .session = session};
     const bool is_back = exchange.is_back();
     // The way out comes before the call within the node, the way back after it.
     const uint64_t epoch = session.own()->epoch + (is_back ? 0 : 1);
     if (!internode::begin(session, epoch, is_back ? kCombine : kDispatch, args.timeout_ns)) return;
-    __shared__ uint32_t missing;
-    if (threadIdx.x == 0) missing = 0;
-    __syncthreads();
-    const int32_t num_each = gridDim.x / 2;  // blocks
+    const int32_t num_each = gridDim.x / 2;
     const bool sends = blockIdx.x < num_each;
-    const int32_t first = warp * num_each + static_cast<int32_t>(blockIdx.x) % num_each;
     Reason reason = kNothing;
-    uint32_t mine = 0;
-    for (int32_t channel = first; channel < args.num_channels && reason == kNothing;
-         channel += num_each * (kCfg.num_threads / kWarpSize))
-        reason = sends ? exchange.send(channel, mine) : exchange.receive(channel, mine);
-    if (mine != 0 && exchange.lane == 0) atomicOr(&missing, mine);
-    reason = sync::agree(reason);
+    uint32_t missing = 0;
+    for (int32_t channel = blockIdx.x % num_each; channel < args.num_channels && reason == kNothing;
+         channel += num_each)
+        reason = sends ? exchange.send(channel, missing) : exchange.receive(channel, missing);
     if (reason != kNothing) internode::leave(session, reason, is_back ? kReturning : kComing, missing);
 }
 

@@ -36,7 +36,7 @@ template <InternodeLayoutCfg kCfg>
 struct InternodeLayout {
     static constexpr int kNumWarps = kCfg.num_threads / kWarpSize;
 
-    static constexpr int kMaxAll = kMaxNodes * kMaxLocalRanks;
+    static constexpr int kMaxAll = kMaxNodes * kMaxLocalRanks, kBatch = 8;
 
     struct Shared {
         uint32_t ranks[kMaxAll / 32][kCfg.num_threads];  // by thread: bit of each rank that its token goes to
@@ -53,6 +53,12 @@ struct InternodeLayout {
     __device__ int32_t num_all() const { return args.num_nodes * args.num_ranks; }
     __device__ uint32_t& ranks(int32_t rank) const { return shared.ranks[rank / 32][threadIdx.x]; }
 
+    __device__ int64_t id(int32_t token, int32_t k) const {
+        const int64_t at = int64_t{token} * args.num_topk + k;
+        return args.idx_bytes == 8 ? reinterpret_cast<const int64_t*>(args.topk_idx)[at]
+                                   : reinterpret_cast<const int32_t*>(args.topk_idx)[at];
+    }
+
     // Finds out where a token goes. An id that does not exist is none.
     __device__ void find_ranks(int32_t token) const {
         for (int32_t rank = 0; rank < num_all(); rank += 32) ranks(rank) = 0;
@@ -62,14 +68,17 @@ struct InternodeLayout {
                 if (args.is_token_in_rank[int64_t{token} * num_all() + rank]) ranks(rank) |= 1u << rank % 32;
             return;
         }
-#pragma unroll 8
-        for (int32_t k = 0; k < args.num_topk; ++k) {
-            const int64_t at = int64_t{token} * args.num_topk + k;
-            const int64_t id = args.idx_bytes == 8 ? reinterpret_cast<const int64_t*>(args.topk_idx)[at]
-                                                   : reinterpret_cast<const int32_t*>(args.topk_idx)[at];
-            if (id < 0 || id >= args.num_experts) continue;
-            const int32_t rank = static_cast<int32_t>(id) / experts_per_rank;
-            ranks(rank) |= 1u << rank % 32;
+        for (int32_t first = 0; first < args.num_topk; first += kBatch) {
+            int64_t ids[kBatch];  // on their way together
+#pragma unroll
+            for (int32_t i = 0; i < kBatch; ++i)
+                ids[i] = first + i < args.num_topk ? id(token, first + i) : -1;
+#pragma unroll
+            for (int32_t i = 0; i < kBatch; ++i) {
+                if (ids[i] < 0 || ids[i] >= args.num_experts) continue;
+                const int32_t rank = static_cast<int32_t>(ids[i]) / experts_per_rank;
+                ranks(rank) |= 1u << rank % 32;
+            }
         }
     }
 

@@ -230,7 +230,7 @@ struct Segments {
     int32_t counts[kMaxNodes][kMaxLocalRanks];  // tokens of a segment that go to each rank of this node
 };
 
-constexpr int kMaxChannels = 256;  // rings between two ranks in one direction
+constexpr int kMaxChannels = 32;  // rings between two ranks in one direction
 constexpr int kMaxSlots = 8;      // of a ring
 
 // The farewell of a rank that waited in vain for the nodes whose bits are set.

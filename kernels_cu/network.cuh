@@ -27,6 +27,10 @@ __device__ void put_signal_block(void* destination, const void* source, int64_t 
 // Stores `value` into *signal at `peer`. Orders nothing.
 __device__ void set_signal(uint64_t* signal, uint64_t value, int32_t peer);
 
+// Where loads and stores of this rank find the symmetric `address` of `peer`; nullptr where only puts reach
+// it.
+__device__ void* peer_pointer(void* address, int32_t peer);
+
 // What came with a signal that the network delivered is visible to this thread afterwards. To be called once
 // ptx::ld_acquire_sys, which does the same for peers on NVLink, has seen that *signal is at least `value`.
 __device__ void acquire_signal(uint64_t* signal, uint64_t value);

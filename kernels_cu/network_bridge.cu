@@ -72,6 +72,8 @@ __device__ void set_signal(uint64_t* signal, uint64_t value, int32_t peer) {
     nvshmemx_signal_op(signal, value, NVSHMEM_SIGNAL_SET, peer);
 }
 
+__device__ void* peer_pointer(void* address, int32_t peer) { return nvshmem_ptr(address, peer); }
+
 // Of the functions that look at a word, in every version this one ends with what makes the data visible.
 __device__ void acquire_signal(uint64_t* signal, uint64_t value) {
     nvshmem_ulonglong_test(signal, NVSHMEM_CMP_GE, value);

@@ -108,12 +108,12 @@ def same(a: Array, b: Array) -> bool:
     return a.dtype == b.dtype and np.array_equal(np.asarray(a), np.asarray(b))
 
 
-def num_copies(topk_idx: Array, options: dict[str, Any]) -> Array:
-    """[num_tokens, 1], the rows of 4 ranks, or of all experts, that a token becomes."""
+def num_copies(topk_idx: Array, options: dict[str, Any], num_ranks: int = 4) -> Array:
+    """[num_tokens, 1], the rows of so many ranks, or of all experts, that a token becomes."""
     ids = np.asarray(topk_idx)
     if options["layout"] == "expert":
         return jnp.asarray((ids >= 0).sum(axis=1, keepdims=True))
-    ranks = [{expert * 4 // NUM_EXPERTS for expert in row if expert >= 0} for row in ids.tolist()]
+    ranks = [{expert * num_ranks // NUM_EXPERTS for expert in row if expert >= 0} for row in ids.tolist()]
     return jnp.asarray([len(each) for each in ranks], jnp.int32).reshape(-1, 1)
 
 

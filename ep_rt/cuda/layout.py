@@ -48,7 +48,7 @@ MAX_SEND_BLOCKS: Final = 256
 MAX_NODES: Final = 32
 """Most nodes that the two-level mode serves."""
 
-MAX_CHANNELS: Final = 256
+MAX_CHANNELS: Final = 32
 """Most rings between two ranks in one direction."""
 
 MAX_SLOTS: Final = 8

@@ -62,16 +62,30 @@ class Layer:
 
 
 class Exchanges:
-    """Ranks of several nodes, and what is enqueued on them."""
+    """Ranks of several nodes, and what is enqueued on them.
 
-    def __init__(self, num_nodes: int, num_local_ranks: int, load: Kernels, *, slot_bytes: int) -> None:
+    Args:
+        is_virtual: stores reach the ranks of all nodes.
+    """
+
+    def __init__(
+        self,
+        num_nodes: int,
+        num_local_ranks: int,
+        load: Kernels,
+        *,
+        slot_bytes: int,
+        is_virtual: bool = False,
+    ) -> None:
         self.num_nodes, self.num_local_ranks, self.load = num_nodes, num_local_ranks, load
         self.slot_bytes = slot_bytes
         num_ranks = num_nodes * num_local_ranks
         self.ranks = range(num_ranks)
         specs = [self._layout(), self._exchange(), self._sum()]
         streams = [(rank, 2 * NUM_CHANNELS) for rank in self.ranks]
-        self.machine = machine = Machine(num_ranks, specs, streams, ranks_per_node=num_local_ranks)
+        self.machine = machine = Machine(
+            num_ranks, specs, streams, ranks_per_node=num_ranks if is_virtual else num_local_ranks
+        )
 
         def each(num_bytes: int, name: str, kind: Kind = Kind.OWN) -> list[Memory]:
             return [machine.allocate(rank, num_bytes, name, kind) for rank in self.ranks]

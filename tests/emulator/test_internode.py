@@ -30,9 +30,11 @@ def drawn(
     num_layers: int = 2,
     max_tokens: int = 9,
     sources: Path = KERNELS_CU,
+    is_virtual: bool = False,
 ) -> Exchanges:
     rng = np.random.default_rng(seed)
-    exchanges = Exchanges(num_nodes, num_local_ranks, Kernels(sources=sources), slot_bytes=256)
+    load = Kernels(sources=sources)
+    exchanges = Exchanges(num_nodes, num_local_ranks, load, slot_bytes=256, is_virtual=is_virtual)
     num_ranks = num_nodes * num_local_ranks
     for _ in range(num_layers):
         hidden = 4 * int(rng.integers(1, 5))
@@ -40,10 +42,11 @@ def drawn(
     return exchanges
 
 
+@pytest.mark.parametrize("is_virtual", [False, True])
 @pytest.mark.parametrize(("num_nodes", "num_local_ranks"), [(2, 1), (2, 2), (3, 1), (4, 1)])
-def test_rows_cross_and_come_back(num_nodes: int, num_local_ranks: int) -> None:
+def test_rows_cross_and_come_back(num_nodes: int, num_local_ranks: int, is_virtual: bool) -> None:
     for drawing in range(3):
-        exchanges = drawn(num_nodes, num_local_ranks, drawing)
+        exchanges = drawn(num_nodes, num_local_ranks, drawing, is_virtual=is_virtual)
         for seed in range(NUM_SEEDS):
             exchanges.machine.run(seed, orders_queue_pairs=bool(seed % 2))
             assert not exchanges.has_failed
@@ -62,8 +65,10 @@ def test_a_lost_node_is_named(lost_node: int) -> None:
         ]
         if not reports:
             continue
-        for report in reports:
-            assert exchanges.late(report) == {lost_node}
+        # A farewell may still be on its way when a host looks, so others may be named besides.
+        late = [exchanges.late(report) for report in reports]
+        assert all(lost_node in each for each in late)
+        assert {lost_node} in late
         assert all(exchanges.headers()[report.rank]["failed"][0] == 1 for report in reports)
         num_failed += 1
     assert num_failed > 20
@@ -107,16 +112,23 @@ MUTATIONS = (
         "",
     ),
     Mutation(
-        "puts before all lanes have gathered",
+        "puts before all threads have gathered",
         "internode_exchange.cu",
-        "gather(at, rows, from);\n                __syncwarp();",
+        "gather(at, rows, from);\n                __syncthreads();",
         "gather(at, rows, from);",
+        "",
+    ),
+    Mutation(
+        "tells a peer that stores reach before all threads have stored",
+        "internode_exchange.cu",
+        "gather(at, rows, there);\n                    __syncthreads();",
+        "gather(at, rows, there);",
         "",
     ),
     Mutation(
         "frees a slot that others still read",
         "internode_exchange.cu",
-        "scatter(at, rows, args.inbox + slot_offset(at, channel, slot));\n                __syncwarp();",
+        "scatter(at, rows, args.inbox + slot_offset(at, channel, slot));\n                __syncthreads();",
         "scatter(at, rows, args.inbox + slot_offset(at, channel, slot));",
         "",
     ),
@@ -160,7 +172,15 @@ def test_planted_bugs_are_found(mutation: Mutation) -> None:
 def _run_all(sources: Path, num_seeds: int) -> None:
     for drawing in range(8):
         max_tokens = (70, 1)[drawing % 2]
-        exchanges = drawn(2, 1, drawing, num_layers=3, max_tokens=max_tokens, sources=sources)
+        exchanges = drawn(
+            2,
+            1,
+            drawing,
+            num_layers=3,
+            max_tokens=max_tokens,
+            sources=sources,
+            is_virtual=bool(drawing // 2 % 2),
+        )
         for seed in range(num_seeds // 4):
             exchanges.machine.run(seed)
             if exchanges.has_failed:

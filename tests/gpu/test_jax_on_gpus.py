@@ -139,7 +139,7 @@ def test_calls_come_after_slow_work_and_before_what_reads_them(is_compiled: bool
 
         first, then = jax.jit(slow), (jax.jit(after) if is_compiled else after)
         whole = jax.jit(lambda x: after(slow(x)))
-        copies = num_copies(case.topk_idx, options)
+        copies = num_copies(case.topk_idx, options, buffer.num_ranks)
         for program in (lambda x: then(first(x)), whole):
             program(case.inputs.x).block_until_ready()  # compiled now
             jax.effects_barrier()
@@ -161,7 +161,7 @@ def test_many_rounds_on_memory_that_is_used_again() -> None:
 
     def check(buffer: ep_rt.Buffer) -> None:
         case, options = Case.of(buffer.rank), STATIC["expert-worst"]
-        copies = num_copies(case.topk_idx, options)
+        copies = num_copies(case.topk_idx, options, buffer.num_ranks)
 
         def there_and_back(x: Array) -> Array:
             sent = ep.dispatch(buffer, x, case.topk_idx, num_experts=NUM_EXPERTS, **options)

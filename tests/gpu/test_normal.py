@@ -538,6 +538,9 @@ def test_arguments_that_differ(place: str, what: str) -> None:
 
 
 def test_what_does_not_fit_says_how_much_would(place: str) -> None:
+    if RANKS_PER_NODE:
+        pytest.skip("over several nodes only the ranks of the node that has no room hear of it")
+
     def body(group: Group) -> None:
         num_tokens, hidden = 512, 1024
         x = np.full((num_tokens, hidden), group.rank, np.float32)

@@ -23,6 +23,8 @@ __device__ inline void set_signal(uint64_t* signal, uint64_t value, int32_t peer
     nvshmemx_signal_op(signal, value, NVSHMEM_SIGNAL_SET, peer);
 }
 
+__device__ inline void* peer_pointer(void* address, int32_t peer) { return nvshmem_ptr(address, peer); }
+
 __device__ inline void acquire_signal(uint64_t* signal, uint64_t value) {
     nvshmem_uint64_test(signal, NVSHMEM_CMP_GE, value);
 }
