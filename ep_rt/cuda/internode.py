@@ -194,7 +194,6 @@ class Internode:
             "slot_bytes": self._rings.slot_bytes,
         }
         domain.watch.farewells = self.farewells
-        self._max_blocks = 2 * domain.max_blocks
         self._layout = Kernel(kernels.internode_layout(), network=self._network)
         self._exchange = Kernel(kernels.internode_exchange(), network=self._network)
         self._sum = {element: Kernel(kernels.internode_sum(element)) for element in ELEMENTS}
@@ -332,7 +331,7 @@ class Internode:
         num_topk = 0 if weights is None else weights.shape[1]
         total = bind(
             self._sum[element],
-            self._max_blocks,
+            plan.SUM_BLOCKS_PER_SM * self._domain.max_blocks,
             {
                 "header": self._common["slabs"][self._domain.group.rank],  # type: ignore[index]
                 "num_tokens": num_tokens,
@@ -374,7 +373,8 @@ class Internode:
         for number in range(2):
             args.bias[number] = biases[number] if number < len(biases) else 0
         args.out, args.out_weights = out
-        found.total(call.stream, plan.num_local_blocks(num_sms, max_blocks=self._max_blocks))
+        max_blocks = plan.SUM_BLOCKS_PER_SM * domain.max_blocks
+        found.total(call.stream, plan.num_local_blocks(2 * num_sms, max_blocks=max_blocks))
 
     # Both.
 
@@ -386,7 +386,7 @@ class Internode:
             )
         return bind(
             self._exchange,
-            self._max_blocks,
+            plan.EXCHANGE_BLOCKS_PER_SM * self._domain.max_blocks,
             {"num_tokens": num_tokens, "record_bytes": parts.record_bytes},
             self._rings_fields,
             self._common,
@@ -416,7 +416,8 @@ class Internode:
             number += 1
         assert number <= MAX_SECTIONS
         args.num_sections = number
-        launch(stream, 2 * min(self._rings.num_channels, num_sms))
+        most = min(num_sms, self._domain.max_blocks) * plan.EXCHANGE_BLOCKS_PER_SM // 2
+        launch(stream, 2 * min(self._rings.num_channels, most))
 
 
 def _lists_bytes(num_tokens: int, num_nodes: int) -> int:

@@ -507,7 +507,7 @@ def internode_exchange() -> KernelSpec:
     return KernelSpec(
         source="internode_exchange.cu",
         function="internode_exchange",
-        cfg=InternodeExchangeCfg(num_threads=512),
+        cfg=InternodeExchangeCfg(num_threads=256),
         args=np.dtype(
             [
                 *_pointers("hang", "area", "state", "plan", "lists", "outbox", "inbox"),
@@ -519,7 +519,7 @@ def internode_exchange() -> KernelSpec:
             ],
             align=True,
         ),
-        blocks_per_sm=2,
+        blocks_per_sm=plan.EXCHANGE_BLOCKS_PER_SM,
         uses_network=True,
     )
 
@@ -540,7 +540,7 @@ def internode_sum(element: str) -> KernelSpec:
             ],
             align=True,
         ),
-        blocks_per_sm=2,
+        blocks_per_sm=plan.SUM_BLOCKS_PER_SM,
     )
 
 

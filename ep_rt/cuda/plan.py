@@ -56,6 +56,10 @@ LOW_LATENCY_COMBINE_THREADS: Final = 256
 LOW_LATENCY_BLOCKS_PER_SM: Final = 2
 
 
+# Half of the blocks send, half receive; what one waits for, others move.
+EXCHANGE_BLOCKS_PER_SM: Final = 4
+SUM_BLOCKS_PER_SM: Final = 2
+
 MAX_REDUNDANT_TOKENS: Final = DISPATCH_STAGES.num_threads
 """Up to so many tokens every block of a dispatch makes the whole layout for itself.
 
@@ -140,7 +144,7 @@ class Rings:
 # On two H200 channels of warps, with slots for two rows, had half the speed of these. A slot is a message on
 # the network.
 _MIN_SLOT_BYTES: Final = 128 << 10
-_NUM_CHANNELS: Final = 16
+_NUM_CHANNELS: Final = 32
 _LARGEST_RECORD_BYTES: Final = 66 << 10  # 16384 float32, and 128 columns
 
 
