@@ -71,6 +71,11 @@ class Buffer:
     result that was dropped goes to later calls: what reads it on a stream other than theirs must come before
     them. Ranks that are threads on one GPU each need a non-blocking stream of their own, made current.
 
+    Over several nodes GPUs serve the normal mode, for up to `num_max_tokens_per_rank` tokens of `for_moe` in
+    a call, else 8192. A dispatch needs expert ids or a handle. Every rank is a process with a GPU of its own,
+    the ranks of a node are consecutive, and all nodes have as many. A combine rounds the sums of each node.
+    What has no room on a rank raises on the ranks of its node alone.
+
     Args:
         group: the peers: an mpi4py communicator, a torch process group, an `ep_rt.Group`, or None for
             ``MPI.COMM_WORLD`` under an MPI launcher and a single rank otherwise.

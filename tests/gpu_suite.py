@@ -36,6 +36,8 @@ SANITIZED_ON_ONE_GPU = (
     "tests/gpu/test_low_latency.py::test_any_number_of_ranks[1-virtual]",
     "tests/gpu/test_low_latency.py::test_any_number_of_ranks[2-virtual]",
 )
+OVER_NODES = tuple(f"tests/gpu/test_{name}.py" for name in ("internode", "normal", "expert_major"))
+NORMAL_MODE = ("dispatch", "dispatch-cached", "combine")
 LOW_LATENCY = ("ll-dispatch", "ll-dispatch-packed", "ll-dispatch-split", "ll-combine", "ll-pair")
 SUMMARY = re.compile(r"((?:\d+ (?:passed|failed|skipped|errors?|deselected|warnings?)(?:, )?)+) in [\d.]+s")
 
@@ -63,6 +65,11 @@ def main() -> int:
     if shutil.which("mpirun") and num_ranks > 1:
         mpirun = _mpirun(num_ranks)
         parts[f"mpirun -n {num_ranks}"] = [*mpirun, *pytest, "tests/gpu"]
+        for ranks_per_node in sorted({1, num_ranks // 2}):
+            nodes = ["env", f"EP_RT_RANKS_PER_NODE={ranks_per_node}", *mpirun]
+            named = f"mpirun -n {num_ranks}, {num_ranks // ranks_per_node} nodes"
+            parts[named] = [*nodes, *pytest, *OVER_NODES]
+            parts[f"figures, {named}"] = [*nodes, *bench, "128", "4096", "--operations", *NORMAL_MODE]
         parts[f"barrier figures, mpirun -n {num_ranks}"] = [*mpirun, *barrier]
         parts[f"figures, mpirun -n {num_ranks}"] = [*mpirun, *bench, "128", "4096"]
         low_latency = [*bench, "8", "128", "--operations", *LOW_LATENCY]

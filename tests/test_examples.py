@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -69,6 +70,25 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     """``example(name)`` imports one."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     return importlib.import_module
+
+
+# two_nodes.py
+
+
+@pytest.mark.parametrize("ranks_per_node", [1, 2, 4])
+def test_two_nodes(run_on_4_ranks: RunExample, ranks_per_node: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EP_RT_RANKS_PER_NODE", str(ranks_per_node))
+    code, printed = run_on_4_ranks("two_nodes.py", "--tokens", "50", "--hidden", "64")
+    assert code == 0, printed
+    lines = printed.rstrip().splitlines()
+    assert f"4 ranks on {4 // ranks_per_node} nodes" in lines[-6]
+    assert lines[-1] == "check passed: every token came back right"
+    for rank, line in enumerate(lines[-5:-1]):
+        numbers = [int(word) for word in re.findall(r"\d+", line)]
+        assert numbers[:2] == [rank, rank // ranks_per_node]
+        crossing, rows = numbers[2:]
+        assert crossing <= rows <= crossing * ranks_per_node
+        assert (rows > 0) == (ranks_per_node < 4)
 
 
 # moe_layer.py

@@ -55,6 +55,7 @@ class _Plan:
         inputs: what x, sf, ids, weights and is_token_in_rank are like; None where absent.
         is_readable: they need no copy where their addresses are aligned.
         frameworks: of the inputs, that of x first.
+        num_listed: tokens that the kernel dispatches, at most: those of x, and over several nodes others.
         routing_bytes: of the block that a new dispatch leaves.
         row: bytes of a received row on the wire.
         is_exact: only the counts will tell how many rows come; `num_rows` and `num_bytes` are 0 then.
@@ -72,7 +73,7 @@ class _Plan:
     is_readable: bool
     frameworks: tuple[str, ...]
     num_blocks: int
-    num_tokens: int
+    num_listed: int
     num_sms: int
     routing_bytes: int
     row: ReceivedRow
@@ -230,7 +231,7 @@ class Dispatch:
             ),
             frameworks=frameworks,
             num_blocks=domain.num_blocks(num_sms),
-            num_tokens=num_listed,
+            num_listed=num_listed,
             num_sms=num_sms,
             routing_bytes=routing_bytes(num_listed),
             row=row,
@@ -305,7 +306,7 @@ class Dispatch:
             routing = domain.heap.take(found.routing_bytes, is_capturing=call.is_capturing)
         else:
             routing = handle.routing
-        scratch = self._scratch_for(found.num_tokens, call)
+        scratch = self._scratch_for(found.num_listed, call)
         domain.order(call)
 
         x, sf, ids, weights, in_rank = pointers
@@ -324,7 +325,7 @@ class Dispatch:
         args.send_plan = base + SEND_PLAN_OFFSET
         args.send_row = base + SEND_ROW_OFFSET
         args.result = self._told.pointer if is_exact else base + RESULT_OFFSET
-        args.masks = scratch.pointer + 4 * MAX_LOCAL_RANKS * found.num_tokens
+        args.masks = scratch.pointer + 4 * MAX_LOCAL_RANKS * found.num_listed
         args.send_token = scratch.pointer
         args.call = number
         args.digest = digest

@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 
 from ..arrays import ArrayView
-from ..errors import ConfigError, TopologyError, on_all_ranks
+from ..errors import BackendError, ConfigError, EpError, TopologyError, on_all_ranks
 from ..exchange import Group
 from ..network_options import NetworkOptions
 from ..topology import Topology
@@ -134,7 +134,7 @@ class Returning:
 
 
 class Internode:
-    """Construction and `close` are collective over all ranks of all nodes.
+    """What one rank has for calls over several nodes. Construction, `reset` and `close` are collective over all.
 
     Args:
         group: of all nodes.
@@ -149,7 +149,7 @@ class Internode:
 
     Raises:
         TopologyError: nodes of different sizes, or whose ranks are not consecutive; too many.
-        BackendError, DeviceError: see `Network`. All on every rank.
+        BackendError, DeviceError: see `Network`; a kernel that does not compile, or link. All on every rank.
     """
 
     def __init__(
@@ -194,9 +194,18 @@ class Internode:
             "slot_bytes": self._rings.slot_bytes,
         }
         domain.watch.farewells = self.farewells
-        self._layout = Kernel(kernels.internode_layout(), network=self._network)
-        self._exchange = Kernel(kernels.internode_exchange(), network=self._network)
-        self._sum = {element: Kernel(kernels.internode_sum(element)) for element in ELEMENTS}
+        error = None
+        try:
+            self._layout = Kernel(kernels.internode_layout(), network=self._network)
+            self._exchange = Kernel(kernels.internode_exchange(), network=self._network)
+            self._sum = {element: Kernel(kernels.internode_sum(element)) for element in ELEMENTS}
+        except EpError as failure:
+            error = str(failure)
+        errors = group.allgather(error, op="network kernels", timeout_s=timeout_s)
+        failed = next((rank for rank, text in enumerate(errors) if text is not None), None)
+        if failed is not None:
+            self._network.close()
+            raise on_all_ranks(BackendError(f"rank {failed}: {errors[failed]}"))
 
     @staticmethod
     def check(topology: Topology) -> None:
