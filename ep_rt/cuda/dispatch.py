@@ -61,6 +61,7 @@ class _Plan:
         is_exact: only the counts will tell how many rows come; `num_rows` and `num_bytes` are 0 then.
         num_rows, num_bytes: of what lands.
         spare_factor: how much more than a result may come next: experts' outputs, with wider elements.
+        spare_bytes: for what may come after a result of `num_rows`, also if only the counts will tell.
         shape, landed: of the handle, if not `is_exact`.
         arrays: recv_x, recv_sf, ids and weights; `make` makes those of a result of `num_rows`.
         expansion: for layout "expert".
@@ -81,6 +82,7 @@ class _Plan:
     num_rows: int
     num_bytes: int
     spare_factor: int
+    spare_bytes: int
     shape: HandleShape
     landed: CudaHandleShape
     arrays: ResultArrays
@@ -211,6 +213,7 @@ class Dispatch:
             )
         num_rows = request.num_worst_tokens if handle is None else handle.landed.num_landed_rows
         results = domain.results(columns, frameworks[0])
+        spare_factor = 2 if row.row_bytes == hidden else 1
         return _Plan(
             launch=self._operations.dispatch(
                 quantizes=request.quantize is not None,
@@ -238,7 +241,8 @@ class Dispatch:
             is_exact=not is_cached and num_rows == 0,
             num_rows=num_rows,
             num_bytes=row.layout(num_rows).end if num_rows else 0,
-            spare_factor=2 if row.row_bytes == hidden else 1,
+            spare_factor=spare_factor,
+            spare_bytes=row.num_bytes(num_rows) * spare_factor,
             shape=HandleShape(num_tokens, num_topk, num_rows, request.layout),
             landed=CudaHandleShape(num_ranks, num_local_experts, request.expert_alignment, num_rows),
             arrays=results,
@@ -407,7 +411,7 @@ class Dispatch:
         if found.is_exact:
             num_bytes = here.x + num_rows * row.row_bytes
             domain.pool.trim(lease, num_bytes)
-            if domain.pool.largest_free() >= domain.spare(there.end * found.spare_factor):
+            if domain.pool.largest_free() >= domain.spare(row.num_bytes(num_rows) * found.spare_factor):
                 return found.arrays.over(base, num_bytes, lease, _places(here, num_rows))
         block = domain.heap.take(there.end)
         runtime = domain.runtime
@@ -444,7 +448,7 @@ class Dispatch:
 
     def _take(self, found: _Plan, call: Call) -> Lease:
         domain, num_bytes = self._domain, found.num_bytes
-        lease = domain.pool.take(num_bytes, domain.spare(num_bytes * found.spare_factor))
+        lease = domain.pool.take(num_bytes, domain.spare(found.spare_bytes))
         if lease is None:
             lease = domain.take(num_bytes, f"{found.num_rows} received rows")
             # A graph's replays write there again, so nobody else can have it.

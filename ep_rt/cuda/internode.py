@@ -134,7 +134,7 @@ class Returning:
 
 
 class Internode:
-    """What one rank has for calls over several nodes. Construction, `reset` and `close` are collective over all.
+    """What a rank has for calls over several nodes. Construction, `reset` and `close` are collective.
 
     Args:
         group: of all nodes.

@@ -120,7 +120,8 @@ def slab_bytes(num_nvl_bytes: int, *, row_bytes: int = 0, num_topk: int = 0, num
         return DEFAULT_SLAB_BYTES
     # A result, and an expert's output or the next result; scale factors take a 32nd of an FP8 row.
     metadata_bytes = 12 * num_topk + row_bytes // 32
-    return max(_MIN_MODEL_SLAB_BYTES, align_up(2 * num_rows * (row_bytes + metadata_bytes), OFFSET_UNIT))
+    result_bytes = num_rows * (row_bytes + metadata_bytes) + 4 * OFFSET_UNIT  # as its parts are aligned
+    return max(_MIN_MODEL_SLAB_BYTES, 2 * align_up(result_bytes, OFFSET_UNIT))
 
 
 def rounded(num_bytes: int) -> int:
