@@ -51,29 +51,24 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import core, effects
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
 
 from . import arrays
 from .arrays import ArrayView
 from .buffer import Buffer
-from .config import xla_cpu_threads
-from .errors import ArrayError, ClosedError, ConfigError, HandleError
-from .groups import ThreadGroup
+from .errors import ArrayError, ConfigError, HandleError
 from .handle import DispatchHandle, FlatField, FlatShape, HandleShape
+from .jax_calls import aval, call_p, open_buffer
 from .requests import SUMMED_DTYPES, CombineRequest, DispatchRequest, Place, local_experts
 
 Array = Any  # jax.Array; in results also None, where the docstring says so
 
 _ROW_ALIGN_BYTES = 16  # of what a buffer moves
 _TRACED = Place("traced")
-_TARGETS = {"cpu": "xla_buffer_python_cpu_callback", "cuda": "xla_buffer_python_gpu_callback"}
 
 
 @partial(
@@ -301,13 +296,6 @@ def _check_dispatch(
     )
 
 
-def _open(buffer: weakref.ref[Buffer]) -> Buffer:
-    found = buffer()
-    if found is None:
-        raise ClosedError("the buffer of this call is gone")
-    return found
-
-
 # Calls of a buffer, on arrays of any framework: first those that move, last the parts of the handle.
 
 
@@ -359,14 +347,14 @@ class _Dispatch:
             )
         shape = self.shape
         num_rows = shape.handle.num_recv_rows
-        found = [_aval((num_rows, x.shape[1]), x.dtype)]
+        found = [aval((num_rows, x.shape[1]), x.dtype)]
         if shape.handle.layout == "rank":
-            found.append(_aval((num_rows, shape.handle.num_topk), topk_idx.dtype))
+            found.append(aval((num_rows, shape.handle.num_topk), topk_idx.dtype))
         if weights:
             columns = (shape.handle.num_topk,) if shape.handle.layout == "rank" else ()
-            found.append(_aval((num_rows, *columns), np.float32))
-        sizes = _open(self.buffer).flat_layout(shape).num_bytes
-        return found + [_aval((size,), np.uint8) for size in sizes]
+            found.append(aval((num_rows, *columns), np.float32))
+        sizes = open_buffer(self.buffer).flat_layout(shape).num_bytes
+        return found + [aval((size,), np.uint8) for size in sizes]
 
 
 @dataclass(frozen=True)
@@ -390,7 +378,7 @@ class _Again:
 
     def results(self, *given: Any) -> list[Any]:
         moved = given[: 1 + self.has_weights]
-        return [_aval((self.shape.handle.num_recv_rows, each.shape[1]), each.dtype) for each in moved]
+        return [aval((self.shape.handle.num_recv_rows, each.shape[1]), each.dtype) for each in moved]
 
 
 @dataclass(frozen=True)
@@ -417,137 +405,8 @@ class _Combine:
         # With layout "expert" weights multiply rows, and do not come back.
         is_back = self.has_weights and self.shape.handle.layout == "rank"
         return [
-            _aval((self.shape.handle.num_tokens, each.shape[1]), each.dtype) for each in given[: 1 + is_back]
+            aval((self.shape.handle.num_tokens, each.shape[1]), each.dtype) for each in given[: 1 + is_back]
         ]
-
-
-def _aval(shape: tuple[int, ...], dtype: Any) -> Any:
-    return core.ShapedArray(shape, dtype)
-
-
-# The primitive: a call as JAX sees it.
-
-
-class _CallEffect(effects.Effect):  # type: ignore[misc]  # see pyproject.toml: jax is Any
-    def __str__(self) -> str:
-        return "ep_rt call"
-
-
-class _GpuCallEffect(effects.Effect):  # type: ignore[misc]
-    def __str__(self) -> str:
-        return "ep_rt call on a GPU, whose token XLA cannot carry through a loop or a branch"
-
-    __repr__ = __str__
-
-
-_EFFECT, _GPU_EFFECT = _CallEffect(), _GpuCallEffect()
-for _allowed in (
-    "ordered_effects",
-    "lowerable_effects",
-    "control_flow_allowed_effects",
-    "custom_derivatives_allowed_effects",
-    "remat_allowed_effects",
-    "partial_eval_kept_effects",  # JAX 0.11
-):
-    if hasattr(effects, _allowed):
-        getattr(effects, _allowed).add_type(_CallEffect)
-        if _allowed != "control_flow_allowed_effects":
-            getattr(effects, _allowed).add_type(_GpuCallEffect)
-
-
-def _effect(call: Any) -> effects.Effect:
-    return _EFFECT if _open(call.buffer).backend == "host" else _GPU_EFFECT
-
-
-def _results(*given: Any, call: Any) -> tuple[list[Any], set[Any]]:
-    return call.results(*given), {_effect(call)}
-
-
-def _run_now(*given: Any, call: Any) -> list[Any]:
-    results: list[Any] = call.run(_open(call.buffer), given, "jax")
-    return results
-
-
-def _refuse_batch(*_: Any, **__: Any) -> NoReturn:
-    raise ConfigError(
-        "dispatch and combine cannot be batched by vmap: make the batch a part of the tokens, or use lax.map"
-    )
-
-
-def _lower(ctx: Any, *operands: Any, call: Any) -> Any:
-    """A custom call to `_run_in_program`, between the tokens of the calls before and behind it."""
-    platforms = ctx.platforms or ctx.module_context.platforms
-    if len(platforms) != 1:
-        raise ConfigError(f"a call of a buffer is compiled for one platform, not for {', '.join(platforms)}")
-    _check_place(_open(call.buffer), platforms[0])
-    num_given, effect = len(operands), _effect(call)
-
-    def callback(context: Any, *memory: Any) -> tuple[()]:
-        given, results = memory[1 : 1 + num_given], memory[2 + num_given :]
-        _run_in_program(call, context, given, results)
-        return ()
-
-    ctx.module_context.add_host_callback(callback)
-    number = np.uint64(len(ctx.module_context.host_callbacks) - 1)
-    token = core.abstract_token
-    lowered = jax.ffi.ffi_lowering(_TARGETS[platforms[0]], has_side_effect=True)(
-        ctx.replace(avals_in=[token, *ctx.avals_in], avals_out=[token, *ctx.avals_out]),
-        ctx.tokens_in.get(effect),
-        *operands,
-        index=number,
-    )
-    ctx.set_tokens_out(ctx.tokens_in.update_tokens(mlir.TokenSet({effect: lowered[0]})))
-    return lowered[1:]
-
-
-_call_p = Primitive("ep_rt_call")
-_call_p.multiple_results = True
-_call_p.def_impl(_run_now)
-_call_p.def_effectful_abstract_eval(_results)
-batching.primitive_batchers[_call_p] = _refuse_batch
-# Not cached: every call has a place of its own between the tokens, and a callback of its own.
-mlir.register_lowering(_call_p, _lower, cacheable=False)
-
-
-def _check_place(buffer: Buffer, platform: str) -> None:
-    wanted = "cpu" if buffer.backend == "host" else "cuda"
-    if platform != wanted:
-        raise ConfigError(
-            f"the program is for {platform}, and the buffer, with backend {buffer.backend!r}, for {wanted}"
-        )
-    is_among_threads = isinstance(buffer.group, ThreadGroup) and buffer.num_ranks > 1
-    if platform == "cpu" and is_among_threads and xla_cpu_threads() <= buffer.num_ranks:
-        raise ConfigError(
-            f"{buffer.num_ranks} ranks wait for each other on {xla_cpu_threads()} threads of XLA: set the "
-            f"environment variable NPROC to {buffer.num_ranks + 1} or more before JAX starts, or use mpiexec"
-        )
-
-
-def _run_in_program(call: Any, context: Any, given: Sequence[Any], results: Sequence[Any]) -> None:
-    """Make a call on XLA's memory. Called by a thread of XLA."""
-    buffer = _open(call.buffer)
-    if buffer.backend == "host":
-        made = call.run(buffer, [arrays.host(each) for each in given], "numpy")
-        for result, target in zip(made, results, strict=True):
-            arrays.host(target, writable=True)[...] = result
-        return
-    from .cuda.streams import foreign_stream
-
-    # CuPy's arrays, on XLA's stream: the call runs there, and its memory goes back in that order.
-    stream = int(context.stream)
-    views = [arrays.view(each, stream=stream) for each in given]
-    with foreign_stream(stream, arrays.cuda_index(views[0].device)):
-        made = call.run(
-            buffer,
-            [
-                arrays.cuda_to_framework(
-                    each.pointer, each.shape, each.dtype, device=each.device, framework="cupy", owner=each
-                )
-                for each in views
-            ],
-            "cupy",
-        )
-        buffer.deliver(made, [arrays.view(target, stream=stream) for target in results])
 
 
 # Derivatives.
@@ -564,7 +423,7 @@ def _new_handle(call: _Dispatch, parts: tuple[Array, ...]) -> Handle:
     if call.exact is not None:
         assert call.exact.shape is not None  # the call was made
         shape, exact = call.exact.shape, call.exact.handle
-    at = _open(call.buffer).flat_layout(shape)
+    at = open_buffer(call.buffer).flat_layout(shape)
     counts: Array
     if exact is None:
         num_recv_tokens, num_needed_rows = (
@@ -597,7 +456,7 @@ def _dispatch(
     call: _Dispatch, x: Array, topk_idx: Array, topk_weights: Array | None
 ) -> tuple[Array, Array | None, Array | None, Handle]:
     weights = () if topk_weights is None else (topk_weights,)
-    recv_x, *found = _call_p.bind(x, topk_idx, *weights, call=call)
+    recv_x, *found = call_p.bind(x, topk_idx, *weights, call=call)
     recv_topk_idx = found.pop(0) if call.shape.handle.layout == "rank" else None
     recv_topk_weights = found.pop(0) if weights else None
     handle = _new_handle(call, tuple(found))
@@ -632,7 +491,7 @@ def _to_columns(grad_weights: Array, handle: Handle) -> Array:
     """What belongs to the weights of expert-major rows, in the columns of ``topk_idx`` they came from."""
     shape = handle.shape
     num_rows, num_topk = shape.handle.num_recv_rows, shape.handle.num_topk
-    place = _field(handle.parts, _open(handle.buffer).flat_layout(shape).expert_row)
+    place = _field(handle.parts, open_buffer(handle.buffer).flat_layout(shape).expert_row)
     place = place.reshape(shape.num_landed_rows, num_topk)
     is_there = (place >= 0) & (jnp.arange(shape.num_landed_rows)[:, None] < handle.num_recv_tokens)
     columns = jnp.broadcast_to(jnp.arange(num_topk), place.shape)
@@ -649,9 +508,7 @@ _dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _again(call: _Again, x: Array, weights: Array | None, handle: Handle) -> tuple[Array, Array | None]:
     moved = (x,) if weights is None else (x, weights)
-    recv_x, *recv_weights = (
-        _cleared(rows, handle) for rows in _call_p.bind(*moved, *handle.parts, call=call)
-    )
+    recv_x, *recv_weights = (_cleared(rows, handle) for rows in call_p.bind(*moved, *handle.parts, call=call))
     return recv_x, recv_weights[0] if recv_weights else None
 
 
@@ -674,7 +531,7 @@ def _combine(
     call: _Combine, x: Array, topk_weights: Array | None, biases: tuple[Array, ...], handle: Handle
 ) -> tuple[Array, Array | None]:
     moved = (x,) if topk_weights is None else (x, topk_weights)
-    combined_x, *weights = _call_p.bind(*moved, *biases, *handle.parts, call=call)
+    combined_x, *weights = call_p.bind(*moved, *biases, *handle.parts, call=call)
     return combined_x, weights[0] if weights else None
 
 

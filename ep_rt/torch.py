@@ -33,6 +33,10 @@ was, even if a rank's rows need no gradient. Calls of a compiled graph that do n
 two layers side by side, are made in the compiler's order, which may differ between ranks with other numbers
 of tokens: compile such layers apart.
 
+In a CUDA graph every result of these calls must be held as long as the graph is replayed, also what a
+backward pass captures and drops by itself: replays write there, and later calls could be given the same
+memory.
+
 Gradients have gradients, but not those of weights of layout "expert". Needs PyTorch 2.4, is tested with 2.13.
 """
 

@@ -43,6 +43,7 @@ from jax_cases import (  # noqa: E402
 )
 
 import ep_rt.jax as ep  # noqa: E402
+from ep_rt import jax_calls  # noqa: E402
 
 
 def eager(fn: Any) -> Any:
@@ -313,7 +314,7 @@ def test_layers_in_eager_functions(form: str) -> None:
 
 def test_loops_are_refused_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """XLA ends the process when it compiles one; here the calls are taken for those of a GPU."""
-    monkeypatch.setattr(ep, "_effect", lambda call: ep._GPU_EFFECT)
+    monkeypatch.setattr(jax_calls, "_effect", lambda call: jax_calls._GPU_EFFECT)
     options = STATIC["rank-worst"]
     run(partial(check_deep, options=options, form="plain", way=jax.jit), 2)
 

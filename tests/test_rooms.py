@@ -21,6 +21,7 @@ ORDER = [
     {"groups"},
     {"host", "cuda"},
     {"buffer"},
+    {"jax_calls"},
     {"__init__", "bench", "torch", "jax"},
     {"doctor", "compat"},
     {"__main__"},
@@ -77,7 +78,7 @@ def test_optional_libraries_are_imported_where_they_are_used(path: Path) -> None
     standard = __import__("sys").stdlib_module_names
     if path == PACKAGE / "torch.py":  # imported only by who asks; its operators are torch's
         always.add("torch")
-    if path == PACKAGE / "jax.py":  # the same for JAX
+    if path in (PACKAGE / "jax.py", PACKAGE / "jax_calls.py"):  # the same for JAX
         always.add("jax")
     for module, at_import in imports(path):
         top = module.partition(".")[0]
