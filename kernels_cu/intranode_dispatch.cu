@@ -107,7 +107,7 @@ __device__ Reason DispatchBlock<kCfg>::read_offers() {
 // Waits, as one thread, for its share of the counts by segment, and adds them up for the block.
 template <IntranodeDispatchCfg kCfg>
 __device__ Reason DispatchBlock<kCfg>::read_segments() {
-    const auto& counts = call.exchange(args.rank)->segment_counts[call.parity];
+    const auto& counts = segment_counts();
     const int32_t num_counts = args.segments->num * args.num_ranks;
     for (int32_t i = threadIdx.x; i < args.num_ranks * num_counts; i += blockDim.x) {
         const int32_t src = i / num_counts, n = i % num_counts / args.num_ranks, d = i % args.num_ranks;
@@ -180,7 +180,7 @@ __device__ bool DispatchBlock<kCfg>::has_offer(int32_t peer) const {
     };
     bool is_complete = is_there(from.offset) && is_there(from.capacity) && is_there(from.digest);
     if constexpr (kCfg.segmented) {
-        const auto& counts = call.exchange(args.rank)->segment_counts[call.parity][peer];
+        const auto& counts = segment_counts()[peer];
         for (int32_t n = 0; n < args.segments->num && !args.is_cached; ++n)
             for (int32_t d = 0; d < args.num_ranks; ++d) is_complete &= is_there(counts[n][d]);
     } else {
@@ -231,7 +231,7 @@ __device__ Reason DispatchBlock<kCfg>::sum_experts() const {
 // the next.
 template <IntranodeDispatchCfg kCfg>
 __device__ void DispatchBlock<kCfg>::report_segments() const {
-    const auto& counts = call.exchange(args.rank)->segment_counts[call.parity];
+    const auto& counts = segment_counts();
     for (int32_t i = lane; i < args.segments->num * kMaxLocalRanks; i += kWarpSize) {
         const int32_t n = i / kMaxLocalRanks, r = i % kMaxLocalRanks;
         args.send_plan->segment_base[n][r] = shared.segments.base[n][r];

@@ -111,6 +111,11 @@ struct DispatchBlock {
     template <class CountOf>
     __device__ void offer_experts(CountOf count_of) const;
     __device__ void offer_segments() const;
+    // What the ranks of this node have told: [src_rank][segment][dst_rank], stamped.
+    using SegmentCounts = uint64_t[kMaxLocalRanks][kMaxNodes][kMaxLocalRanks];
+    __device__ const SegmentCounts& segment_counts() const {
+        return call.exchange(args.rank)->segment_counts[call.parity];
+    }
     __device__ Reason read_offers();
     __device__ Reason read_segments();
     __device__ void plan_rows(int32_t peer);

@@ -30,9 +30,9 @@ SEGMENTED: Final = (
     ),
     Mutation(
         "segments: counts of the other parity",
-        "intranode_dispatch.cu",
-        "const auto& counts = call.exchange(args.rank)->segment_counts[call.parity];",
-        "const auto& counts = call.exchange(args.rank)->segment_counts[call.parity ^ 1];",
+        "intranode_dispatch_block.cuh",
+        "return call.exchange(args.rank)->segment_counts[call.parity];",
+        "return call.exchange(args.rank)->segment_counts[call.parity ^ 1];",
         "segmented-r2-sm90",
     ),
     Mutation(
