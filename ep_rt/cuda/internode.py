@@ -36,7 +36,6 @@ from .layout import (
     align_up,
     field_offset,
 )
-from .nvshmem import Network
 
 _RECORD_ALIGN: Final = 16  # of the parts of a row in a slot
 
@@ -164,6 +163,8 @@ class Internode:
         timeout_s: float,
         options: NetworkOptions | None = None,
     ) -> None:
+        from .nvshmem import Network  # which programs of one node never load
+
         self._domain = domain
         self.num_nodes, self.node, self.num_ranks = topology.num_nodes, topology.node, topology.num_ranks
         self.max_tokens = max_tokens
