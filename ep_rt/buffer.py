@@ -87,7 +87,8 @@ class Buffer:
         low_latency_mode: on GPUs, load the kernels of the low-latency calls, which raise without.
         num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, explicitly_destroy: as in DeepEP;
             every value means the same.
-        enable_shrink: in low-latency mode, mask a late rank and go on without it instead of raising.
+        enable_shrink: in low-latency mode, mask a late rank and go on without it instead of raising. What
+            a rank still sends that was late and not lost may spoil rows of later calls: end it.
         backend: "host"; "cuda", over several nodes in normal mode alone and with NVSHMEM; or "auto": what
             ``EP_RT_BACKEND`` says, else "cuda" if the ranks are on one node and the current GPU of each is
             its own, else "host". The attribute `backend` tells.

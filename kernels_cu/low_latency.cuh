@@ -11,8 +11,9 @@
 //            epoch and the use in the record of the call, where the second one finds them.
 // Left out   With `masks` a rank that does not arrive in time is masked and the call goes on. The blocks of a
 //            receive phase must agree on who is there: the first one to decide decides for all. A rank that
-//            was masked while it still stores, late and not lost, may store over rows of others where calls
-//            of bfloat16 and of FP8 take turns, whose rows differ in size.
+//            was masked while it still stores, late and not lost, may store over rows of others of a later
+//            call: where rows differ in size from call to call, and where combine sums at the source, whose
+//            slots are those of columns and not of ranks.
 // Words      All stamped with the epoch of the call, in a zone that is free, so none is cleared.
 #pragma once
 #include "sync.cuh"

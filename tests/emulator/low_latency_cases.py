@@ -16,6 +16,8 @@ from .low_latency import BF16, Dispatched, LowLatency
 from .machine import Array
 from .ranks import Ranks
 
+WIRES = ("bfloat16", "fp8", "logfmt")  # of a combine
+
 
 def draw_ids(rng: np.random.Generator, shape: AreaShape, count: int, dtype: Any) -> Array:
     """Experts of some tokens, none of which gets more than it has room for."""
@@ -70,6 +72,7 @@ def draw_low_latency(
     num_local = shape.num_experts // num_ranks
     dtype = (np.int64, np.int32)[rng.integers(2)]
     has_fp8 = shape.hidden % 128 == 0
+    wire = (WIRES[rng.integers(3)] if has_fp8 else "bfloat16") if dies_midway else None  # or one for each call
 
     def random_rows(count: int) -> Array:
         values = rng.standard_normal((count, shape.hidden), np.float32) * np.float32(0.3)
@@ -107,7 +110,7 @@ def draw_low_latency(
                     x,
                     ids,
                     weights=[rng.random(each.shape, np.float32) for each in ids] if rng.integers(2) else None,
-                    # What a lost rank has stored may still lie in the way of rows of another size.
+                    # A late rank's stores may meet those of others where the slots of a zone's uses differ.
                     scales=int(rng.integers(3)) if has_fp8 and rng.integers(2) and not dies_midway else None,
                     layout=("expert", "rank")[rng.integers(2)],
                     is_split=is_split,
@@ -138,7 +141,7 @@ def draw_low_latency(
                 random_rows(int(np.prod(each.src_info.shape))).reshape(*each.src_info.shape, shape.hidden)
                 for each in handle.expected
             ]
-            reduce = ("rank", "source")[int(not rng.integers(3))]
+            reduce = "rank" if dies_midway or rng.integers(3) else "source"
             ids, weights = handle.ids, [rng.random(each.shape, np.float32) - 0.5 for each in handle.ids]
             if reduce == "source" or handle.weights is None:
                 ids = [np.where(rng.random(each.shape) < 0.2, -1, each).astype(each.dtype) for each in ids]
@@ -150,7 +153,7 @@ def draw_low_latency(
                 ids,
                 weights,
                 reduce=reduce,
-                wire=("bfloat16", "fp8", "logfmt")[rng.integers(3)] if has_fp8 else "bfloat16",
+                wire=wire or (WIRES[rng.integers(3)] if has_fp8 else "bfloat16"),
                 is_split=splits,
                 is_fixed=is_fixed,
                 num_sum_blocks=int(rng.integers(1, 3)),
