@@ -72,7 +72,8 @@ def draw_low_latency(
     num_local = shape.num_experts // num_ranks
     dtype = (np.int64, np.int32)[rng.integers(2)]
     has_fp8 = shape.hidden % 128 == 0
-    wire = (WIRES[rng.integers(3)] if has_fp8 else "bfloat16") if dies_midway else None  # or one for each call
+    # None: a wire is drawn for each call.
+    wire = (WIRES[rng.integers(3)] if has_fp8 else "bfloat16") if dies_midway else None
 
     def random_rows(count: int) -> Array:
         values = rng.standard_normal((count, shape.hidden), np.float32) * np.float32(0.3)
