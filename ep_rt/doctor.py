@@ -143,7 +143,7 @@ def report(findings: list[Finding], requires: tuple[str, ...]) -> str:
 def network_settings() -> dict[str, str]:
     """By name, what NVSHMEM is told; all that decide over the network, and others where they are set."""
     told = network_environment()
-    defaults = default_variables(symmetric_bytes=0, is_one_host=False)
+    defaults = default_variables(symmetric_bytes=0, needs_transport=True)
     described = {}
     for name, meaning in NETWORK_VARIABLES.items():
         if name in told:

@@ -88,28 +88,29 @@ class NetworkOptions:
         return {name: str(value) for name, value in values.items() if value is not None}
 
 
-def default_variables(*, symmetric_bytes: int, is_one_host: bool) -> dict[str, str]:
+def default_variables(*, symmetric_bytes: int, needs_transport: bool) -> dict[str, str]:
     """What is set unless the environment says something else.
 
     NVLink multicast stays off: nothing here uses it, and it needs more of a host than NVLink itself does.
 
     Args:
         symmetric_bytes: that will be asked for.
-        is_one_host: no rank is on another one, so that no remote transport is needed.
+        needs_transport: loads and stores do not reach all ranks: some are on other hosts, or on GPUs that
+            do not reach each other.
     """
     defaults = {
         "NVSHMEM_DISABLE_NVLS": "1",
         "NVSHMEM_DISABLE_NCCL": "1",
         "NVSHMEM_SYMMETRIC_SIZE": str(symmetric_bytes + _SYMMETRIC_RESERVE_BYTES),
     }
-    return {**defaults, "NVSHMEM_REMOTE_TRANSPORT": "none"} if is_one_host else defaults
+    return defaults if needs_transport else {**defaults, "NVSHMEM_REMOTE_TRANSPORT": "none"}
 
 
 def set_network_environment(
     options: NetworkOptions,
     *,
     symmetric_bytes: int,
-    is_one_host: bool,
+    needs_transport: bool,
     environ: MutableMapping[str, str] = os.environ,
 ) -> dict[str, str | None]:
     """Prepare the environment that NVSHMEM reads when it starts in this process.
@@ -117,7 +118,7 @@ def set_network_environment(
     Returns:
         What was there of the variables that were set, for `restore_environment`; None for nothing.
     """
-    defaults = default_variables(symmetric_bytes=symmetric_bytes, is_one_host=is_one_host)
+    defaults = default_variables(symmetric_bytes=symmetric_bytes, needs_transport=needs_transport)
     given = {
         **{name: value for name, value in defaults.items() if name not in environ},
         **options.variables(),

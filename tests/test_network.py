@@ -11,7 +11,7 @@ from conftest import MpiRun
 from nvshmem_fakes import FakeLibrary, install
 
 from ep_rt import run_local
-from ep_rt.cuda import kernels, launch, nvshmem, nvshmem_files, nvshmem_host
+from ep_rt.cuda import kernels, launch, nvml, nvshmem, nvshmem_files, nvshmem_host
 from ep_rt.cuda.nvshmem import Network
 from ep_rt.errors import BackendError, ConfigError, TopologyError
 from ep_rt.exchange import Group
@@ -69,6 +69,18 @@ def test_processes_on_one_gpu_are_refused() -> None:
         nvshmem._check_members(members)
 
 
+def test_a_transport_is_needed_between_hosts_and_where_gpus_do_not_reach_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        nvml, "links", lambda: {("0:a.0", "0:b.0"): nvml.NO_P2P, ("0:a.0", "0:c.0"): nvml.PCIE}
+    )
+    mine = ("host", 1, "0:A.0")
+    assert not nvshmem._needs_transport(mine, [mine, ("host", 2, "0:C.0"), ("host", 3, "0:D.0")])
+    assert nvshmem._needs_transport(mine, [mine, ("host", 2, "0:B.0")])
+    assert nvshmem._needs_transport(mine, [mine, ("other", 2, "0:C.0")])
+
+
 def test_a_start_that_does_not_return_is_an_error(
     library: FakeLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,7 +114,7 @@ def test_options_win_over_the_environment_and_it_over_defaults() -> None:
         qp_depth=1024,
         ibgda=True,
     )
-    set_network_environment(options, symmetric_bytes=1 << 30, is_one_host=False, environ=environ)
+    set_network_environment(options, symmetric_bytes=1 << 30, needs_transport=True, environ=environ)
     assert network_environment(environ) == {
         "NVSHMEM_DISABLE_NCCL": "1",
         "NVSHMEM_DISABLE_NVLS": "1",
@@ -120,7 +132,9 @@ def test_options_win_over_the_environment_and_it_over_defaults() -> None:
 
 def test_ibgda_can_be_switched_off_and_a_transport_named() -> None:
     environ = {"NVSHMEM_REMOTE_TRANSPORT": "ibrc"}
-    set_network_environment(NetworkOptions(ibgda=False), symmetric_bytes=0, is_one_host=True, environ=environ)
+    set_network_environment(
+        NetworkOptions(ibgda=False), symmetric_bytes=0, needs_transport=False, environ=environ
+    )
     assert environ["NVSHMEM_IB_ENABLE_IBGDA"] == "0"
     assert environ["NVSHMEM_REMOTE_TRANSPORT"] == "ibrc"
 

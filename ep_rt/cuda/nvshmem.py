@@ -28,7 +28,7 @@ from ..errors import (
 )
 from ..exchange import LATE, Group
 from ..network_options import NetworkOptions, restore_environment, set_network_environment
-from . import nvshmem_files, nvshmem_host
+from . import nvml, nvshmem_files, nvshmem_host
 from .launch import make_context_current
 from .memory import device_errors
 from .nvshmem_host import HostLibrary
@@ -79,11 +79,13 @@ class _Facts:
         num_bytes: of symmetric memory that it will ask for.
         started: members of the NVSHMEM that runs in its process, empty if started by somebody else; None
             if none runs.
+        needs_transport: loads and stores of its GPU do not reach those of all ranks.
     """
 
     num_bytes: int
     version: tuple[int, ...] = ()
     started: tuple[Member, ...] | None = None
+    needs_transport: bool = False
     error: str | None = None
 
 
@@ -141,7 +143,7 @@ class Network:
         members = tuple(group.allgather(member, op="network members", timeout_s=timeout_s))
         _check_members(members)
         make_context_current()
-        library, facts = _library(num_bytes)
+        library, facts = _library(num_bytes, needs_transport=_needs_transport(member, members))
         everyone: list[_Facts] = group.allgather(facts, op="network facts", timeout_s=timeout_s)
         _check_facts(everyone, members)
         assert library is not None
@@ -149,7 +151,7 @@ class Network:
             environment = set_network_environment(
                 options or NetworkOptions(),
                 symmetric_bytes=num_bytes,
-                is_one_host=len({host for host, _, _ in members}) == 1,
+                needs_transport=any(each.needs_transport for each in everyone),
             )
             try:
                 self._start(library)
@@ -316,9 +318,9 @@ class Network:
         if failed is not None:
             raise on_all_ranks(
                 BackendError(
-                    f"rank {failed}: {failures[failed]}. Where ranks are on several hosts, a transport must "
-                    "reach them all: `python -m ep_rt doctor` shows cards and settings, NVSHMEM_DEBUG=INFO "
-                    "what NVSHMEM tried"
+                    f"rank {failed}: {failures[failed]}. Where ranks are on several hosts, or GPUs have "
+                    "no P2P, a transport must reach them all: `python -m ep_rt doctor` shows links, cards "
+                    "and settings, NVSHMEM_DEBUG=INFO what NVSHMEM tried"
                 )
             )
 
@@ -347,7 +349,15 @@ class Network:
             return call(*args)
 
 
-def _library(num_bytes: int) -> tuple[HostLibrary | None, _Facts]:
+def _needs_transport(mine: Member, members: Sequence[Member]) -> bool:
+    """Whether some rank is on another host, or on a GPU that loads and stores of this one do not reach."""
+    if any(host != mine[0] for host, _, _ in members):
+        return True
+    unreached = nvml.without_p2p(nvml.links(), nvml.address(mine[2]))
+    return any(nvml.address(bus_id) in unreached for _, _, bus_id in members)
+
+
+def _library(num_bytes: int, *, needs_transport: bool) -> tuple[HostLibrary | None, _Facts]:
     """Load NVSHMEM; what to tell the peers, errors included."""
     try:
         if _PROCESS.lost is not None:
@@ -358,7 +368,13 @@ def _library(num_bytes: int) -> tuple[HostLibrary | None, _Facts]:
         else:
             library = nvshmem_host.load(nvshmem_files.find())
             started = () if library.is_started else None
-        return library, _Facts(num_bytes=num_bytes, version=library.version(), started=started)
+        facts = _Facts(
+            num_bytes=num_bytes,
+            version=library.version(),
+            started=started,
+            needs_transport=needs_transport,
+        )
+        return library, facts
     except EpError as error:
         return None, _Facts(num_bytes=num_bytes, error=str(error))
 
