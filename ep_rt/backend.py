@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import platform
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import permutations
 
 from .config import settings
-from .errors import BackendError, ConfigError
+from .cuda import nvml, nvshmem_files
+from .cuda.internode import Internode
+from .errors import BackendError, ConfigError, EpError, TopologyError
+from .topology import GpuPlace, Topology
 
 BACKENDS = ("auto", "cuda", "host")
 
@@ -18,13 +22,6 @@ MAX_CUDA_RANKS = 8
 _MIN_CAPABILITY = 80
 
 _log = logging.getLogger("ep_rt")
-
-
-class GpuPlace(NamedTuple):
-    """The GPU that is current for a rank: its host, and its PCI address."""
-
-    host: str
-    bus_id: str
 
 
 def requested(backend: str) -> str:
@@ -53,32 +50,89 @@ def gpu_place() -> GpuPlace | None:
         return None
     from cupy.cuda import runtime
 
-    return GpuPlace(platform.node(), runtime.deviceGetPCIBusId(runtime.getDevice()))
+    bus_id = nvml.address(runtime.deviceGetPCIBusId(runtime.getDevice()))
+    links = nvml.links()
+    return GpuPlace(
+        platform.node(),
+        os.getpid(),
+        bus_id,
+        without_nvlink=nvml.without_nvlink(links, bus_id),
+        without_p2p=nvml.without_p2p(links, bus_id),
+        has_nvshmem=_has_nvshmem(),
+    )
 
 
-def choose(places: Sequence[GpuPlace | None], *, num_nodes: int) -> str:
+def choose(places: Sequence[GpuPlace | None], topology: Topology, *, low_latency_mode: bool = False) -> str:
     """What "auto" means for ranks at these places, the same on all: "cuda" where it serves every one.
 
     Ranks that share a GPU get the host backend: processes would wait for each other in time slices, and
-    threads need streams of their own, so who wants that asks for "cuda".
+    threads need streams of their own, so who wants that asks for "cuda". So does who has ranks on several
+    hosts, or GPUs that do not reach each other: only NVSHMEM's start shows whether a network joins them.
+    Several nodes of one host, as where GPUs have no NVLink, need NVSHMEM and a process for each rank.
+
+    Args:
+        topology: of nodes that NVLink joins.
+        low_latency_mode: which needs ranks of one node.
     """
-    reason = _reason_for_host(places, num_nodes)
+    reason = _reason_for_host(places, topology, low_latency_mode)
     if reason is None:
         _log.info("backend: cuda")
         return "cuda"
-    _log.info("backend: host, because %s", reason)
+    # Who has GPUs, but of this kind, is told once.
+    is_unexpected = topology.lacks_nvlink and topology.rank == 0
+    _log.log(logging.WARNING if is_unexpected else logging.INFO, "backend: host, because %s", reason)
     return "host"
 
 
-def _reason_for_host(places: Sequence[GpuPlace | None], num_nodes: int) -> str | None:
+def _reason_for_host(
+    places: Sequence[GpuPlace | None], topology: Topology, low_latency_mode: bool
+) -> str | None:
     present = [place for place in places if place is not None]
     if len(present) < len(places):
         return f"{len(places) - len(present)} of {len(places)} ranks have no GPU"
-    if num_nodes > 1 or len(places) > MAX_CUDA_RANKS:
-        return f"{len(places)} ranks on {num_nodes} nodes; the CUDA backend serves {MAX_CUDA_RANKS} of one"
-    if len(set(present)) < len(present):
+    if len({place.host for place in present}) > 1:
+        return f"{len(places)} ranks on several hosts: ask for backend='cuda' if a network joins them"
+    if len({place.bus_id for place in present}) < len(present):
         return "the same GPU is the current one of several ranks"
+    if topology.num_nodes > 1:
+        return _reason_against_network(present, topology, low_latency_mode)
+    if len(places) > MAX_CUDA_RANKS:
+        return f"{len(places)} ranks on one node; the CUDA backend serves {MAX_CUDA_RANKS}"
     return None
+
+
+def _reason_against_network(
+    places: Sequence[GpuPlace], topology: Topology, low_latency_mode: bool
+) -> str | None:
+    """Of several nodes of one host."""
+    nodes = f"{len(places)} ranks on {topology.num_nodes} nodes{topology.hint}"
+    if low_latency_mode:
+        return f"low-latency calls need ranks of one node: {nodes}"
+    try:
+        Internode.check(topology)
+    except TopologyError as error:
+        return str(error)
+    if len({place.process for place in places}) < len(places):
+        return f"NVSHMEM needs a process for each rank: {nodes}"
+    without = [rank for rank, place in enumerate(places) if not place.has_nvshmem]
+    if without:
+        return (
+            f"NVSHMEM is not installed for rank {without[0]}, which ep-rt[cuda12] or ep-rt[cuda13] does: "
+            f"{nodes}"
+        )
+    for (one, place), (two, other) in permutations(enumerate(places), 2):
+        if other.bus_id in place.without_p2p:
+            pair = f"the GPUs of ranks {one} and {two} have no P2P"
+            return f"{pair}: ask for backend='cuda' if a network joins them"
+    return None
+
+
+def _has_nvshmem() -> bool:
+    try:
+        nvshmem_files.find()
+    except EpError:
+        return False
+    return True
 
 
 def _missing_for_cuda() -> str | None:

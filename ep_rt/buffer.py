@@ -71,6 +71,11 @@ class Buffer:
     result that was dropped goes to later calls: what reads it on a stream other than theirs must come before
     them. Ranks that are threads on one GPU each need a non-blocking stream of their own, made current.
 
+    A node is an NVLink domain. Where NVLink does not join all GPUs of a host, its nodes are as many
+    consecutive ranks as it does join, down to a single one, and rows travel between them through NVSHMEM,
+    directly over PCIe where GPUs reach each other so. ``EP_RT_NVLINK=0`` forces that, ``EP_RT_NVLINK=1``
+    one node for each host. Ranks that are threads of one process stay on one node.
+
     Over several nodes GPUs serve the normal mode, for up to `num_max_tokens_per_rank` tokens of `for_moe` in
     a call, else 8192. A dispatch needs expert ids or a handle. Every rank is a process with a GPU of its own,
     the ranks of a node are consecutive, and all nodes have as many. A combine rounds the sums of each node.
@@ -90,9 +95,10 @@ class Buffer:
         enable_shrink: in low-latency mode, mask a late rank and go on without it instead of raising. What
             a rank still sends that was late and not lost may spoil rows of later calls: end it.
         backend: "host"; "cuda", over several nodes in normal mode alone and with NVSHMEM; or "auto": what
-            ``EP_RT_BACKEND`` says, else "cuda" if the ranks are on one node and the current GPU of each is
-            its own, else "host". The attribute `backend` tells.
-        ranks_per_node: split the ranks into nodes of this size instead of asking the machine.
+            ``EP_RT_BACKEND`` says, else "cuda" if the ranks are on one host, the current GPU of each is its
+            own, and several nodes of that host can be served, else "host". The attribute `backend` tells.
+        ranks_per_node: split the ranks into nodes of this size instead of asking the machine; wins over
+            ``EP_RT_NVLINK``.
         timeout_s: how long to wait for a peer.
         moe: sizes to check calls against, see `for_moe`.
 
@@ -129,7 +135,7 @@ class Buffer:
         self._moe = moe
         peers = Peers(self.group, timeout_s)
         requested = attempt(lambda: self._check_construction(backend, num_nvl_bytes, num_rdma_bytes))
-        may_choose = requested == "auto"
+        place = backends.gpu_place() if requested in ("auto", "cuda") else None
         announced = peers.agree(
             "Buffer",
             requested
@@ -142,18 +148,20 @@ class Buffer:
                     "enable_shrink": enable_shrink,
                     "model": None if moe is None else astuple(moe),
                 },
-                payload=(secrets.token_hex(2), backends.gpu_place() if may_choose else None),
+                payload=(secrets.token_hex(2), place),
             ),
         )
         assert isinstance(requested, str)  # agree raised the error
         # Several buffers may use one group: their operations must not be taken for each other's.
         peers.label = f" of buffer {announced[0][0]}"
-        self.topology = discover(self.group, ranks_per_node=ranks_per_node)
+        self.topology = discover(self.group, ranks_per_node=ranks_per_node, place=place)
         self.backend = requested
         if requested == "auto":
             self.backend = backends.choose(
-                [place for _, place in announced], num_nodes=self.topology.num_nodes
+                [place for _, place in announced], self.topology, low_latency_mode=low_latency_mode
             )
+            if self.backend == "host" and self.topology.lacks_nvlink:
+                self.topology = discover(self.group, ranks_per_node=ranks_per_node)
         self._identity = object()
         self._engine: HostEngine | CudaEngine
         self._low_latency: HostLowLatency | CudaLowLatency | NoLowLatency

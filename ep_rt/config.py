@@ -18,6 +18,7 @@ class Settings:
 
     backend: str | None
     ranks_per_node: int | None
+    nvlink: bool | None
     cache_dir: Path
     nvshmem_home: Path | None
 
@@ -27,16 +28,21 @@ def settings(environ: Mapping[str, str] = os.environ) -> Settings:
 
     ``EP_RT_BACKEND``: backend used when the caller says ``"auto"``.
     ``EP_RT_RANKS_PER_NODE``: split ranks into virtual nodes of this size.
+    ``EP_RT_NVLINK``: 0 or 1: whether NVLink joins the GPUs of a host, instead of asking the driver.
     ``EP_RT_CACHE_DIR``: compiled kernels; default ``$XDG_CACHE_HOME/ep_rt`` or ``~/.cache/ep_rt``.
     ``NVSHMEM_HOME``: an NVSHMEM other than that of the wheel. What NVSHMEM itself reads: `network_options`.
     """
     ranks_per_node = environ.get("EP_RT_RANKS_PER_NODE", "")
     if ranks_per_node and not (ranks_per_node.isdigit() and int(ranks_per_node) > 0):
         raise ConfigError(f"EP_RT_RANKS_PER_NODE={ranks_per_node!r} is not a positive integer")
+    nvlink = environ.get("EP_RT_NVLINK", "")
+    if nvlink not in ("", "0", "1"):
+        raise ConfigError(f"EP_RT_NVLINK={nvlink!r} is neither 0 nor 1")
     cache_home = Path(environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     return Settings(
         backend=environ.get("EP_RT_BACKEND") or None,
         ranks_per_node=int(ranks_per_node) if ranks_per_node else None,
+        nvlink=nvlink == "1" if nvlink else None,
         cache_dir=Path(environ.get("EP_RT_CACHE_DIR") or cache_home / "ep_rt"),
         nvshmem_home=Path(environ["NVSHMEM_HOME"]) if environ.get("NVSHMEM_HOME") else None,
     )

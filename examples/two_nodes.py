@@ -9,6 +9,10 @@ EP_RT_RANKS_PER_NODE alone (``python -m ep_rt doctor`` shows network cards and s
     mpirun --hostfile hosts --map-by ppr:8:node --bind-to none python examples/two_nodes.py --backend cuda
     srun --nodes=2 --ntasks-per-node=8 --distribution=block python examples/two_nodes.py --backend cuda
 
+GPUs of one host that NVLink does not join are nodes of their own, and so are all with EP_RT_NVLINK=0:
+
+    EP_RT_NVLINK=0 mpirun -n 4 --bind-to none python examples/two_nodes.py --backend cuda
+
 On GPUs (``--backend cuda``) every token crosses the network at most once for each node that has an expert of
 it, by NVSHMEM, to the rank of the same place there; NVLink does the rest. A combine brings one row per node
 back. On the host backend the same calls go through MPI or threads, and the nodes matter for the counts only.

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from ep_rt import arrays
-from ep_rt.cuda import plan
+from ep_rt.cuda import nvshmem, plan
 from ep_rt.cuda.hang import Names, Report, verdict
 from ep_rt.cuda.internode import Internode, Parts
 from ep_rt.cuda.layout import MAX_CHANNELS, MAX_SLOTS, Operation, Reason, signal_word
-from ep_rt.errors import ConfigError, PeerTimeoutError, TopologyError
+from ep_rt.errors import BackendError, ConfigError, PeerTimeoutError, TopologyError, on_all_ranks
 from ep_rt.exchange import Group
-from ep_rt.groups import run_local
+from ep_rt.groups import run_local, thread_groups
 from ep_rt.node_group import NodeGroup
 from ep_rt.requests import integer
 from ep_rt.topology import Topology
@@ -85,6 +87,29 @@ def test_nodes_that_are_not_served() -> None:
         Internode.check(Topology(rank=0, node_of_rank=(0, 0, 1)))
     with pytest.raises(TopologyError, match="at most 32 of 8"):
         Internode.check(Topology(rank=0, node_of_rank=tuple(range(33))))
+
+
+def test_gpus_without_nvlink_hear_what_to_install_and_how_to_do_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def absent(*args: object, **kwargs: object) -> None:
+        raise on_all_ranks(BackendError("rank 1: NVSHMEM is not installed; install ep-rt[cuda12]"))
+
+    monkeypatch.setattr(nvshmem, "Network", absent)
+    for lacks_nvlink in (True, False):
+        topology = Topology(rank=0, node_of_rank=(0, 1), lacks_nvlink=lacks_nvlink)
+        with pytest.raises(BackendError, match=r"^rank 1: NVSHMEM is not installed; install") as caught:
+            Internode(
+                thread_groups(1)[0],
+                topology,
+                SimpleNamespace(),  # type: ignore[arg-type]
+                max_tokens=8,
+                num_bytes=0,
+                record_bytes=1024,
+                timeout_s=1.0,
+            )
+        assert caught.value.is_collective
+        assert ("EP_RT_NVLINK=1 makes it one node" in str(caught.value)) == lacks_nvlink
 
 
 def test_groups_of_nodes_do_not_wait_for_each_other() -> None:

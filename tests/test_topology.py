@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import random
 import socket
+from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
 
 import pytest
 
 from ep_rt.errors import ConfigError, TopologyError
 from ep_rt.groups import Group, run_local
-from ep_rt.topology import Topology, discover
+from ep_rt.topology import GpuPlace, Topology, discover, ranks_joined
 
 
 @pytest.fixture(autouse=True)
 def _no_override(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("EP_RT_RANKS_PER_NODE", raising=False)
+    for name in ("EP_RT_RANKS_PER_NODE", "EP_RT_NVLINK"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def test_what_a_rank_sees() -> None:
@@ -66,9 +70,11 @@ def test_virtual_nodes(
     assert nodes_of(num_ranks, ranks_per_node=size) == nodes
     monkeypatch.setenv("EP_RT_RANKS_PER_NODE", str(size))
     assert nodes_of(num_ranks) == nodes
-    # The argument wins over the environment, and both over the domain.
+    # The argument wins over the environment, and both over links.
     monkeypatch.setenv("EP_RT_RANKS_PER_NODE", "3")
-    assert nodes_of(num_ranks, ranks_per_node=size, domain="one") == nodes
+    monkeypatch.setenv("EP_RT_NVLINK", "1")
+    place = GpuPlace("here", 0, "a")
+    assert nodes_of(num_ranks, ranks_per_node=size, place=place) == nodes
 
 
 def test_hosts_are_nodes_in_the_order_of_their_first_ranks() -> None:
@@ -91,16 +97,132 @@ class _HostGroup:
         return getattr(self._group, name)
 
     def allgather(self, value: Any, **kwargs: Any) -> list[Any]:
-        size, domain, host = value
+        *others, host = value
         assert host == socket.gethostname()
-        return self._group.allgather((size, domain, self._hosts[self._group.rank]), **kwargs)
+        return self._group.allgather((*others, self._hosts[self._group.rank]), **kwargs)
 
 
-def test_a_domain_replaces_the_host() -> None:
-    def fn(group: Group) -> Topology:
-        return discover(group, domain=("fabric", group.rank % 2))
+# GPUs and their links.
 
-    assert {its.node_of_rank for its in run_local(fn, 4)} == {(0, 1, 0, 1)}
+
+def gpus(num_gpus: int, *joined: Sequence[int], host: str = "here") -> list[GpuPlace]:
+    """A process on each GPU of a host, where NVLink joins any two of each group."""
+    together = {pair for group in joined for pair in combinations(sorted(group), 2)}
+    return [
+        GpuPlace(
+            host,
+            100 + number,
+            str(number),
+            without_nvlink=frozenset(
+                str(other)
+                for other in range(num_gpus)
+                if other != number and (min(number, other), max(number, other)) not in together
+            ),
+        )
+        for number in range(num_gpus)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("places", "size"),
+    [
+        (gpus(1), None),
+        (gpus(8, range(8)), None),
+        (gpus(8), 1),
+        (gpus(2), 1),
+        (gpus(3), 1),
+        # Bridges between pairs, and between others than neighbours.
+        (gpus(4, (0, 1), (2, 3)), 2),
+        (gpus(4, (0, 2), (1, 3)), 1),
+        (gpus(6, (0, 1, 2), (3, 4, 5)), 3),
+        (gpus(6, (0, 1), (2, 3), (4, 5)), 2),
+        (gpus(8, (0, 1, 2, 3), (4, 5, 6, 7)), 4),
+        (gpus(8, (0, 1, 2, 3), (4, 5)), 1),
+        (gpus(8, (0, 1, 2, 3), (4, 5), (6, 7)), 2),
+        # Hosts.
+        (gpus(4, range(4)) + gpus(4, range(4), host="there"), None),
+        (gpus(4, range(4)) + gpus(2, range(2), host="there"), None),
+        (gpus(4, range(4)) + gpus(4, (0, 1), (2, 3), host="there"), 2),
+        (gpus(4, range(4)) + gpus(4, host="there"), 1),
+        (gpus(3) + gpus(5, host="there"), 1),
+        (gpus(1) + gpus(1, host="there"), None),
+    ],
+)
+def test_nodes_by_links(places: list[GpuPlace], size: int | None) -> None:
+    assert ranks_joined(places) == size
+    assert ranks_joined(places, nvlink=True) is None
+    forced = ranks_joined(places, nvlink=False)
+    assert forced == (None if len({place.host for place in places}) == len(places) else 1)
+
+
+def test_ranks_of_hosts_in_turn_are_nodes_of_one() -> None:
+    places = [place for pair in zip(gpus(2), gpus(2, host="there"), strict=True) for place in pair]
+    assert ranks_joined(places) == 1
+    joined = [place._replace(without_nvlink=frozenset()) for place in places]
+    assert ranks_joined(joined) is None  # as hosts, which `Internode.check` then refuses by name
+
+
+def test_one_side_that_knows_is_enough() -> None:
+    one, two = gpus(2)
+    for known in (
+        [one, two._replace(without_nvlink=frozenset())],
+        [one._replace(without_nvlink=frozenset()), two],
+    ):
+        assert ranks_joined(known) == 1
+
+
+def test_unknown_gpus_count_as_joined() -> None:
+    places = [place._replace(without_nvlink=frozenset({"9"})) for place in gpus(4)]
+    assert ranks_joined(places) is None
+
+
+@pytest.mark.parametrize("nvlink", [None, False])
+def test_threads_and_ranks_on_one_gpu_stay_together(nvlink: bool | None) -> None:
+    threads = [place._replace(process=1) for place in gpus(4)]
+    assert ranks_joined(threads, nvlink=nvlink) is None
+    shared = [place._replace(bus_id="0") for place in gpus(4)]
+    assert ranks_joined(shared, nvlink=nvlink) is None
+    two_processes = [place._replace(process=number // 2) for number, place in enumerate(gpus(4))]
+    assert ranks_joined(two_processes, nvlink=nvlink) == 2
+
+
+def test_no_larger_nodes_would_do() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        num_gpus = rng.choice([2, 3, 4, 6, 8])
+        pairs = [pair for pair in combinations(range(num_gpus), 2) if rng.random() < 0.8]
+        size = ranks_joined(gpus(num_gpus, *pairs))
+        fitting = [
+            each
+            for each in range(1, num_gpus + 1)
+            if num_gpus % each == 0
+            and all(
+                pair in pairs
+                for pair in combinations(range(num_gpus), 2)
+                if pair[0] // each == pair[1] // each
+            )
+        ]
+        assert (size or num_gpus) == max(fitting)
+
+
+def found_by(places: Sequence[GpuPlace | None]) -> Topology:
+    found = run_local(lambda group: discover(group, place=places[group.rank]), len(places))
+    assert len({(its.node_of_rank, its.lacks_nvlink) for its in found}) == 1
+    return found[0]
+
+
+def test_links_decide_over_nodes_and_the_environment_over_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    bridged, full = gpus(4, (0, 1), (2, 3)), gpus(4, range(4))
+    assert found_by(bridged).node_of_rank == (0, 0, 1, 1)
+    assert "EP_RT_NVLINK=1 makes it one node" in found_by(bridged).hint
+    assert (found_by(full).num_nodes, found_by(full).hint) == (1, "")
+    assert found_by([*bridged[:3], None]).num_nodes == 1
+    monkeypatch.setenv("EP_RT_NVLINK", "1")
+    assert (found_by(bridged).num_nodes, found_by(bridged).lacks_nvlink) == (1, False)
+    monkeypatch.setenv("EP_RT_NVLINK", "0")
+    assert (found_by(full).node_of_rank, found_by(full).lacks_nvlink) == ((0, 1, 2, 3), True)
+    monkeypatch.setenv("EP_RT_RANKS_PER_NODE", "2")
+    assert (found_by(full).node_of_rank, found_by(full).hint) == ((0, 0, 1, 1), "")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +238,6 @@ def test_a_domain_replaces_the_host() -> None:
         ),
         (lambda rank: {"ranks_per_node": rank}, "rank 0: ranks_per_node=0 is not a positive integer"),
         (lambda rank: {"ranks_per_node": True}, "rank 0: ranks_per_node=True is not"),
-        (lambda rank: {"domain": "a" if rank else None}, "whether a domain is given differs between ranks"),
     ],
 )
 def test_overrides_that_differ_or_are_wrong_are_an_error_on_every_rank(arguments: Any, message: str) -> None:
@@ -138,3 +259,11 @@ def test_a_wrong_environment_on_one_rank_is_an_error_on_every_rank(monkeypatch: 
             discover(group, ranks_per_node=2 if group.rank else None)
 
     run_local(fn, 2)
+    monkeypatch.setenv("EP_RT_RANKS_PER_NODE", "1")
+    monkeypatch.setenv("EP_RT_NVLINK", "yes")
+
+    def nvlink(group: Group) -> None:
+        with pytest.raises(ConfigError, match="rank 0: EP_RT_NVLINK='yes' is neither 0 nor 1"):
+            discover(group)
+
+    run_local(nvlink, 2)

@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol, TypeVar
 import numpy as np
 
 from .. import arrays
-from ..backend import requested
+from ..backend import gpu_place, requested
 from ..errors import BackendError, ConfigError, on_all_ranks
 from ..exchange import Group
 from ..groups import as_group, run_local
@@ -238,7 +238,7 @@ def _on_process(group: Group, backend: str, options: Options, body: Callable[[Gr
             num_ranks=group.size,
             ranks_are="processes",
             is_shared=False,
-            num_nodes=discover(group).num_nodes,
+            num_nodes=_num_nodes(group, backend, number),
         )
         with _opened(setting, number) as place:
             return body(group, place)
@@ -246,6 +246,16 @@ def _on_process(group: Group, backend: str, options: Options, body: Callable[[Gr
         if not getattr(error, "is_collective", False):
             group.abort(error)
         raise
+
+
+def _num_nodes(group: Group, backend: str, device: int) -> int:
+    """As a buffer finds them."""
+    if backend == "host":
+        return discover(group).num_nodes
+    import cupy
+
+    with cupy.cuda.Device(device):
+        return discover(group, place=gpu_place()).num_nodes
 
 
 def _of_threads(backend: str, options: Options) -> Setting:

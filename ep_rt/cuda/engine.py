@@ -139,7 +139,7 @@ class CudaEngine:
                 raise on_all_ranks(
                     BackendError(
                         f"low-latency calls over {topology.num_nodes} nodes are not there yet: "
-                        "they need ranks of one node"
+                        f"they need ranks of one node{topology.hint}"
                     )
                 )
         domain = Domain(
@@ -284,7 +284,8 @@ class CudaEngine:
 
     def flat_layout(self, shape: FlatShape) -> FlatLayout:
         if self._internode is not None:
-            raise BackendError("handles of ranks on several nodes cannot be flattened yet")
+            hint = self._topology.hint
+            raise BackendError(f"handles of ranks on several nodes cannot be flattened yet{hint}")
         return flat.layout(shape)
 
     def flatten_handle(self, handle: DispatchHandle, shape: FlatShape, framework: str) -> list[Any]:

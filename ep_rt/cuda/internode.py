@@ -172,7 +172,10 @@ class Internode:
         area_bytes = align_up(NETWORK_AREA.itemsize, OFFSET_UNIT)
         rings_bytes = self._rings.num_bytes(self.num_nodes)
         total = area_bytes + 2 * rings_bytes
-        self._network = Network(group, num_bytes=total, options=options, timeout_s=timeout_s)
+        try:
+            self._network = Network(group, num_bytes=total, options=options, timeout_s=timeout_s)
+        except BackendError as failure:  # of all ranks
+            raise on_all_ranks(BackendError(f"{failure}{topology.hint}")) from failure
         self._memory = self._network.allocate(total)
         self._area = self._memory.pointer
         self._state = Workspace(NETWORK_STATE.itemsize)
