@@ -37,6 +37,12 @@ SANITIZED_ON_ONE_GPU = (
     "tests/gpu/test_low_latency.py::test_any_number_of_ranks[2-virtual]",
 )
 OVER_NODES = tuple(f"tests/gpu/test_{name}.py" for name in ("internode", "normal", "expert_major"))
+WITHOUT_NVLINK = (
+    "tests/gpu/test_internode.py::test_nodes_are_chosen_and_so_are_gpus",
+    "tests/gpu/test_internode.py::test_counts_by_node",
+    "tests/gpu/test_normal.py::test_random_layers_equal_the_oracle",
+    "tests/gpu/test_normal.py::test_worst_case_capacity_equals_the_oracle",
+)
 NORMAL_MODE = ("dispatch", "dispatch-cached", "combine")
 LOW_LATENCY = ("ll-dispatch", "ll-dispatch-packed", "ll-dispatch-split", "ll-combine", "ll-pair")
 SUMMARY = re.compile(r"((?:\d+ (?:passed|failed|skipped|errors?|deselected|warnings?)(?:, )?)+) in [\d.]+s")
@@ -70,6 +76,8 @@ def main() -> int:
             named = f"mpirun -n {num_ranks}, {num_ranks // ranks_per_node} nodes"
             parts[named] = [*nodes, *pytest, *OVER_NODES]
             parts[f"figures, {named}"] = [*nodes, *bench, "128", "4096", "--operations", *NORMAL_MODE]
+        without_nvlink = ["env", "EP_RT_NVLINK=0", *mpirun, *pytest, *WITHOUT_NVLINK]
+        parts[f"mpirun -n {num_ranks}, as without NVLink"] = without_nvlink
         parts[f"barrier figures, mpirun -n {num_ranks}"] = [*mpirun, *barrier]
         parts[f"figures, mpirun -n {num_ranks}"] = [*mpirun, *bench, "128", "4096"]
         low_latency = [*bench, "8", "128", "--operations", *LOW_LATENCY]

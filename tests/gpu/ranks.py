@@ -19,9 +19,11 @@ from ep_rt.groups import as_group, run_local
 
 T = TypeVar("T")
 NUM_VIRTUAL_RANKS = 8
-RANKS_PER_NODE = settings().ranks_per_node
-"""Set, the ranks of mpirun are on virtual nodes, and all tests go over the network between them."""
 IS_UNDER_MPI = any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+_WITHOUT_NVLINK = 1 if IS_UNDER_MPI and settings().nvlink is False else None
+RANKS_PER_NODE = settings().ranks_per_node or _WITHOUT_NVLINK
+"""Set, the ranks of mpirun are on virtual nodes, and all tests go over the network between them. As nodes of
+one rank with ``EP_RT_NVLINK=0``, which is how GPUs without NVLink are served."""
 PLACES = ("mpi",) if IS_UNDER_MPI else ("virtual", "gpus")
 GROUP_TIMEOUT_S = 30.0
 _HEAP_BYTES = 512 << 20

@@ -1,6 +1,7 @@
 """The normal mode over virtual nodes: what only that has. ``EP_RT_RANKS_PER_NODE=1 mpirun -n 2 pytest ...``
 
-With that variable all tests of test_normal.py and test_expert_major.py go over the network, too.
+With that variable, or ``EP_RT_NVLINK=0``, all tests of test_normal.py and test_expert_major.py go over the
+network, too.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
         not (IS_UNDER_MPI and RANKS_PER_NODE),
-        reason="needs EP_RT_RANKS_PER_NODE and a process for each GPU",
+        reason="needs EP_RT_RANKS_PER_NODE or EP_RT_NVLINK=0, and a process for each GPU",
     ),
 ]
 
@@ -56,6 +57,19 @@ def test_counts_by_node() -> None:
                 assert same_bits(fetch(out.num_tokens_per_rdma_rank), expected.num_tokens_per_node)
                 assert same_bits(fetch(out.num_tokens_per_expert), expected.num_tokens_per_expert)
                 assert same_bits(fetch(out.is_token_in_rank), expected.is_token_in_rank)
+
+    on_ranks(body)
+
+
+def test_nodes_are_chosen_and_so_are_gpus() -> None:
+    """What the variables say holds without ``backend="cuda"``, too."""
+
+    def body(group: Group) -> None:
+        with cuda_buffer(group, backend="auto") as buffer:
+            assert RANKS_PER_NODE is not None
+            assert buffer.backend == "cuda"
+            assert buffer.topology.node_sizes == (RANKS_PER_NODE,) * (group.size // RANKS_PER_NODE)
+            check_normal(buffer, 5)
 
     on_ranks(body)
 
