@@ -12,8 +12,9 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,13 +22,14 @@ from . import _version
 from .bench import machine
 from .bench.console import say
 from .config import settings
-from .cuda import jit, kernels, launch, linker, nvshmem_files, nvshmem_host
+from .cuda import jit, kernels, launch, linker, nvml, nvshmem_files, nvshmem_host
 from .cuda.nvshmem import Network
 from .cuda.ping import Ping
 from .errors import EpError
 from .exchange import Group
 from .groups import as_group
 from .network_options import NETWORK_VARIABLES, default_variables, network_environment
+from .topology import GpuPlace, ranks_joined
 
 OK, ABSENT, BROKEN = "ok", "absent", "broken"
 
@@ -236,7 +238,8 @@ def _cuda() -> Iterator[Finding]:
             yield Finding(part="cuda", name="GPUs", state=BROKEN if has_driver else ABSENT, detail=reason)
         else:
             yield _finding("cuda", "GPUs", lambda: f"{num_gpus}: {_gpus(num_gpus)}")
-            yield _finding("cuda", "links", lambda: machine.links() or "not known; nvidia-smi does not say")
+            yield _finding("cuda", "links", lambda: _links(num_gpus))
+            yield _finding("cuda", "nodes", lambda: described_nodes(_bus_ids(num_gpus), nvml.links()))
     if not _is_installed("cuda") or not _is_installed("cuda.bindings"):
         yield _absent("cuda", "cuda-bindings", "install ep-rt[cuda12] or ep-rt[cuda13]")
         return
@@ -304,6 +307,49 @@ def _gpus(num_gpus: int) -> str:
         names[name] = names.get(name, 0) + 1
     listing = ", ".join(f"{count} x {name}" for name, count in names.items())
     return f"{listing}; driver for CUDA {machine.cuda_version(runtime.driverGetVersion())}"
+
+
+def _bus_ids(num_gpus: int) -> list[str]:
+    from cupy.cuda import runtime
+
+    return [nvml.address(runtime.deviceGetPCIBusId(device)) for device in range(num_gpus)]
+
+
+def _links(num_gpus: int) -> str:
+    counted = machine.links()
+    return described_links(_bus_ids(num_gpus), nvml.links()) + (f" ({counted})" if counted else "")
+
+
+def described_links(bus_ids: Sequence[str], links: nvml.Links) -> str:
+    """How GPUs reach each other, by CUDA's numbers of two."""
+    if len(bus_ids) == 1:
+        return "one GPU"
+    pairs: dict[str, list[str]] = {}
+    for (one, first), (two, second) in combinations(enumerate(bus_ids), 2):
+        kind = links.get((first, second), "not known, counts as NVLink")
+        pairs.setdefault(kind, []).append(f"{one}-{two}")
+    if len(pairs) == 1:
+        return f"{next(iter(pairs))} between all {len(bus_ids)} GPUs"
+    return "; ".join(f"{kind}: {', '.join(those)}" for kind, those in pairs.items())
+
+
+def described_nodes(bus_ids: Sequence[str], links: nvml.Links) -> str:
+    """What follows for a process on each GPU, in this order."""
+    told = settings()
+    size, by = told.ranks_per_node, "EP_RT_RANKS_PER_NODE"
+    if size is None:
+        places = [
+            GpuPlace("", number, bus_id, without_nvlink=nvml.without_nvlink(links, bus_id))
+            for number, bus_id in enumerate(bus_ids)
+        ]
+        size = ranks_joined(places, nvlink=told.nvlink)
+        by = "links" if told.nvlink is None else "EP_RT_NVLINK"
+    if size is None or size >= len(bus_ids):
+        return f"one, for all GPUs here: loads and stores (by {by})"
+    num_nodes = -(-len(bus_ids) // size)
+    gpus = "1 GPU" if size == 1 else f"{size} GPUs"
+    way_out = "" if by == "EP_RT_RANKS_PER_NODE" else "; EP_RT_NVLINK=1 makes it one"
+    return f"{num_nodes}, of {gpus} each: the normal mode alone, through NVSHMEM (by {by}{way_out})"
 
 
 def _cards() -> str:

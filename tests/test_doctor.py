@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from conftest import MpiRun
 
 from ep_rt import doctor
 from ep_rt.__main__ import main
-from ep_rt.cuda import jit, linker, nvshmem_files, nvshmem_host
+from ep_rt.bench import machine
+from ep_rt.cuda import jit, linker, nvml, nvshmem_files, nvshmem_host
 from ep_rt.doctor import ABSENT, BROKEN, OK, Finding
 from ep_rt.errors import BackendError
 from ep_rt.groups import thread_groups
@@ -85,6 +87,62 @@ def test_what_is_there_and_cannot_work_is_broken(monkeypatch: pytest.MonkeyPatch
     assert doctor.faults(list(found.values()), ()) == ["NVSHMEM host library", "NVSHMEM device library"]
     monkeypatch.setattr(nvshmem_files, "find", missing("NVSHMEM in /x is not complete"))
     assert look()["NVSHMEM"].state == BROKEN
+
+
+def links(*joined: str, otherwise: str | None = nvml.PCIE) -> dict[tuple[str, str], str]:
+    """Of GPUs a to d: NVLink where they are named together, else what is said; None: nothing is known."""
+    kinds = {
+        (one, two): nvml.NVLINK if any({one, two} <= set(group) for group in joined) else otherwise
+        for one, two in permutations("abcd", 2)
+    }
+    return {pair: kind for pair, kind in kinds.items() if kind is not None}
+
+
+@pytest.mark.parametrize(
+    ("found", "described", "nodes"),
+    [
+        (links("abcd"), "NVLink between all 4 GPUs", "one, for all GPUs here: loads and stores (by links)"),
+        (links(), "PCIe between all 4 GPUs", "4, of 1 GPU each: the normal mode alone"),
+        (links(otherwise=nvml.NO_P2P), "no P2P between all 4 GPUs", "4, of 1 GPU each"),
+        (
+            links("ab", "cd"),
+            "NVLink: 0-1, 2-3; PCIe: 0-2, 0-3, 1-2, 1-3",
+            "2, of 2 GPUs each: the normal mode alone, through NVSHMEM (by links; EP_RT_NVLINK=1 makes",
+        ),
+        (links(otherwise=None), "not known, counts as NVLink between all 4 GPUs", "one, for all"),
+    ],
+)
+def test_links_and_the_nodes_that_follow(
+    found: nvml.Links, described: str, nodes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("EP_RT_RANKS_PER_NODE", "EP_RT_NVLINK"):
+        monkeypatch.delenv(name, raising=False)
+    assert doctor.described_links("abcd", found) == described
+    assert doctor.described_nodes("abcd", found).startswith(nodes)
+    monkeypatch.setenv("EP_RT_NVLINK", "0")
+    assert doctor.described_nodes("abcd", found).startswith("4, of 1 GPU each")
+    monkeypatch.setenv("EP_RT_NVLINK", "1")
+    assert doctor.described_nodes("abcd", found).endswith("loads and stores (by EP_RT_NVLINK)")
+    monkeypatch.setenv("EP_RT_RANKS_PER_NODE", "3")
+    assert doctor.described_nodes("abcd", found).endswith("(by EP_RT_RANKS_PER_NODE)")
+
+
+def test_links_are_among_the_findings(bare: pytest.MonkeyPatch) -> None:
+    for name in ("EP_RT_RANKS_PER_NODE", "EP_RT_NVLINK"):
+        bare.delenv(name, raising=False)
+    bare.setattr(doctor, "_is_installed", lambda name: name == "cupy")
+    bare.setattr(doctor, "_num_gpus", lambda: 4)
+    bare.setattr(doctor, "_bus_ids", lambda num_gpus: list("abcd"[:num_gpus]))
+    bare.setattr(nvml, "links", lambda: links("abcd"))
+    bare.setattr(machine, "links", lambda: "NV18")
+    found = look()
+    assert found["links"].detail == "NVLink between all 4 GPUs (NV18)"
+    assert found["nodes"].detail == "one, for all GPUs here: loads and stores (by links)"
+
+
+def test_one_gpu_has_no_links() -> None:
+    assert doctor.described_links("a", {}) == "one GPU"
+    assert "one, for all GPUs here" in doctor.described_nodes("a", {})
 
 
 def test_a_cache_that_cannot_be_written_is_broken(
