@@ -101,6 +101,8 @@ class Buffer:
             ``EP_RT_NVLINK``.
         timeout_s: how long to wait for a peer.
         moe: sizes to check calls against, see `for_moe`.
+        counts_bytes: on GPUs, use kernels of the normal mode that count what they move over NVLink, for
+            `stats`. They are slower, and meant for tests.
 
     Raises:
         ConfigError: a bad value, or values that differ between ranks.
@@ -127,6 +129,7 @@ class Buffer:
         ranks_per_node: int | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         moe: MoeSizes | None = None,
+        counts_bytes: bool = False,
     ) -> None:
         if not timeout_s > 0:
             raise ConfigError(f"timeout_s={timeout_s} must be positive")
@@ -188,6 +191,7 @@ class Buffer:
                 num_network_bytes=int(num_rdma_bytes),
                 max_network_tokens=max_tokens,
                 max_record_bytes=max_record_bytes,
+                counts_bytes=counts_bytes,
             )
             self._low_latency = self._engine.low_latency or NoLowLatency(self._engine.close)
 
@@ -706,8 +710,12 @@ class Buffer:
     def stats(self) -> CudaStats:
         """Counters of the CUDA backend. Local.
 
+        Over several nodes, and with `counts_bytes`, kernels count too: reading waits for this rank's calls
+        then, and is not allowed while a CUDA graph is captured.
+
         Raises:
             BackendError: the host backend has none.
+            PeerTimeoutError: kernels count, and a call gave up.
         """
         return self._cuda().stats
 

@@ -8,11 +8,12 @@
 //            k - num_slots out of it, which also means that the outbox has been read. Every slot has its own
 //            words: so no two stores to one of them are under way.
 // Progress   who sends waits for credits alone, who receives for chunks alone, and all take nodes in turn,
-// one
-//            chunk of each at a time: a wait is only ever for somebody who is behind.
+//            one chunk of each at a time: a wait is only ever for somebody who is behind.
 // Order      the block's stores into the outbox, barrier, put with signal; acquire of the signal by one
 //            thread, barrier, loads from the inbox, barrier, credit. Where stores reach the peer, as over
 //            NVLink or PCIe, rows go straight to its inbox: stores, barrier, release.sys of the word.
+// Counted    the sender adds up the records of its chunks, either way; not the words beside them. A record is
+//            padded to 16 bytes behind each part, and only a put carries that.
 // Launch     an even number of blocks, all resident: the first half send, the others receive.
 #include "internode.cuh"
 
@@ -187,6 +188,8 @@ struct InternodeExchange {
             channel, ring, missing, [&](int32_t at) { return send_count(at); },
             [&](int32_t at, Stretch rows, int32_t slot, uint64_t number) {
                 const int32_t peer = session.place.peer(at);
+                const int64_t num_bytes = int64_t{rows.end - rows.first} * args.record_bytes;
+                if (threadIdx.x == 0) atomicAdd(&args.state->sent_bytes[at], num_bytes);
                 uint8_t* to = args.inbox + slot_offset(args.node, channel, slot);
                 uint64_t* landed = &args.area->landed[args.node][channel][slot];
                 auto* there = static_cast<uint8_t*>(network::peer_pointer(to, peer));
@@ -199,8 +202,7 @@ struct InternodeExchange {
                 uint8_t* from = args.outbox + slot_offset(at, channel, slot);
                 gather(at, rows, from);
                 __syncthreads();
-                network::put_signal_block(to, from, int64_t{rows.end - rows.first} * args.record_bytes,
-                                          landed, number, peer);
+                network::put_signal_block(to, from, num_bytes, landed, number, peer);
             });
     }
 

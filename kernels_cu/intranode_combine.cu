@@ -123,6 +123,7 @@ __device__ void CombineBlock<kCfg>::sum_weights() const {
     const int32_t stride = args.num_pullers * kWeightWarps * kWarpSize;
     const int32_t first = (blockIdx.x * kWeightWarps + warp) * kWarpSize + lane;
     const int32_t num_elements = num_tokens() * args.num_topk;
+    Tally<kCfg.counts != 0> tally;
     for (int32_t i = first; i < num_elements; i += stride) {
         const int32_t token = i / args.num_topk, k = i - token * args.num_topk;
         const auto* at =
@@ -139,6 +140,7 @@ __device__ void CombineBlock<kCfg>::sum_weights() const {
                 term[src] =
                     ptx::ld_stream(shared.weights[src] + static_cast<int64_t>(row[src]) * args.num_topk + k);
                 has_term = true;
+                tally.add(src != call.rank, sizeof(float));
             }
         }
         float sum = rows::kNoTerm;
@@ -146,6 +148,7 @@ __device__ void CombineBlock<kCfg>::sum_weights() const {
         for (int32_t src = 0; src < kMaxLocalRanks; ++src) sum += term[src];
         args.out_weights[i] = has_term ? sum : 0.0f;
     }
+    tally.keep(args.workspace);
 }
 
 template <IntranodeCombineCfg kCfg>
@@ -179,6 +182,7 @@ struct Pieces {
 
     uint32_t staged;  // chunks of the rows of this lane's term that are acquired
     Reason reason;    // why there are no more; kNothing: all are done
+    Tally<kCfg.counts != 0> tally;
 
     __device__ Pieces(const CombineBlock<kCfg>& block, int32_t ticket) : block(block), ticket(ticket) {
         rows = block.lane < kMaxTerms ? block.shared.terms[block.lane] : nullptr;
@@ -204,6 +208,10 @@ struct Pieces {
         if constexpr (kCfg.segmented) next_row = block.row_of(next_place.token, next_row, block.lane);
     }
 
+    // Whether a term is a row of another rank.
+    __device__ bool is_elsewhere(int32_t term) const {
+        return term < kMaxLocalRanks && term != block.call.rank;
+    }
     __device__ const uint64_t* word() const { return &block.offer_of(block.lane).staged; }
     __device__ static uint32_t staged_of(uint64_t word) { return static_cast<uint32_t>(word); }
 
@@ -263,6 +271,7 @@ __device__ __forceinline__ int32_t load_next(Pieces<kCfg>& pieces, uint8_t* stag
     if (pieces.block.lane == term) {
         ptx::mbarrier_arrive_expect(loaded, pieces.place.num_bytes);
         ptx::bulk_load(stage, pieces.from, pieces.place.num_bytes, loaded);
+        pieces.tally.add(pieces.is_elsewhere(term), pieces.place.num_bytes);
     }
     return pieces.pending == 0 ? pieces.piece : kMoreTerms;
 }
@@ -285,7 +294,7 @@ __device__ Reason CombineBlock<kCfg>::sum_rows(int32_t ticket, uint8_t* ring, ui
 #pragma unroll 1
     for (int32_t s = 0;;) {
         const int32_t completed = __shfl_sync(kFullWarp, completes, s);
-        if (completed == kNoMore) return pieces.reason;
+        if (completed == kNoMore) break;
         uint8_t* stage = ring + s * kCfg.stage_bytes;
         while (!ptx::mbarrier_try_wait(&loaded[s], parity)) {
         }
@@ -306,6 +315,8 @@ __device__ Reason CombineBlock<kCfg>::sum_rows(int32_t ticket, uint8_t* ring, ui
             parity ^= 1;
         }
     }
+    pieces.tally.keep(args.workspace);
+    return pieces.reason;
 }
 #else
 // Loads of all terms of a vector are in flight together, and no more: ten times 16 bytes of registers.
@@ -326,7 +337,10 @@ __device__ Reason CombineBlock<kCfg>::sum_rows(int32_t ticket, uint8_t*, uint64_
             uint4 vectors[kMaxTerms];
 #pragma unroll
             for (int term = 0; term < kMaxTerms; ++term)
-                if (from[term] != nullptr) vectors[term] = ptx::ld_stream(from[term] + i);
+                if (from[term] != nullptr) {
+                    vectors[term] = ptx::ld_stream(from[term] + i);
+                    pieces.tally.add(pieces.is_elsewhere(term), sizeof(uint4));
+                }
             float sum[rows::kVectorElements<kCfg.element>];
             for (float& element : sum) element = first;
 #pragma unroll
@@ -335,6 +349,7 @@ __device__ Reason CombineBlock<kCfg>::sum_rows(int32_t ticket, uint8_t*, uint64_
             ptx::st_stream(out + i, rows::rounded<kCfg.element>(sum));
         }
     }
+    pieces.tally.keep(args.workspace);
     return pieces.reason;
 }
 #endif

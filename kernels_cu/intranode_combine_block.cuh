@@ -3,12 +3,14 @@
 #include "rows.cuh"
 #include "segments.cuh"
 #include "sync.cuh"
+#include "tally.cuh"
 
 namespace ep {
 
 struct IntranodeCombineCfg {
     int num_threads, num_stages, stage_bytes, element;
     int segmented;  // 1: tokens are those of args.segments
+    int counts;     // 1: adds up what it loads from other ranks
 };
 
 template <IntranodeCombineCfg kCfg>

@@ -4,6 +4,7 @@
 #pragma once
 #include "segments.cuh"
 #include "sync.cuh"
+#include "tally.cuh"
 
 namespace ep {
 
@@ -12,6 +13,7 @@ struct IntranodeDispatchCfg {
     int scale_bytes;  // of a slot, for scale factors: of a row that is moved, of a piece that is cast
     int quantizes;    // 1: x is bfloat16, and leaves as float8_e4m3fn with scale factors made here
     int segmented;    // 1: tokens are those of args.segments
+    int counts;       // 1: adds up what it stores to other ranks
 };
 
 template <IntranodeDispatchCfg kCfg>

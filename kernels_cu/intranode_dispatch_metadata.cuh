@@ -15,6 +15,7 @@ template <IntranodeDispatchCfg kCfg>
 __device__ void DispatchBlock<kCfg>::send_metadata() const {
     const int32_t thread = helper() * kWarpSize + lane, num_threads = num_helpers() * kWarpSize;
     const int32_t num_topk = args.topk_idx == nullptr ? 0 : args.num_topk;
+    Tally<kCfg.counts != 0> tally;
     for (int32_t shift = 1; shift <= args.num_ranks; ++shift) {
         const int32_t d = (args.rank + shift) % args.num_ranks;
         const int32_t first = shared.tokens_before[d];
@@ -41,10 +42,14 @@ __device__ void DispatchBlock<kCfg>::send_metadata() const {
                 reinterpret_cast<int64_t*>(to.topk_idx)[at] = local;
             else
                 reinterpret_cast<int32_t*>(to.topk_idx)[at] = local;
-            if (args.topk_weights != nullptr)
+            tally.add(d != args.rank, args.idx_bytes);
+            if (args.topk_weights != nullptr) {
                 reinterpret_cast<float*>(to.topk_weights)[at] = is_there ? weight(token, k) : 0.0f;
+                tally.add(d != args.rank, sizeof(float));
+            }
         }
     }
+    tally.keep(args.workspace);
 }
 
 // A warp loads the scale factors of a token once and stores them to every destination.
@@ -52,6 +57,7 @@ template <IntranodeDispatchCfg kCfg>
 __device__ void DispatchBlock<kCfg>::send_scales() const {
     const int32_t num_words = args.sf_row_bytes / 4;
     const int32_t destination = destination_of_lane();
+    Tally<kCfg.counts != 0> tally;
     for (int32_t token = first_token + helper(); token < last_token; token += num_helpers()) {
         const Origin given = origin(token);
         const auto* from =
@@ -66,10 +72,13 @@ __device__ void DispatchBlock<kCfg>::send_scales() const {
             const uint32_t value = word < num_words ? from[word] : 0;
             for (int32_t d = 0; d < args.num_ranks; ++d) {
                 auto* to = reinterpret_cast<uint32_t*>(__shfl_sync(kFullWarp, address, d));
-                if (to != nullptr && word < num_words) to[word] = value;
+                if (to == nullptr || word >= num_words) continue;
+                to[word] = value;
+                tally.add(d != args.num_ranks - 1, sizeof(value));  // lanes' destinations end with this rank
             }
         }
     }
+    tally.keep(args.workspace);
 }
 
 // This block's share of the words in bytes [begin, end) of a section.

@@ -38,6 +38,7 @@ struct RowSender {
     int32_t x_row_bytes, pieces_per_row, destination;
     uint32_t num_pieces, ticket;
     typename Block::Sections to;  // known once the offers are
+    Tally<kCfg.counts != 0> tally;
 
     __device__ explicit RowSender(const Block& block) : block(block) {
         x_row_bytes = block.args.row_bytes * kNarrowing;
@@ -65,12 +66,17 @@ struct RowSender {
                at / kBytesPerScale * fp8::kScaleBytes;
     }
 
+    // Whether a lane's destination is another rank.
+    __device__ bool is_elsewhere(int32_t lane) const { return lane != block.args.num_ranks - 1; }
+
     // The scale factors of a piece to every destination. Each lane has one of them: number `which`.
-    __device__ void store_scales(float scale, int32_t which, int32_t row, int32_t at) const {
+    __device__ void store_scales(float scale, int32_t which, int32_t row, int32_t at) {
         const auto address = row < 0 ? 0 : reinterpret_cast<uint64_t>(sent_scales(row, at));
         for (int32_t i = 0; i < block.args.num_ranks; ++i) {
             auto* scales = reinterpret_cast<float*>(__shfl_sync(kFullWarp, address, i));
-            if (scales != nullptr && which < num_scales(at)) scales[which] = scale;
+            if (scales == nullptr || which >= num_scales(at)) continue;
+            scales[which] = scale;
+            tally.add(is_elsewhere(i), fp8::kScaleBytes);
         }
     }
 
@@ -89,14 +95,17 @@ struct RowSender {
     }
     // Scale factors that were loaded, or made of the piece.
     __device__ uint8_t* scales_of(int slot) const { return data_of(slot) + kCfg.stage_bytes; }
+    __device__ __forceinline__ void bulk_store(uint8_t* address, const uint8_t* data, int32_t num_bytes) {
+        ptx::bulk_store(address, data, num_bytes);
+        tally.add(is_elsewhere(block.lane), num_bytes);
+    }
     __device__ void await(int slot, uint32_t parity) const {
         while (!ptx::mbarrier_try_wait(&block.shared.loaded[block.warp][slot], parity)) {
         }
     }
 #else
     template <class Vector>
-    __device__ void store(const Vector (&values)[kVectors], int32_t num_vectors, int32_t row,
-                          int32_t at) const;
+    __device__ void store(const Vector (&values)[kVectors], int32_t num_vectors, int32_t row, int32_t at);
 #endif
 };
 
@@ -182,7 +191,7 @@ __device__ __forceinline__ void RowSender<kCfg>::store(int slot) {
     uint8_t* data = data_of(slot);
     uint8_t* scales = scales_of(slot);
     if constexpr (kCfg.quantizes) cast(data, reinterpret_cast<float*>(scales), bytes_at(at));
-    if (row[slot] >= 0) ptx::bulk_store(sent_x(row[slot], at), data, bytes_at(at) / kNarrowing);
+    if (row[slot] >= 0) bulk_store(sent_x(row[slot], at), data, bytes_at(at) / kNarrowing);
     if constexpr (kCfg.quantizes) {
         // Bulk copies carry them where those of every piece are a multiple of 16 bytes.
         constexpr bool kIsAligned = kPieceScales * fp8::kScaleBytes % 16 == 0;
@@ -190,9 +199,9 @@ __device__ __forceinline__ void RowSender<kCfg>::store(int slot) {
             store_scales(reinterpret_cast<const float*>(scales)[block.lane % kPieceScales], block.lane,
                          row[slot], at);
         else if (row[slot] >= 0)
-            ptx::bulk_store(sent_scales(row[slot], at), scales, num_scales(at) * fp8::kScaleBytes);
+            bulk_store(sent_scales(row[slot], at), scales, num_scales(at) * fp8::kScaleBytes);
     } else if (row[slot] >= 0 && at == 0 && sf_row_bytes > 0 && block.scales_ride()) {
-        ptx::bulk_store(sent_scales(row[slot], at), scales, sf_row_bytes);
+        bulk_store(sent_scales(row[slot], at), scales, sf_row_bytes);
     }
     ptx::bulk_commit();
 }
@@ -219,6 +228,7 @@ __device__ __forceinline__ void RowSender<kCfg>::send() {
         }
     }
     ptx::bulk_wait_landed();
+    tally.keep(block.args.workspace);
 }
 #else
 // A piece passes through registers.
@@ -233,14 +243,17 @@ __device__ void RowSender<kCfg>::abandon() {}
 template <IntranodeDispatchCfg kCfg>
 template <class Vector>
 __device__ void RowSender<kCfg>::store(const Vector (&values)[kVectors], int32_t num_vectors, int32_t row,
-                                       int32_t at) const {
+                                       int32_t at) {
     const auto address = row < 0 ? 0 : reinterpret_cast<uint64_t>(sent_x(row, at));
     for (int32_t i = 0; i < block.args.num_ranks; ++i) {
         auto* out = reinterpret_cast<Vector*>(__shfl_sync(kFullWarp, address, i)) + block.lane;
         if (__shfl_sync(kFullWarp, row, i) < 0) continue;
 #pragma unroll
         for (int v = 0; v < kVectors; ++v)
-            if (v * kWarpSize + block.lane < num_vectors) ptx::st_stream(out + v * kWarpSize, values[v]);
+            if (v * kWarpSize + block.lane < num_vectors) {
+                ptx::st_stream(out + v * kWarpSize, values[v]);
+                tally.add(is_elsewhere(i), sizeof(Vector));
+            }
     }
 }
 
@@ -249,7 +262,7 @@ __device__ void RowSender<kCfg>::send() {
     if (destination < block.args.num_ranks) to = block.sections(destination);
     while (true) {
         const uint32_t piece = __shfl_sync(kFullWarp, ticket, 0);
-        if (piece >= num_pieces) return;
+        if (piece >= num_pieces) break;
         ticket = sync::take_ticket(block.call, block.lane);
         const int32_t token = piece / pieces_per_row;
         const int32_t at = static_cast<int32_t>(piece - token * pieces_per_row) * kPieceBytes;
@@ -269,6 +282,7 @@ __device__ void RowSender<kCfg>::send() {
             store(values, num_vectors, row, at);
         }
     }
+    tally.keep(block.args.workspace);
 }
 #endif
 

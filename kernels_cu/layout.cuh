@@ -168,6 +168,7 @@ struct Workspace {
     uint64_t block_counts[kMaxBlocks][kMaxLocalRanks];  // stamped
     uint32_t expert_counts[2][kMaxLocalRanks * kMaxLocalExperts];
     uint64_t staged[2][kMaxChunks];  // warps that have copied their part of a chunk
+    uint64_t peer_bytes;             // see tally.cuh; only grows
 };
 
 // Of one rank's kernels that wait for no other rank, one at a time. Counters come in two sets, as above.
@@ -258,6 +259,7 @@ struct NetworkState {
     uint64_t calls;    // layouts so far
     uint64_t leaving;  // 1: a block is giving a call up; cleared by reset alone
     uint64_t sent[kMaxNodes][kMaxChannels], received[kMaxNodes][kMaxChannels];
+    uint64_t sent_bytes[kMaxNodes];  // of records, to each node; only grows
 };
 
 // Which tokens cross the network, kept by the handle. Arrays of what came, or comes back, hold the parts of

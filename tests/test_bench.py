@@ -17,7 +17,7 @@ from conftest import MpiRun
 
 from ep_rt import __main__ as program
 from ep_rt import reference
-from ep_rt.bench import machine, options, places, plot, report, run, wire
+from ep_rt.bench import check, machine, options, places, plot, report, run, wire
 from ep_rt.bench.check import CheckError, check_against_reference
 from ep_rt.bench.measure import Times
 from ep_rt.bench.options import LOW_LATENCY, OPERATIONS, Options
@@ -380,3 +380,62 @@ def test_wrong_metadata_fails_the_run(part: int, monkeypatch: pytest.MonkeyPatch
         )
     monkeypatch.setattr(run, "check_against_reference", lambda *_: None)
     assert program.main(["bench", "--ranks", "2", *SMALL]) == run.CHECK_FAILED
+
+
+@pytest.mark.parametrize(
+    ("dtype", "operation", "record_bytes"),
+    [
+        ("bf16", "dispatch", 128 + 32 + 16),
+        ("bf16", "dispatch-exact", 128 + 32 + 16),
+        ("bf16", "dispatch-cached", 128),
+        ("bf16", "combine", 128),
+        ("fp8", "dispatch", 64 + 16 + 32 + 16),
+        ("fp8", "dispatch-cached", 64 + 16),
+    ],
+)
+def test_bytes_over_the_network_must_be_those_planned(
+    dtype: str,
+    operation: str,
+    record_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Four ranks stand for two nodes of GPUs, which count."""
+    num_asked = [0] * 4
+    surplus = 0
+
+    def sent_so_far(layer: Any) -> tuple[int, ...]:
+        rank, ids = layer.group.rank, layer.routing.topk_idx
+        num_asked[rank] += 1
+        if num_asked[rank] % 2:  # before a call
+            return (0, 0)
+        node, other = rank // 2, 1 - rank // 2
+        # A combine sends back what the rank of the same place on the other node sent here.
+        src, to = (2 * other + rank % 2, node) if operation == "combine" else (rank, other)
+        layout = reference.dispatch_layout(ids[src], num_experts=12, num_ranks=4, ranks_per_node=2)
+        assert layout.num_tokens_per_node is not None
+        sent = [0, 0]
+        sent[other] = int(layout.num_tokens_per_node[to]) * record_bytes + (surplus if rank == 3 else 0)
+        return tuple(sent)
+
+    monkeypatch.setattr(check, "sent_so_far", sent_so_far)
+    arguments = ["bench", "--ranks=4", *SMALL, f"--dtype={dtype}", "--operations", operation, "--json=-"]
+    assert program.main(arguments) == 0
+    out = capsys.readouterr()
+    for result, num_tokens in zip(json.loads(out.out)["results"], (5, 9), strict=True):
+        crossing = result["network_bytes"]
+        assert crossing["counted"] == crossing["planned"]
+        total = sum(map(sum, crossing["counted"]))
+        assert total > 0
+        text = f"{total / 4e6:.3f} MB counted, {total / 4e6:.3f} MB planned"
+        assert f"{operation} {dtype}, {num_tokens} tokens: a rank sent over the network {text}" in out.err
+    surplus = 16
+    assert program.main(arguments) == run.CHECK_FAILED
+    assert f"rank 3: {operation}, 5 tokens: bytes sent to the nodes are" in capsys.readouterr().err
+
+
+def test_on_the_host_nothing_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main(["bench", "--ranks=2", *SMALL, "--operations=dispatch", "--json=-"]) == 0
+    out = capsys.readouterr()
+    assert [result["network_bytes"] for result in json.loads(out.out)["results"]] == [None, None]
+    assert "network" not in out.err

@@ -21,7 +21,7 @@ ORDER = [
     {"groups"},
     {"host", "cuda"},
     {"backend"},
-    {"buffer"},
+    {"buffer", "planner"},
     {"jax_calls"},
     {"__init__", "bench", "torch", "jax"},
     {"doctor", "compat"},

@@ -10,7 +10,7 @@ from typing import Any
 
 from .measure import Times
 from .options import Options
-from .workload import Traffic
+from .workload import Crossing, Traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,7 @@ class Result:
 
     Attributes:
         row_bytes: of a row on its way, with its scale factors.
+        crossing: what one call sent over the network, where that is counted.
     """
 
     element: str
@@ -65,6 +66,7 @@ class Result:
     kernel: Reading | None
     op: Reading
     call: Reading | None
+    crossing: Crossing | None = None
 
     @classmethod
     def of(cls, times: Sequence[Times], **facts: Any) -> Result:
@@ -107,6 +109,7 @@ class Result:
             "call_us": None if self.call is None else self.call.as_json(),
             "logical_gbps": self.logical_gbps,
             "wire_gbps": self.wire_gbps,
+            "network_bytes": None if self.crossing is None else asdict(self.crossing),
         }
 
 
@@ -243,6 +246,12 @@ def footer(report: Report) -> list[str]:
         f"{tokens} tokens: the busiest link carries {busy:.2f} times the mean"
         for tokens, busy in busiest.items()
     ]
+    crossings = {
+        f"{result.operation} {result.element}, {result.num_tokens} tokens": result.crossing.text
+        for result in report.results
+        if result.crossing is not None
+    }
+    lines += [f"{what}: a rank sent over the network {text}" for what, text in crossings.items()]
     lines += [f"note: {note}" for note in report.notes]
     return [*lines, "every result was compared, byte by byte, before it was timed"]
 

@@ -168,7 +168,7 @@ def _measure_calls(
     num_tokens = len(layer.tokens)
     for call in layer.calls():
         console.step(f"{layer.element.name} {num_tokens} {call.name}")
-        check_call(layer, call)
+        crossing = check_call(layer, call)
         result = Result.of(
             _gathered(layer.group, timer.measure(call)),
             element=layer.element.name,
@@ -177,6 +177,7 @@ def _measure_calls(
             operation=call.name,
             row_bytes=layer.element.row_bytes(found.options.hidden),
             traffic=layer.routing.traffic(),
+            crossing=crossing,
         )
         found.results.append(result)
         console.lines([report.line(found, result)])

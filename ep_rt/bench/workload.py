@@ -9,6 +9,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from ..cuda.layout import ReceivedRow
+from ..planner import Plan, Routes
 from ..requests import FP8_BLOCK
 
 Array = NDArray[Any]
@@ -36,6 +38,16 @@ class Element:
     def row_bytes(self, hidden: int) -> int:
         """Of a row with its scale factors."""
         return hidden * self.dtype.itemsize + 4 * self.num_scales(hidden)
+
+    def received_row(self, operation: str, hidden: int, num_topk: int) -> ReceivedRow:
+        """A row of an operation with what travels along: ids and weights where the dispatch is a new one."""
+        num_columns = num_topk if operation in ("dispatch", "dispatch-exact") else 0
+        return ReceivedRow(
+            row_bytes=hidden * self.dtype.itemsize,
+            sf_bytes=4 * self.num_scales(hidden),
+            idx_bytes=8 * num_columns,
+            weights_bytes=4 * num_columns,
+        )
 
 
 BF16: Final = Element(name="bf16", dtype=np.dtype(ml_dtypes.bfloat16), block=0)
@@ -66,6 +78,20 @@ class Traffic:
         """Rows that cross the link of the busiest rank in its busier direction, relative to the mean."""
         most = max(*self.sent_away, *self.received_from_others)
         return most / self.wire_rows if self.wire_rows else 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crossing:
+    """Bytes that one call sends over the network, [rank][node]."""
+
+    counted: tuple[tuple[int, ...], ...]
+    planned: tuple[tuple[int, ...], ...]
+
+    @property
+    def text(self) -> str:
+        """Of a rank, the mean over ranks."""
+        counted, planned = (np.sum(each, axis=1).mean() for each in (self.counted, self.planned))
+        return f"{counted / 1e6:.3f} MB counted, {planned / 1e6:.3f} MB planned"
 
 
 class Routing:
@@ -148,6 +174,12 @@ class Routing:
             sent_away=tuple((rows.sum(axis=1) - own).tolist()),
             received_from_others=tuple((rows.sum(axis=0) - own).tolist()),
         )
+
+    def plan(self, operation: str, element: Element, hidden: int, *, ranks_per_node: int) -> Plan:
+        """What an operation must move."""
+        routes = Routes.of(self.topk_idx, num_experts=self.num_experts, ranks_per_node=ranks_per_node)
+        row = element.received_row(operation, hidden, self.topk_idx[0].shape[1])
+        return routes.combine(row) if operation.startswith("combine") else routes.dispatch(row)
 
     @staticmethod
     def _gathered(arrays: list[Array], src_rank: Array, src_token: Array) -> Array:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
+
 from .. import arrays
 from ..arrays import ArrayView
 from ..cuda_arrays import Column, ResultArrays, current_stream
@@ -38,6 +40,7 @@ from .heap import Block
 from .inputs import Input, Inputs, itemsize
 from .internode import Internode
 from .launch import current_architecture
+from .layout import WORKSPACE, field_offset
 from .low_latency import CudaLowLatency
 from .low_latency_calls import LowLatencyKernels
 from .memory import device_errors
@@ -56,6 +59,10 @@ class CudaStats:
         num_copied_results: results of dispatch that were copied out of the slab, to leave room there.
         num_arrays_elsewhere: arrays of `Buffer.empty` that found no room in the slab.
         num_low_latency_dispatches, num_low_latency_combines: calls, however often a graph replays them.
+        network_bytes_by_node: over several nodes, what this rank's kernels sent to each since construction or
+            `reset`: rows in normal mode with what belongs to them, in records padded as `plan.Parts` says.
+        nvlink_bytes: with `counts_bytes`, what dispatches of the normal mode stored to other ranks of the
+            node, and combines loaded from them, since then; else None.
     """
 
     slab: PoolStats
@@ -67,6 +74,13 @@ class CudaStats:
     num_arrays_elsewhere: int
     num_low_latency_dispatches: int = 0
     num_low_latency_combines: int = 0
+    network_bytes_by_node: tuple[int, ...] = ()
+    nvlink_bytes: int | None = None
+
+    @property
+    def network_bytes(self) -> int:
+        """To all nodes."""
+        return sum(self.network_bytes_by_node)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +118,8 @@ class MemoryReport:
 class CudaEngine:
     """Dispatch and combine by kernels. A call returns when its work is enqueued.
 
-    Args: see `Domain` and, for `enable_shrink`, `CudaLowLatency`; over several nodes `Internode`.
+    Args: see `Domain` and, for `enable_shrink`, `CudaLowLatency`; over several nodes `Internode`; for
+        `counts_bytes`, `Operations`.
 
     Attributes:
         place: the device that is current at construction.
@@ -130,8 +145,10 @@ class CudaEngine:
         num_network_bytes: int = 0,
         max_network_tokens: int = 0,
         max_record_bytes: int = 0,
+        counts_bytes: bool = False,
     ) -> None:
         self._topology = topology
+        self._counts_bytes = counts_bytes
         is_internode = topology.num_nodes > 1
         if is_internode:
             Internode.check(topology)
@@ -191,7 +208,8 @@ class CudaEngine:
     def _load(self, with_low_latency: bool) -> tuple[Operations, ExpertMajor, LowLatencyKernels | None]:
         domain = self._domain
         segmented = self._topology.num_nodes > 1
-        specs = kernels.two_level_specs() if segmented else kernels.normal_mode_specs()
+        specs_of = kernels.two_level_specs if segmented else kernels.normal_mode_specs
+        specs = specs_of(counts=self._counts_bytes)
         if with_low_latency:
             specs += kernels.low_latency_specs()
         jit.prepare(specs, current_architecture())
@@ -206,6 +224,7 @@ class CudaEngine:
             timeout_ns=deadline_ns,
             max_blocks=max_blocks,
             segmented=segmented,
+            counts=self._counts_bytes,
         )
         return (
             operations,
@@ -246,7 +265,13 @@ class CudaEngine:
             num_staged_inputs=self._inputs.num_staged,
             num_copied_results=self._dispatch.num_copied_results,
             num_arrays_elsewhere=self._num_elsewhere,
+            network_bytes_by_node=() if self._internode is None else self._internode.sent_bytes(),
+            nvlink_bytes=self._nvlink_bytes() if self._counts_bytes else None,
         )
+
+    def _nvlink_bytes(self) -> int:
+        at = self._operations.workspace.pointer + field_offset(WORKSPACE, "peer_bytes")
+        return int(self._domain.read(at, np.dtype("<u8"))[0])
 
     def memory_report(self) -> MemoryReport:
         """What memory is held now."""

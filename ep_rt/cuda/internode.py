@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 
@@ -36,8 +35,7 @@ from .layout import (
     align_up,
     field_offset,
 )
-
-_RECORD_ALIGN: Final = 16  # of the parts of a row in a slot
+from .plan import Parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,36 +66,6 @@ class Crossing:
     @property
     def positions(self) -> int:
         return self.lists + _lists_bytes(self.num_tokens, self.num_nodes)
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What belongs to a row on the network: bytes of each part, 0 where it is absent, and where it lies.
-
-    Attributes:
-        offsets: within a record.
-        record_bytes: of a row with everything.
-    """
-
-    num_bytes: tuple[int, ...]
-    offsets: tuple[int, ...]
-    record_bytes: int
-
-    @classmethod
-    def of(cls, views: Sequence[ArrayView | None]) -> Parts:
-        """Of arrays [num_tokens, ...]."""
-        num_bytes = tuple(row_bytes(view) for view in views)
-        ends = [0]
-        for each in num_bytes:
-            ends.append(ends[-1] + align_up(each, _RECORD_ALIGN))
-        return cls(num_bytes, tuple(ends[:-1]), ends[-1])
-
-    def places(self, num_rows: int) -> tuple[int, ...]:
-        """Where each part of so many rows lies in memory that holds them, and where it ends."""
-        ends = [0]
-        for each in self.num_bytes:
-            ends.append(ends[-1] + align_up(each * num_rows, OFFSET_UNIT))
-        return tuple(ends)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +206,12 @@ class Internode:
         words: list[int] = self._domain.slab.read_at(at, np.dtype(("<u8", (MAX_NODES,))))[0].tolist()
         return words
 
+    def sent_bytes(self) -> tuple[int, ...]:
+        """Of records, to each node so far. Waits for this rank's calls."""
+        at = self._state.pointer + field_offset(NETWORK_STATE, "sent_bytes")
+        words = self._domain.read(at, np.dtype(("<u8", (MAX_NODES,))))[0]
+        return tuple(words[: self.num_nodes].tolist())
+
     def reset(self) -> None:
         """Forget what was under way, while no rank has any work; see `HangWatch.reset`."""
         self._network.settle()
@@ -272,7 +246,7 @@ class Internode:
                 f"{num_tokens} tokens; across nodes a rank dispatches at most {self.max_tokens} in a call: "
                 "give num_max_tokens_per_rank to Buffer.for_moe"
             )
-        parts = Parts.of(views)
+        parts = Parts.of([row_bytes(view) for view in views])
         ids = views[2]
         layout = None
         if not is_cached:
@@ -340,7 +314,7 @@ class Internode:
         self, x: ArrayView, weights: ArrayView | None, *, num_tokens: int, element: str
     ) -> Returning:
         """Of rows like those of x and, where they are summed too, of weights."""
-        parts = Parts.of((x, weights))
+        parts = Parts.of((row_bytes(x), row_bytes(weights)))
         num_topk = 0 if weights is None else weights.shape[1]
         total = bind(
             self._sum[element],

@@ -59,6 +59,7 @@ class IntranodeDispatchCfg:
     scale_bytes: int
     quantizes: int
     segmented: int
+    counts: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +69,7 @@ class IntranodeCombineCfg:
     stage_bytes: int
     element: int
     segmented: int
+    counts: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +211,9 @@ def barrier(num_ranks: int) -> KernelSpec:
     )
 
 
-def intranode_dispatch(*, quantizes: bool = False, segmented: bool = False) -> KernelSpec:
+def intranode_dispatch(
+    *, quantizes: bool = False, segmented: bool = False, counts: bool = False
+) -> KernelSpec:
     """Dispatch within one NVLink domain, for every shape.
 
     Args:
@@ -217,6 +221,7 @@ def intranode_dispatch(*, quantizes: bool = False, segmented: bool = False) -> K
             moved as it is.
         segmented: the second level of a dispatch over several nodes. Tokens are those of a list that the
             device knows, `SEGMENTS`, and `num_tokens` is the most that it can have.
+        counts: adds up the bytes that it stores to other ranks, for tests and benchmarks.
     """
     stages = plan.QUANTIZING_STAGES if quantizes else plan.DISPATCH_STAGES
     return KernelSpec(
@@ -230,6 +235,7 @@ def intranode_dispatch(*, quantizes: bool = False, segmented: bool = False) -> K
             scale_bytes=stages.scale_bytes,
             quantizes=int(quantizes),
             segmented=int(segmented),
+            counts=int(counts),
         ),
         args=np.dtype(
             [
@@ -253,12 +259,13 @@ def intranode_dispatch(*, quantizes: bool = False, segmented: bool = False) -> K
     )
 
 
-def intranode_combine(element: str, *, segmented: bool = False) -> KernelSpec:
+def intranode_combine(element: str, *, segmented: bool = False, counts: bool = False) -> KernelSpec:
     """Combine within one NVLink domain, for rows of one of `ELEMENTS`.
 
     Args:
         segmented: the first level of a combine over several nodes. Tokens are those of the list of the
             dispatch; rows lie in the slab, and there are no biases.
+        counts: adds up the bytes that it loads from other ranks, for tests and benchmarks.
     """
     stages = plan.COMBINE_STAGES
     return KernelSpec(
@@ -270,6 +277,7 @@ def intranode_combine(element: str, *, segmented: bool = False) -> KernelSpec:
             stage_bytes=stages.stage_bytes,
             element=ELEMENTS.index(element),
             segmented=int(segmented),
+            counts=int(counts),
         ),
         args=np.dtype(
             [
@@ -544,21 +552,24 @@ def internode_sum(element: str) -> KernelSpec:
     )
 
 
-def normal_mode_specs() -> list[KernelSpec]:
+def normal_mode_specs(*, counts: bool = False) -> list[KernelSpec]:
     """What one engine of the normal mode loads."""
-    dispatches = [intranode_dispatch(quantizes=quantizes) for quantizes in (False, True)]
-    return [*dispatches, *(intranode_combine(element) for element in ELEMENTS), *_common_specs()]
+    return [*_within_a_node(segmented=False, counts=counts), *_beside()]
 
 
-def two_level_specs() -> list[KernelSpec]:
+def two_level_specs(*, counts: bool = False) -> list[KernelSpec]:
     """What one engine of the normal mode over several nodes loads, besides those of `network_specs`."""
-    dispatches = [intranode_dispatch(quantizes=quantizes, segmented=True) for quantizes in (False, True)]
-    combines = [intranode_combine(element, segmented=True) for element in ELEMENTS]
     sums = [internode_sum(element) for element in ELEMENTS]
-    return [*dispatches, *combines, *sums, *_common_specs()]
+    return [*_within_a_node(segmented=True, counts=counts), *sums, *_beside()]
 
 
-def _common_specs() -> list[KernelSpec]:
+def _within_a_node(*, segmented: bool, counts: bool) -> list[KernelSpec]:
+    flags = {"segmented": segmented, "counts": counts}
+    dispatches = [intranode_dispatch(quantizes=quantizes, **flags) for quantizes in (False, True)]
+    return [*dispatches, *(intranode_combine(element, **flags) for element in ELEMENTS)]
+
+
+def _beside() -> list[KernelSpec]:
     """Of the normal mode, over one node or several."""
     return [expand(), *(collapse(element) for element in ELEMENTS), dispatch_layout(), contiguous()]
 
@@ -576,7 +587,11 @@ def network_specs() -> list[KernelSpec]:
 
 def all_specs() -> list[KernelSpec]:
     """Every other instance that can be asked for."""
-    normal_mode = dict.fromkeys([*normal_mode_specs(), *two_level_specs()])
+    normal_mode = dict.fromkeys(
+        spec
+        for counts in (False, True)
+        for spec in (*normal_mode_specs(counts=counts), *two_level_specs(counts=counts))
+    )
     return [barrier(8), barrier(MAX_RANKS), *normal_mode, *low_latency_specs(), wire_limit()]
 
 

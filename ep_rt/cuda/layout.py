@@ -163,6 +163,7 @@ WORKSPACE: Final[Struct] = np.dtype(
         ("block_counts", "<u8", (MAX_BLOCKS, MAX_LOCAL_RANKS)),
         ("expert_counts", "<u4", (2, MAX_LOCAL_RANKS * MAX_LOCAL_EXPERTS)),
         ("staged", "<u8", (2, MAX_CHUNKS)),
+        ("peer_bytes", "<u8"),
     ],
     align=True,
 )
@@ -241,6 +242,7 @@ NETWORK_STATE: Final[Struct] = np.dtype(
         ("leaving", "<u8"),
         ("sent", "<u8", (MAX_NODES, MAX_CHANNELS)),
         ("received", "<u8", (MAX_NODES, MAX_CHANNELS)),
+        ("sent_bytes", "<u8", (MAX_NODES,)),
     ],
     align=True,
 )

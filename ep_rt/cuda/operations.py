@@ -25,6 +25,7 @@ class Operations:
         hang, slabs, rank, num_ranks, timeout_ns: as the kernels take them.
         max_blocks: the most that a call may ask for; all of them must be resident.
         segmented: dispatch and combine are the part within a node of calls over several nodes.
+        counts: they add up the bytes that they move between ranks, in `WORKSPACE`.
 
     Attributes:
         workspace: of the kernels.
@@ -41,6 +42,7 @@ class Operations:
         timeout_ns: int,
         max_blocks: int,
         segmented: bool = False,
+        counts: bool = False,
     ) -> None:
         self._max_blocks = max_blocks
         self.workspace = Workspace(WORKSPACE.itemsize)
@@ -52,12 +54,11 @@ class Operations:
             "num_ranks": num_ranks,
             "slabs": slabs,
         }
+        flags = {"segmented": segmented, "counts": counts}
         self._dispatch = [
-            Kernel(kernels.intranode_dispatch(quantizes=each, segmented=segmented)) for each in (False, True)
+            Kernel(kernels.intranode_dispatch(quantizes=each, **flags)) for each in (False, True)
         ]
-        self._combine = {
-            element: Kernel(kernels.intranode_combine(element, segmented=segmented)) for element in ELEMENTS
-        }
+        self._combine = {element: Kernel(kernels.intranode_combine(element, **flags)) for element in ELEMENTS}
         self._layout = bind(Kernel(kernels.dispatch_layout()), _LOCAL_BLOCKS, self.common)
         self._contiguous = bind(Kernel(kernels.contiguous()), _LOCAL_BLOCKS)
 

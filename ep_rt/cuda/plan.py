@@ -142,6 +142,37 @@ class Rings:
         return num_nodes * self.num_channels * self.num_slots * self.slot_bytes
 
 
+_RECORD_ALIGN: Final = 16  # of the parts of a row in a slot
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What belongs to a row on the network: bytes of each part, 0 where it is absent, and where it lies.
+
+    Attributes:
+        offsets: within a record.
+        record_bytes: of a row with everything.
+    """
+
+    num_bytes: tuple[int, ...]
+    offsets: tuple[int, ...]
+    record_bytes: int
+
+    @classmethod
+    def of(cls, num_bytes: Sequence[int]) -> Parts:
+        ends = [0]
+        for each in num_bytes:
+            ends.append(ends[-1] + align_up(each, _RECORD_ALIGN))
+        return cls(tuple(num_bytes), tuple(ends[:-1]), ends[-1])
+
+    def places(self, num_rows: int) -> tuple[int, ...]:
+        """Where each part of so many rows lies in memory that holds them, and where it ends."""
+        ends = [0]
+        for each in self.num_bytes:
+            ends.append(ends[-1] + align_up(each * num_rows, OFFSET_UNIT))
+        return tuple(ends)
+
+
 # On two H200 channels of warps, with slots for two rows, had half the speed of these. A slot is a message on
 # the network.
 _MIN_SLOT_BYTES: Final = 128 << 10

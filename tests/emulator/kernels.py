@@ -72,11 +72,13 @@ class Kernels:
         architecture: 900 for bulk copies, 800 for loads and stores.
         num_data_warps: of the small kernels.
         is_small: else all have the product's shapes.
+        counts: those of the normal mode add up what they move.
     """
 
     architecture: int = 900
     num_data_warps: int = 1
     is_small: bool = True
+    counts: bool = False
     sources: Path = build.KERNELS_CU
     loaded: dict[str, EmulatedKernel] = field(default_factory=dict)
 
@@ -92,10 +94,12 @@ class Kernels:
         return self(kernels.barrier(num_ranks))
 
     def dispatch(self, *, quantizes: bool = False, segmented: bool = False) -> EmulatedKernel:
-        return self.small(kernels.intranode_dispatch(quantizes=quantizes, segmented=segmented))
+        return self.small(
+            kernels.intranode_dispatch(quantizes=quantizes, segmented=segmented, counts=self.counts)
+        )
 
     def combine(self, element: str, *, segmented: bool = False) -> EmulatedKernel:
-        return self.small(kernels.intranode_combine(element, segmented=segmented))
+        return self.small(kernels.intranode_combine(element, segmented=segmented, counts=self.counts))
 
     def expand(self) -> EmulatedKernel:
         return self.small(kernels.expand())

@@ -215,8 +215,8 @@ DISPATCH: Final = (
     Mutation(
         "stores without bulk copies: the last vector is forgotten",
         "intranode_dispatch_rows.cuh",
-        "if (v * kWarpSize + block.lane < num_vectors) ptx::st_stream",
-        "if (v * kWarpSize + block.lane + 1 < num_vectors) ptx::st_stream",
+        "if (v * kWarpSize + block.lane < num_vectors) {",
+        "if (v * kWarpSize + block.lane + 1 < num_vectors) {",
         "dispatch-r2-sm80",
     ),
 )

@@ -24,5 +24,6 @@ def test_layers_equal_the_oracle(
         ranks = TwoLevel(num_nodes, num_local_ranks, load, is_virtual=is_virtual)
         for _ in range(2):
             ranks.layer(rng, max_tokens=8)
+        ranks.compare_bytes()
         for seed in range(4):
             ranks.machine.run(seed)

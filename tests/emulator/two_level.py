@@ -5,11 +5,13 @@ The network's part is enqueued by the product's host side, the part within a nod
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
 from ep_rt import arrays, reference
 from ep_rt.cuda import kernels, launch
@@ -28,12 +30,12 @@ from ep_rt.cuda.layout import (
     align_up,
 )
 from ep_rt.cuda.plan import Rings, scratch_bytes
+from ep_rt.planner import Flow, Routes
 
 from .kernels import Kernels, bound
 from .machine import Array, Conditions, EmulatedKernel, Machine, Memory
 from .runtime import Kind
 
-ELEMENT = "float32"
 MAX_TOKENS = 16
 NUM_BLOCKS = 2
 PLACE_BYTES = 16 << 10
@@ -64,29 +66,76 @@ class _Kernel:
         return _Launch(*self._where, args, num_blocks)
 
 
+def _values(rng: np.random.Generator, shape: tuple[int, int], dtype: DTypeLike) -> Array:
+    values: Array = rng.standard_normal(shape).astype(dtype)
+    return values
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What all ranks send: as it is given, and as it is received."""
+
+    given: tuple[list[Array], list[Array] | None]
+    received: tuple[list[Array], list[Array] | None]
+
+    @classmethod
+    def draw(
+        cls, rng: np.random.Generator, counts: list[int], payload: str, element: DTypeLike, width: int
+    ) -> Rows:
+        """Of one of the payloads of `TwoLevel.layer`; `width` elements where they are moved."""
+        if payload == "cast":
+            x = [_values(rng, (count, 128), ml_dtypes.bfloat16) for count in counts]
+            q, sf = zip(*map(reference.quantize_fp8, x), strict=True)
+            return cls((x, None), (list(q), list(sf)))
+        if payload == "scaled":
+            num_scales = int(rng.integers(1, 6))
+            x = [rng.integers(0, 256, (count, 16 * (width % 12 + 1)), np.uint8) for count in counts]
+            moved = x, [rng.random((count, num_scales), np.float32) for count in counts]
+            return cls(moved, moved)
+        x = [_values(rng, (count, width), element) for count in counts]
+        return cls((x, None), (x, None))
+
+    def of(self, rank: int) -> tuple[Array, Array | None]:
+        """What a rank is given."""
+        x, sf = self.given
+        return x[rank], None if sf is None else sf[rank]
+
+
 class TwoLevel:
-    """Ranks of several nodes, with the memory that a buffer has."""
+    """Ranks of several nodes, with the memory that a buffer has.
+
+    Args:
+        is_virtual: stores reach the ranks of all nodes.
+        element: what is summed.
+    """
 
     def __init__(
-        self, num_nodes: int, num_local_ranks: int, load: Kernels, *, is_virtual: bool = False
+        self,
+        num_nodes: int,
+        num_local_ranks: int,
+        load: Kernels,
+        *,
+        is_virtual: bool = False,
+        element: DTypeLike = np.float32,
     ) -> None:
         self.num_nodes, self.num_local = num_nodes, num_local_ranks
         self.ranks = range(num_nodes * num_local_ranks)
-        self.dispatch = load.dispatch(segmented=True)
-        self.combine = load.combine(ELEMENT, segmented=True)
+        self.element, self.counts = np.dtype(element), load.counts
+        self.dispatches = [load.dispatch(quantizes=quantizes, segmented=True) for quantizes in (False, True)]
+        self.combine = load.combine(self.element.name, segmented=True)
         network = [
             load.small(spec)
             for spec in (
                 kernels.internode_layout(),
                 kernels.internode_exchange(),
-                kernels.internode_sum(ELEMENT),
+                kernels.internode_sum(self.element.name),
             )
         ]
         most_blocks = 2 * RINGS.num_channels
         domain = len(self.ranks) if is_virtual else num_local_ranks
         self.machine = machine = Machine(
             len(self.ranks),
-            [self.dispatch, self.combine, *network],
+            [*self.dispatches, self.combine, *network],
             [(rank, most_blocks) for rank in self.ranks],
             ranks_per_node=domain,
             # Counts of ranks that are not there are copied, too.
@@ -103,7 +152,7 @@ class TwoLevel:
         outboxes, inboxes = (
             each(RINGS.num_bytes(num_nodes), name, Kind.SYMMETRIC) for name in ("outbox", "inbox")
         )
-        states = each(NETWORK_STATE.itemsize, "network state")
+        self.states = each(NETWORK_STATE.itemsize, "network state")
         self.internodes = []
         for rank in self.ranks:
             made = object.__new__(Internode)
@@ -121,7 +170,7 @@ class TwoLevel:
             made._common = {
                 **self.common(rank),
                 "area": areas[rank].address,
-                "state": states[rank].address,
+                "state": self.states[rank].address,
                 "node": made.node,
                 "num_nodes": num_nodes,
             }
@@ -133,9 +182,12 @@ class TwoLevel:
                 "slot_bytes": RINGS.slot_bytes,
             }
             layout, exchange, total = (_Kernel(machine, rank, kernel) for kernel in network)
-            made._layout, made._exchange, made._sum = layout, exchange, {ELEMENT: total}  # type: ignore[assignment, dict-item]
+            made._layout, made._exchange, made._sum = layout, exchange, {self.element.name: total}  # type: ignore[assignment, dict-item]
             self.internodes.append(made)
         self.num_calls = 0
+        # What the planner says of the layers so far.
+        self.network_bytes = np.zeros((len(self.ranks), num_nodes), np.int64)
+        self.nvlink_bytes = np.zeros(len(self.ranks), np.int64)
 
     def common(self, rank: int) -> dict[str, Any]:
         """Fields of every kernel that knows its node."""
@@ -149,66 +201,103 @@ class TwoLevel:
             "slabs": [slab.address for slab in self.slabs[first : first + self.num_local]],
         }
 
-    def layer(self, rng: np.random.Generator, *, max_tokens: int) -> None:
-        """Enqueue a dispatch, a repeated one, and a combine of rows, weights and biases, on all ranks."""
+    def layer(self, rng: np.random.Generator, *, max_tokens: int, payload: str = "moved") -> None:
+        """Enqueue a dispatch, a repeated one, and a combine of rows, weights and biases, on all ranks.
+
+        Args:
+            payload: "moved" rows of the element that is summed, or "scaled" bytes with scale factors; or
+                "cast", of bfloat16 that travels within a node as FP8.
+        """
         num_ranks = len(self.ranks)
-        num_topk, hidden = int(rng.integers(1, 4)), 4 * int(rng.integers(1, 12))
+        num_topk = int(rng.integers(1, 4))
         num_experts = num_ranks * int(rng.integers(1, 3))
-        counts = rng.integers(0, max_tokens + 1, num_ranks)
-        x = [rng.standard_normal((int(n), hidden)).astype(np.float32) for n in counts]
-        ids = [rng.integers(-2, num_experts + 2, (int(n), num_topk)) for n in counts]
+        counts = [int(count) for count in rng.integers(0, max_tokens + 1, num_ranks)]
+        width = 16 // self.element.itemsize * int(rng.integers(1, 12))
+        first, second = (Rows.draw(rng, counts, payload, self.element, width) for _ in range(2))
+        ids = [rng.integers(-2, num_experts + 2, (count, num_topk)) for count in counts]
         weights = [rng.random(each.shape, np.float32) for each in ids]
         valid = [np.where((each < 0) | (each >= num_experts), -1, each) for each in ids]
-        sent = reference.dispatch(x, valid, num_experts=num_experts, topk_weights=weights)
-        y = [rng.standard_normal(each.recv_x.shape).astype(np.float32) for each in sent]
+        x, sf = first.received
+        sent = reference.dispatch(x, valid, num_experts=num_experts, topk_weights=weights, sf=sf)
+        x, sf = second.received
+        again = [
+            replace(each, recv_x=rows, recv_sf=scales)
+            for each, (rows, scales) in zip(sent, reference.dispatch_cached(x, sent, sf), strict=True)
+        ]
+        y = [_values(rng, (len(each.recv_x), width), self.element) for each in sent]
         given = [rng.random((len(each), num_topk), np.float32) for each in y]
-        biases = [rng.standard_normal(each.shape).astype(np.float32) for each in x]
+        biases = [_values(rng, (count, width), self.element) for count in counts]
         combined = reference.combine(
             y,
             sent,
-            num_tokens=[len(each) for each in x],
+            num_tokens=counts,
             topk_weights=given,
             bias=biases,
             ranks_per_node=self.num_local,
         )
         self.num_calls += 3
+        routes = Routes.of(ids, num_experts=num_experts, ranks_per_node=self.num_local)
+        self._plan(routes, [(first, num_topk), (second, 0)], y, num_topk)
         for rank in self.ranks:
-            self._one(
-                rank,
-                (x[rank], ids[rank], weights[rank]),
-                num_experts,
-                sent[rank],
-                (y[rank], given[rank], biases[rank]),
-                combined[rank],
+            crossing, routed = self._dispatch(
+                rank, first.of(rank), (ids[rank], weights[rank]), num_experts, sent[rank], None
+            )
+            self._dispatch(rank, second.of(rank), (None, None), 0, again[rank], (crossing, routed))
+            self._combine(rank, crossing, routed, (y[rank], given[rank], biases[rank]), combined[rank])
+
+    def _plan(
+        self, routes: Routes, dispatches: list[tuple[Rows, int]], y: list[Array], num_topk: int
+    ) -> None:
+        """Add what a layer must move to what the counters are compared with."""
+
+        def row(x: Array, sf: Array | None, num_topk: int) -> ReceivedRow:
+            return ReceivedRow(
+                row_bytes=x.itemsize * x.shape[1],
+                sf_bytes=0 if sf is None else sf.itemsize * sf.shape[1],
+                idx_bytes=8 * num_topk,
+                weights_bytes=4 * num_topk,
             )
 
-    def _one(
+        back = replace(row(y[0], None, num_topk), idx_bytes=0)
+        for rows, num in dispatches:
+            x, sf = rows.received
+            received = row(x[0], None if sf is None else sf[0], num)
+            plan = routes.dispatch(received, given=row(*rows.of(0), num))
+            self.nvlink_bytes += plan.nvlink.sent_bytes
+            self._add_network(plan.network)
+        plan = routes.combine(back)
+        self.nvlink_bytes += plan.nvlink.received_bytes
+        self._add_network(plan.network)
+
+    def _add_network(self, flow: Flow) -> None:
+        self.network_bytes += flow.sent_bytes_by_node(self.num_local)
+
+    def compare_bytes(self) -> None:
+        """In the end: what the kernels counted is what the planner says."""
+
+        def check() -> str | None:
+            for rank in self.ranks:
+                sent = self.states[rank].array(NETWORK_STATE, (1,))["sent_bytes"][0, : self.num_nodes]
+                if not np.array_equal(sent, self.network_bytes[rank]):
+                    return f"rank {rank} counted {sent} bytes, not {self.network_bytes[rank]}"
+                moved = self.workspaces[rank].array(WORKSPACE, (1,))["peer_bytes"][0]
+                if moved != (self.nvlink_bytes[rank] if self.counts else 0):
+                    return f"rank {rank} counted {moved} bytes over NVLink, not {self.nvlink_bytes[rank]}"
+            return None
+
+        self.machine.checks.append(check)
+
+    def _combine(
         self,
         rank: int,
-        tokens: tuple[Array, Array, Array],
-        num_experts: int,
-        sent: reference.Dispatched,
+        crossing: Crossing,
+        routed: dict[str, int],
         back: tuple[Array, Array, Array],
         combined: reference.Combined,
     ) -> None:
-        machine, internode, (x, ids, weights) = self.machine, self.internodes[rank], tokens
-        num_tokens, num_topk = ids.shape
+        machine, internode, (y, given, bias) = self.machine, self.internodes[rank], back
         call: Any = SimpleNamespace(stream=0, is_capturing=False, temporaries=[])
-        listed = internode.list_capacity(num_tokens)
-        routing = machine.allocate(rank, routing_bytes(listed), "routing").address
-        routed = {
-            "send_row": routing + SEND_ROW_OFFSET,
-            "send_plan": routing + SEND_PLAN_OFFSET,
-            "num_tokens": listed,
-            "row_bytes": 4 * x.shape[1],
-        }
-        crossing = self._dispatch(rank, (x, ids, weights), num_experts, sent, routed, None)
-        self._dispatch(rank, (-x, None, None), 0, replace(sent, recv_x=-sent.recv_x), routed, crossing)
-        routed["segments"] = crossing.segments
-        routed["num_topk"] = num_topk
-
         base = self.slabs[rank].address + PAYLOAD_OFFSET
-        y, given, bias = back
         weights_at = align_up(y.nbytes, OFFSET_UNIT)
         assert weights_at + given.nbytes <= PLACE_BYTES
         for array, offset in ((y, 0), (given, weights_at)):
@@ -217,8 +306,8 @@ class TwoLevel:
         returning = internode.returning(
             arrays.view(y, name="y"),
             arrays.view(given, name="weights"),
-            num_tokens=num_tokens,
-            element=ELEMENT,
+            num_tokens=len(bias),
+            element=self.element.name,
         )
         places = returning.here_places
         here = machine.allocate(rank, places[-1], "sums of this node").address
@@ -236,14 +325,18 @@ class TwoLevel:
                     "y_offset": y_offset,
                     "weights_offset": y_offset + weights_at // OFFSET_UNIT,
                     "num_pullers": NUM_BLOCKS,
+                    "segments": crossing.segments,
+                    "row_bytes": y.itemsize * y.shape[1],
+                    "num_topk": given.shape[1],
                 },
                 routed,
                 self.common(rank),
             ),
             NUM_BLOCKS,
         )
-        out = machine.allocate(rank, max(1, x.nbytes), "combined x").address
-        out_weights = machine.allocate(rank, max(1, weights.nbytes), "combined weights").address
+        assert combined.topk_weights is not None
+        out = machine.allocate(rank, max(1, bias.nbytes), "combined x").address
+        out_weights = machine.allocate(rank, max(1, combined.topk_weights.nbytes), "combined weights").address
         internode.take_back(
             returning,
             crossing,
@@ -253,42 +346,60 @@ class TwoLevel:
             call,
             num_sms=NUM_BLOCKS,
         )
-        assert combined.topk_weights is not None
         self._compare("combined_x", rank, out, combined.x)
         self._compare("combined weights", rank, out_weights, combined.topk_weights)
 
     def _dispatch(
         self,
         rank: int,
-        tokens: tuple[Array | None, ...],
+        rows: tuple[Array, Array | None],
+        routing: tuple[Array | None, Array | None],
         num_experts: int,
         sent: reference.Dispatched,
-        routed: dict[str, int],
-        crossing: Crossing | None,
-    ) -> Crossing:
-        """A new dispatch of rows, ids and weights, or one of other rows with the routes of an earlier one."""
+        earlier: tuple[Crossing, dict[str, int]] | None,
+    ) -> tuple[Crossing, dict[str, int]]:
+        """A new dispatch of rows, ids and weights, or one of other rows with the routes of an earlier one.
+
+        Returns what later calls need: the tokens that crossed, and fields of the kernels within a node.
+        """
         machine, internode = self.machine, self.internodes[rank]
-        x, ids, weights = tokens
-        is_cached = crossing is not None
+        (x, sf), (ids, weights) = rows, routing
         num_topk = 0 if ids is None else ids.shape[1]
-        parts = (x, None, ids, weights)
+        parts = (x, sf, ids, weights)
         views = [None if each is None else arrays.view(each, name="x") for each in parts]
         pointers = [0 if each is None else self._put(rank, each) for each in parts]
         call: Any = SimpleNamespace(stream=0, is_capturing=False, temporaries=[])
-        assert x is not None
-        found = internode.bringing(views, num_tokens=len(x), num_experts=num_experts, is_cached=is_cached)
-        crossing, landed = internode.bring(found, crossing, pointers, call, num_sms=NUM_BLOCKS, digest=7)
+        found = internode.bringing(
+            views, num_tokens=len(x), num_experts=num_experts, is_cached=earlier is not None
+        )
+        if earlier is None:
+            listed = internode.list_capacity(len(x))
+            place = machine.allocate(rank, routing_bytes(listed), "routing").address
+            routed = {
+                "send_row": place + SEND_ROW_OFFSET,
+                "send_plan": place + SEND_PLAN_OFFSET,
+                "num_tokens": listed,
+            }
+        else:
+            routed = earlier[1]
+        crossing, landed = internode.bring(
+            found, earlier and earlier[0], pointers, call, num_sms=NUM_BLOCKS, digest=7
+        )
         scratch = machine.allocate(rank, scratch_bytes(routed["num_tokens"]), "scratch").address
         told = machine.allocate(rank, DISPATCH_RESULT.itemsize, "result")
         row = ReceivedRow(
-            idx_bytes=8 * num_topk, weights_bytes=4 * num_topk, sf_bytes=0, row_bytes=routed["row_bytes"]
+            idx_bytes=8 * num_topk,
+            weights_bytes=4 * num_topk,
+            sf_bytes=0 if sent.recv_sf is None else sent.recv_sf.itemsize * sent.recv_sf.shape[1],
+            row_bytes=sent.recv_x.itemsize * sent.recv_x.shape[1],
         )
         room = row.capacity(PLACE_BYTES)
+        kernel = self.dispatches[sent.recv_x.dtype != x.dtype]
         machine.launch(
             rank,
-            self.dispatch,
+            kernel,
             bound(
-                self.dispatch,
+                kernel,
                 {
                     **dict(zip(_OWN, pointers, strict=True)),
                     **{f"landed_{name}": at for name, at in zip(_OWN, landed, strict=True)},
@@ -304,8 +415,10 @@ class TwoLevel:
                     "num_topk": num_topk,
                     "num_experts": found.num_node_experts,
                     "idx_bytes": 8 if num_topk else 0,
-                    "is_cached": is_cached,
+                    "is_cached": earlier is not None,
                     "max_redundant_tokens": 512,
+                    "row_bytes": row.row_bytes,
+                    "sf_row_bytes": row.sf_bytes,
                 },
                 routed,
                 self.common(rank),
@@ -314,11 +427,13 @@ class TwoLevel:
         )
         at, base = row.layout(room), self.slabs[rank].address + PAYLOAD_OFFSET
         self._compare("recv_x", rank, base + at.x, sent.recv_x)
-        if not is_cached:
+        if sent.recv_sf is not None:
+            self._compare("recv_sf", rank, base + at.sf, sent.recv_sf)
+        if earlier is None:
             assert sent.recv_topk_weights is not None
             self._compare("recv_topk_idx", rank, base + at.topk_idx, sent.recv_topk_idx.astype(np.int64))
             self._compare("recv_topk_weights", rank, base + at.topk_weights, sent.recv_topk_weights)
-        return crossing
+        return crossing, routed
 
     def _put(self, rank: int, array: Array) -> int:
         """Of an array without elements nothing is read, but its address is not 0."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import cupy
@@ -13,6 +14,8 @@ from host_cases import DTYPES, Case, random_bits, random_values, same_bits
 from ranks import RANKS_PER_NODE
 
 from ep_rt import Buffer, Config, reference
+from ep_rt.cuda.layout import ReceivedRow
+from ep_rt.planner import Flow, Routes
 
 SUMMED = (ml_dtypes.bfloat16, np.float16, np.float32)
 
@@ -208,6 +211,56 @@ def check_quantized(
     expected_x, expected_sf = reference.dispatch_cached(q, expected, sf)[rank]
     assert same_bits(fetch(cached.recv_x[0], q[0].dtype), expected_x)
     assert same_bits(fetch(cached.recv_x[1]), expected_sf)
+
+
+def check_bytes(buffer: Buffer, seed: int, *, quantizes: bool) -> None:
+    """Bytes of a dispatch, a repeated one and a combine, as kernels count them, beside the planner's.
+
+    Those over NVLink only where the buffer counts them. tests/emulator/test_bytes.py is the twin.
+    """
+    hidden, num_topk = 384, 4
+    case = wide_case(
+        seed, buffer.num_ranks, num_tokens=300, hidden=hidden, num_topk=num_topk, num_local_experts=3
+    )
+    rank, topology = buffer.rank, buffer.topology
+    routes = Routes.of(case.topk_idx, num_experts=case.num_experts, ranks_per_node=topology.num_local_ranks)
+    given = ReceivedRow(row_bytes=2 * hidden, sf_bytes=0, idx_bytes=8 * num_topk, weights_bytes=4 * num_topk)
+    row = replace(given, row_bytes=hidden, sf_bytes=4 * hidden // 128) if quantizes else given
+    quantize = "fp8" if quantizes else None
+    seen = buffer.stats
+
+    def compare(network: Flow, nvlink_bytes: Array) -> None:
+        nonlocal seen
+        before, seen = seen, buffer.stats
+        if topology.num_nodes > 1:
+            sent = np.subtract(seen.network_bytes_by_node, before.network_bytes_by_node)
+            assert sent.tolist() == network.sent_bytes_by_node(topology.num_local_ranks)[rank].tolist()
+        else:
+            assert seen.network_bytes_by_node == ()
+        if seen.nvlink_bytes is not None and before.nvlink_bytes is not None:
+            assert seen.nvlink_bytes - before.nvlink_bytes == nvlink_bytes[rank]
+
+    x = put(random_values(case.rng, (case.num_tokens[rank], hidden), ml_dtypes.bfloat16))
+    out = buffer.dispatch(
+        x,
+        topk_idx=put(case.topk_idx[rank]),
+        topk_weights=put(case.topk_weights[rank]),
+        num_experts=case.num_experts,
+        quantize=quantize,
+    )
+    plan = routes.dispatch(row, given=given)
+    compare(plan.network, plan.nvlink.sent_bytes)
+
+    buffer.dispatch(x, handle=out.handle, quantize=quantize)
+    plan = routes.dispatch(
+        replace(row, idx_bytes=0, weights_bytes=0), given=replace(given, idx_bytes=0, weights_bytes=0)
+    )
+    compare(plan.network, plan.nvlink.sent_bytes)
+
+    y = put(random_values(case.rng, (out.handle.num_recv_tokens, hidden), ml_dtypes.bfloat16))
+    buffer.combine(y, out.handle, topk_weights=out.recv_topk_weights)
+    plan = routes.combine(replace(given, idx_bytes=0))
+    compare(plan.network, plan.nvlink.received_bytes)
 
 
 def wide_case(

@@ -21,7 +21,7 @@ from ep_rt import Group, reference
 if device_count():
     import cupy
     from device_arrays import cuda_buffer, fetch, put
-    from normal_cases import check_normal, context_is_alive
+    from normal_cases import check_bytes, check_normal, context_is_alive
 
 pytestmark = [
     pytest.mark.gpu,
@@ -98,6 +98,22 @@ def test_tokens_of_many_chunks() -> None:
                     put(x[group.rank]), topk_idx=put(ids[group.rank]), num_experts=num_experts
                 )
                 assert same_bits(fetch(out.recv_x), expected.recv_x)
+
+    on_ranks(body)
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_bytes_counted_are_those_planned(counts: bool) -> None:
+    """Over the network always, over NVLink where the buffer is told to count."""
+
+    def body(group: Group) -> None:
+        with cuda_buffer(group, counts_bytes=counts) as buffer:
+            assert len(buffer.stats.network_bytes_by_node) == buffer.topology.num_nodes
+            assert buffer.stats.nvlink_bytes == (0 if counts else None)
+            for seed in range(6):
+                check_bytes(buffer, seed, quantizes=bool(seed % 2))
+            assert buffer.stats.network_bytes > 0
+            check_normal(buffer, 1)
 
     on_ranks(body)
 

@@ -20,6 +20,7 @@ if device_count():
     import cupy
     from device_arrays import cuda_buffer, fetch, overwrite, poison, put
     from normal_cases import (
+        check_bytes,
         check_normal,
         check_quantized,
         check_worst_case,
@@ -253,6 +254,16 @@ def test_any_strides(place: str) -> None:
             back = buffer.combine(put(y_wide)[:, 1:65], plain.handle)
             assert same_bits(fetch(back.combined_x), fetch(buffer.combine(put(y), plain.handle).combined_x))
             assert buffer.stats.num_copied_inputs == 3
+
+    run(place, body)
+
+
+def test_bytes_counted_are_those_planned(place: str) -> None:
+    def body(group: Group) -> None:
+        with cuda_buffer(group, counts_bytes=True) as buffer:
+            for seed in range(6):
+                check_bytes(buffer, seed, quantizes=bool(seed % 2))
+            check_normal(buffer, 1)
 
     run(place, body)
 

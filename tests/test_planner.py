@@ -1,0 +1,125 @@
+"""What `ep_rt.planner` says must move, against counting token by token and against the oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ep_rt import reference
+from ep_rt.cuda.layout import ReceivedRow
+from ep_rt.errors import ConfigError
+from ep_rt.planner import Array, Flow, Plan, Routes, record_bytes
+
+SIZES = [(1, 1), (1, 4), (2, 1), (2, 2), (3, 2), (2, 4), (5, 3)]
+ROW = ReceivedRow(row_bytes=48, sf_bytes=20, idx_bytes=24, weights_bytes=12)
+
+
+def drawn(seed: int, num_nodes: int, size: int) -> tuple[list[Array], int]:
+    """Ids with gaps, and some that do not exist."""
+    rng = np.random.default_rng([seed, num_nodes, size])
+    num_experts = num_nodes * size * int(rng.integers(1, 4))
+    num_topk = int(rng.integers(1, 6))
+    counts = rng.integers(0, 30, num_nodes * size)
+    return [rng.integers(-3, num_experts + 3, (int(count), num_topk)) for count in counts], num_experts
+
+
+def counted(ids: list[Array], num_experts: int, size: int) -> tuple[Array, Array]:
+    """Rows that cross the network and NVLink, from rank to rank, one after the other."""
+    num_ranks = len(ids)
+    network, nvlink = (np.zeros((num_ranks, num_ranks), np.int64) for _ in range(2))
+    for src, tokens in enumerate(ids):
+        for token in tokens.tolist():
+            ranks = {expert * num_ranks // num_experts for expert in token if 0 <= expert < num_experts}
+            for node in {rank // size for rank in ranks}:
+                at = node * size + src % size
+                if node != src // size:
+                    network[src, at] += 1
+                for rank in ranks:
+                    if rank // size == node and rank != at:
+                        nvlink[at, rank] += 1
+    return network, nvlink
+
+
+@pytest.mark.parametrize(("num_nodes", "size"), SIZES)
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_are_those_that_counting_gives(num_nodes: int, size: int, seed: int) -> None:
+    ids, num_experts = drawn(seed, num_nodes, size)
+    routes = Routes.of(ids, num_experts=num_experts, ranks_per_node=size)
+    network, nvlink = counted(ids, num_experts, size)
+    plan, back = routes.dispatch(ROW), routes.combine(ROW)
+    assert np.array_equal(plan.network.sent_bytes, network.sum(axis=1) * 128)
+    assert np.array_equal(plan.network.received_bytes, network.sum(axis=0) * 128)
+    assert np.array_equal(plan.nvlink.rows, nvlink)
+    assert np.array_equal(plan.nvlink.sent_bytes, nvlink.sum(axis=1) * 104)
+    assert np.array_equal(back.network.rows, network.T)
+    assert np.array_equal(back.nvlink.received_bytes, plan.nvlink.sent_bytes)
+    assert plan.nvlink.busiest_bytes == max(0, *(nvlink.sum(axis=axis).max() * 104 for axis in (0, 1)))
+
+
+@pytest.mark.parametrize(("num_nodes", "size"), SIZES)
+def test_rows_are_those_that_the_oracle_delivers(num_nodes: int, size: int) -> None:
+    ids, num_experts = drawn(7, num_nodes, size)
+    ids = [np.where((each < 0) | (each >= num_experts), -1, each) for each in ids]
+    x = [np.zeros((len(each), 4), np.float32) for each in ids]
+    received = reference.dispatch(x, ids, num_experts=num_experts)
+    routes = Routes.of(ids, num_experts=num_experts, ranks_per_node=size)
+    ranks = range(len(ids))
+    from_rank = np.array([np.bincount(each.src_rank, minlength=len(ids)) for each in received])
+    assert np.array_equal(routes.to_rank, from_rank.T)
+    for rank in ranks:
+        # What comes over NVLink is what was received, less what came from ranks of the same local index.
+        local = [src for src in ranks if src % size == rank % size]
+        assert (
+            routes.nvlink_rows[:, rank].sum() == len(received[rank].src_rank) - from_rank[rank, local].sum()
+        )
+    layouts = [
+        reference.dispatch_layout(each, num_experts=num_experts, num_ranks=len(ids), ranks_per_node=size)
+        for each in ids
+    ]
+    per_node = np.array([layout.num_tokens_per_node for layout in layouts])
+    assert np.array_equal(routes.to_node, per_node)
+    is_own = np.arange(len(ids))[:, None] // size == np.arange(num_nodes)
+    assert np.array_equal(routes.network_rows.sum(axis=1), np.where(is_own, 0, per_node).sum(axis=1))
+
+
+def test_two_levels_send_no_more_than_one() -> None:
+    ids, num_experts = drawn(1, 4, 2)
+    routes = Routes.of(ids, num_experts=num_experts, ranks_per_node=2)
+    direct = routes.direct(ROW)
+    assert 0 < routes.dispatch(ROW).network.mean_bytes < direct.network.mean_bytes
+    # Nothing is lost: each received row was there already, or came over NVLink.
+    whole = Routes.of(ids, num_experts=num_experts, ranks_per_node=8)
+    for plan in whole.dispatch(ROW), whole.direct(ROW):
+        assert plan.network.rows.sum() == 0
+        assert plan.nvlink.rows.sum() == direct.network.rows.sum() + direct.nvlink.rows.sum()
+    assert direct.network.rows.sum() + direct.nvlink.rows.sum() + np.trace(routes.to_rank) == (
+        routes.to_rank.sum()
+    )
+
+
+def test_the_floor_is_that_of_the_busiest_link() -> None:
+    rows = np.array([[0, 3], [5, 0]])
+    plan = Plan(Flow(rows, 1000), Flow(10 * rows, 100))
+    assert np.array_equal(plan.network.sent_bytes_by_node(1), rows * 1000)
+    assert np.array_equal(plan.network.sent_bytes_by_node(2), [[3000], [5000]])
+    assert plan.network.mean_bytes == 4000
+    assert plan.floor_s(network_gbps=1, nvlink_gbps=2) == pytest.approx(5e-6)
+    assert plan.floor_s(network_gbps=4, nvlink_gbps=2) == pytest.approx(2.5e-6)
+
+
+def test_rows_that_are_cast_cross_as_they_were() -> None:
+    ids, num_experts = drawn(2, 2, 2)
+    routes = Routes.of(ids, num_experts=num_experts, ranks_per_node=2)
+    cast = ReceivedRow(row_bytes=128, sf_bytes=4, idx_bytes=8, weights_bytes=0)
+    given = ReceivedRow(row_bytes=256, sf_bytes=0, idx_bytes=8, weights_bytes=0)
+    plan = routes.dispatch(cast, given=given)
+    assert (plan.network.row_bytes, plan.nvlink.row_bytes) == (272, 140)
+    assert record_bytes(cast) == 160
+
+
+def test_sizes_that_do_not_divide() -> None:
+    ids = [np.zeros((1, 1), np.int64)] * 3
+    with pytest.raises(ConfigError, match="cannot be divided into nodes of 2"):
+        Routes.of(ids, num_experts=3, ranks_per_node=2)
+    with pytest.raises(ConfigError, match="num_experts"):
+        Routes.of(ids, num_experts=4, ranks_per_node=3)
