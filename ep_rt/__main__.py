@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import _version, doctor
+from . import _version, doctor, planner_cli
 from .bench import options, run
 from .errors import ConfigError
 
@@ -20,10 +20,13 @@ def main(arguments: Sequence[str]) -> int:
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     options.add_parser(commands)
     doctor.add_parser(commands)
+    planner_cli.add_parser(commands)
     parsed = parser.parse_args(arguments)
     if parsed.command == "doctor":
         return doctor.main(doctor.options_of(parsed))
     try:
+        if parsed.command == "plan":
+            return planner_cli.main(planner_cli.options_of(parsed))
         chosen = options.options_of(parsed)
     except ConfigError as error:
         parser.error(str(error))

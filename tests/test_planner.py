@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ep_rt import __main__ as program
 from ep_rt import reference
+from ep_rt.bench.workload import Routing
 from ep_rt.cuda.layout import ReceivedRow
 from ep_rt.errors import ConfigError
 from ep_rt.planner import Array, Flow, Plan, Routes, record_bytes
@@ -123,3 +125,60 @@ def test_sizes_that_do_not_divide() -> None:
         Routes.of(ids, num_experts=3, ranks_per_node=2)
     with pytest.raises(ConfigError, match="num_experts"):
         Routes.of(ids, num_experts=4, ranks_per_node=3)
+
+
+# The command line.
+
+
+def plan(*arguments: str) -> int:
+    return program.main(["plan", "--hidden=512", "--experts=32", "--topk=4", *arguments])
+
+
+def test_the_table_says_what_the_planner_says(capsys: pytest.CaptureFixture[str]) -> None:
+    speeds = "--network-gbps=25", "--nvlink-gbps=100"
+    assert plan("--ranks=4", "--ranks-per-node=2", "--tokens", "200", "900", "--dtype=both", *speeds) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 111
+    rows = [line.split() for line in lines[-10:]]
+    dispatches, combine = ["dispatch", "dispatch-cached"], ["combine"]
+    assert [each[:3] for each in rows] == [
+        [tokens, dtype, operation]
+        for tokens in ("200", "900")
+        for dtype, operations in (("bf16", dispatches + combine), ("fp8", dispatches))
+        for operation in operations
+    ]
+    drawn = Routing.draw(num_ranks=4, num_tokens=900, num_experts=32, num_topk=4)
+    routes = Routes.of(drawn.topk_idx, num_experts=32, ranks_per_node=2)
+    row = ReceivedRow(row_bytes=1024, sf_bytes=0, idx_bytes=32, weights_bytes=16)
+    expected = []
+    for each in routes.dispatch(row), routes.direct(row):
+        for flow in each.network, each.nvlink:
+            expected += [f"{flow.mean_bytes / 1e6:.2f}", f"({flow.busiest_bytes / 1e6:.2f})"]
+        network, nvlink = each.network.busiest_bytes / 25e3, each.nvlink.busiest_bytes / 100e3
+        expected.append(f"{max(network, nvlink):.0f}")
+    assert rows[5][3:] == expected
+
+
+def test_other_seeds_and_routings_give_other_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    tables = set()
+    for arguments in (), ("--seed=1",), ("--routing=zipf",), ("--routing=zipf", "--zipf-exponent=2"):
+        assert plan("--tokens=64", *arguments) == 0
+        tables.add(capsys.readouterr().out.splitlines()[-1])
+    assert len(tables) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--ranks=12",), "num_experts=32 is not a positive multiple of num_ranks=12"),
+        (("--ranks=4",), "4 ranks cannot be divided into nodes of 8"),
+        (("--topk=33",), "top-33 of 32 experts"),
+        (("--network-gbps=0",), "0 GB/s is not positive"),
+    ],
+)
+def test_what_cannot_be_planned(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        plan(*arguments)
+    assert message in capsys.readouterr().err

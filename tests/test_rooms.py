@@ -24,7 +24,7 @@ ORDER = [
     {"buffer", "planner"},
     {"jax_calls"},
     {"__init__", "bench", "torch", "jax"},
-    {"doctor", "compat"},
+    {"doctor", "compat", "planner_cli"},
     {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

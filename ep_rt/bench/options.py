@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from ..errors import ConfigError
@@ -102,30 +102,15 @@ def add_parser(commands: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    work = parser.add_argument_group("workload")
-    work.add_argument("--tokens", type=_positive, nargs="+", default=_DEFAULTS.tokens, help="of each rank")
-    work.add_argument("--hidden", type=_positive, default=_DEFAULTS.hidden)
-    work.add_argument("--experts", type=_positive, default=_DEFAULTS.num_experts, help="of all ranks")
-    work.add_argument("--topk", type=_positive, default=_DEFAULTS.num_topk)
-    work.add_argument(
-        "--dtype",
-        choices=("bf16", "fp8", "both"),
-        default="bf16",
-        help="fp8: bytes, with a float32 scale factor for every 128 of them",
-    )
-    work.add_argument(
-        "--routing", choices=("uniform", "zipf"), default="uniform", help="how popular experts are"
-    )
-    work.add_argument("--zipf-exponent", type=float, default=_DEFAULTS.zipf_exponent, metavar="S")
-    work.add_argument("--seed", type=int, default=_DEFAULTS.seed)
+    add_workload(parser)
     what = parser.add_argument_group("what is measured")
     what.add_argument(
         "--operations", nargs="+", choices=OPERATIONS + LOW_LATENCY, default=OPERATIONS, metavar="OP"
     )
     what.add_argument(
-        "--sms", type=_positive, nargs="+", default=_DEFAULTS.sms, help="SMs that an operation may use"
+        "--sms", type=positive, nargs="+", default=_DEFAULTS.sms, help="SMs that an operation may use"
     )
-    what.add_argument("--repeat", type=_positive, default=_DEFAULTS.repeat, help="readings of each time")
+    what.add_argument("--repeat", type=positive, default=_DEFAULTS.repeat, help="readings of each time")
     what.add_argument(
         "--compare", choices=("none", "nccl"), default="none", help="the same rows through another library"
     )
@@ -138,7 +123,7 @@ def add_parser(commands: Any) -> None:
     where.add_argument("--backend", choices=("auto", "cuda", "host"), default="auto")
     where.add_argument(
         "--ranks",
-        type=_positive,
+        type=positive,
         default=0,
         metavar="N",
         help="threads; default: the processes of mpirun, else one for each GPU, or 4 on the host",
@@ -152,8 +137,28 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--in-place", action="store_true", help=argparse.SUPPRESS)
 
 
-def options_of(parsed: argparse.Namespace) -> Options:
-    """The checked options.
+def add_workload(parser: argparse.ArgumentParser) -> None:
+    """Add what is moved."""
+    work = parser.add_argument_group("workload")
+    work.add_argument("--tokens", type=positive, nargs="+", default=_DEFAULTS.tokens, help="of each rank")
+    work.add_argument("--hidden", type=positive, default=_DEFAULTS.hidden)
+    work.add_argument("--experts", type=positive, default=_DEFAULTS.num_experts, help="of all ranks")
+    work.add_argument("--topk", type=positive, default=_DEFAULTS.num_topk)
+    work.add_argument(
+        "--dtype",
+        choices=("bf16", "fp8", "both"),
+        default="bf16",
+        help="fp8: bytes, with a float32 scale factor for every 128 of them",
+    )
+    work.add_argument(
+        "--routing", choices=("uniform", "zipf"), default="uniform", help="how popular experts are"
+    )
+    work.add_argument("--zipf-exponent", type=float, default=_DEFAULTS.zipf_exponent, metavar="S")
+    work.add_argument("--seed", type=int, default=_DEFAULTS.seed)
+
+
+def workload_of(parsed: argparse.Namespace) -> Options:
+    """Checked options of the workload; the others have their defaults.
 
     Raises:
         ConfigError: they do not go together.
@@ -164,10 +169,21 @@ def options_of(parsed: argparse.Namespace) -> Options:
         num_experts=parsed.experts,
         num_topk=parsed.topk,
         dtypes=("bf16", "fp8") if parsed.dtype == "both" else (parsed.dtype,),
-        sms=tuple(dict.fromkeys(parsed.sms)),
         routing=parsed.routing,
         zipf_exponent=parsed.zipf_exponent,
         seed=parsed.seed,
+    )
+
+
+def options_of(parsed: argparse.Namespace) -> Options:
+    """The checked options.
+
+    Raises:
+        ConfigError: they do not go together.
+    """
+    return replace(
+        workload_of(parsed),
+        sms=tuple(dict.fromkeys(parsed.sms)),
         operations=tuple(name for name in OPERATIONS + LOW_LATENCY if name in parsed.operations),
         repeat=parsed.repeat,
         backend=parsed.backend,
@@ -181,7 +197,8 @@ def options_of(parsed: argparse.Namespace) -> Options:
     )
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Of the command line."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")

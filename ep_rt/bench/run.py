@@ -69,7 +69,7 @@ def _on_rank(group: Group, place: Place, options: Options) -> Report | None:
         timer = open_timer(group, place, options.repeat)
         _limits(group, place, timer, found)
         console.lines(report.limit_lines(found))
-        routings = {num_tokens: _routing(options, group.size, num_tokens) for num_tokens in options.tokens}
+        routings = {num_tokens: routing_of(options, group.size, num_tokens) for num_tokens in options.tokens}
         for name in options.dtypes:
             element = ELEMENTS[name]
             console.lines(report.title(name, element.row_bytes(options.hidden)))
@@ -106,7 +106,8 @@ def _limits(group: Group, place: Place, timer: CudaTimer | HostTimer, found: Rep
         found.notes.append("threads share one interpreter: their call times hold waits for each other")
 
 
-def _routing(options: Options, num_ranks: int, num_tokens: int) -> Routing:
+def routing_of(options: Options, num_ranks: int, num_tokens: int) -> Routing:
+    """Where tokens go."""
     return Routing.draw(
         num_ranks=num_ranks,
         num_tokens=num_tokens,
