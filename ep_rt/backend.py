@@ -62,7 +62,7 @@ def gpu_place() -> GpuPlace | None:
     )
 
 
-def choose(places: Sequence[GpuPlace | None], topology: Topology, *, low_latency_mode: bool = False) -> str:
+def choose(places: Sequence[GpuPlace | None], topology: Topology) -> str:
     """What "auto" means for ranks at these places, the same on all: "cuda" where it serves every one.
 
     Ranks that share a GPU get the host backend: processes would wait for each other in time slices, and
@@ -72,9 +72,8 @@ def choose(places: Sequence[GpuPlace | None], topology: Topology, *, low_latency
 
     Args:
         topology: of nodes that NVLink joins.
-        low_latency_mode: which needs ranks of one node.
     """
-    reason = _reason_for_host(places, topology, low_latency_mode)
+    reason = _reason_for_host(places, topology)
     if reason is None:
         _log.info("backend: cuda")
         return "cuda"
@@ -84,9 +83,7 @@ def choose(places: Sequence[GpuPlace | None], topology: Topology, *, low_latency
     return "host"
 
 
-def _reason_for_host(
-    places: Sequence[GpuPlace | None], topology: Topology, low_latency_mode: bool
-) -> str | None:
+def _reason_for_host(places: Sequence[GpuPlace | None], topology: Topology) -> str | None:
     present = [place for place in places if place is not None]
     if len(present) < len(places):
         return f"{len(places) - len(present)} of {len(places)} ranks have no GPU"
@@ -95,19 +92,15 @@ def _reason_for_host(
     if len({place.bus_id for place in present}) < len(present):
         return "the same GPU is the current one of several ranks"
     if topology.num_nodes > 1:
-        return _reason_against_network(present, topology, low_latency_mode)
+        return _reason_against_network(present, topology)
     if len(places) > MAX_CUDA_RANKS:
         return f"{len(places)} ranks on one node; the CUDA backend serves {MAX_CUDA_RANKS}"
     return None
 
 
-def _reason_against_network(
-    places: Sequence[GpuPlace], topology: Topology, low_latency_mode: bool
-) -> str | None:
+def _reason_against_network(places: Sequence[GpuPlace], topology: Topology) -> str | None:
     """Of several nodes of one host."""
     nodes = f"{len(places)} ranks on {topology.num_nodes} nodes{topology.hint}"
-    if low_latency_mode:
-        return f"low-latency calls need ranks of one node: {nodes}"
     try:
         Internode.check(topology)
     except TopologyError as error:

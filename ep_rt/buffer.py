@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from . import _version, arrays
 from . import backend as backends
@@ -15,6 +15,7 @@ from .cuda import plan
 from .cuda.engine import CudaEngine, CudaStats, MemoryReport
 from .cuda.low_latency import CudaLowLatency, NoLowLatency
 from .cuda.low_latency_plan import area_bytes_hint
+from .cuda.remote import RemoteSizes
 from .cuda.streams import capture
 from .errors import BackendError, ClosedError, ConfigError, EpError
 from .events import EventOverlap
@@ -48,6 +49,9 @@ class MoeSizes:
     dtype: str
 
 
+_LOW_LATENCY_BYTES: Final = 256 << 20  # over the network, where nothing is said
+
+
 class Buffer:
     """Dispatch tokens to the ranks of their experts, and combine the experts' outputs.
 
@@ -76,27 +80,33 @@ class Buffer:
     directly over PCIe where GPUs reach each other so. ``EP_RT_NVLINK=0`` forces that, ``EP_RT_NVLINK=1``
     one node for each host. Ranks that are threads of one process stay on one node.
 
-    Over several nodes GPUs serve the normal mode, for up to `num_max_tokens_per_rank` tokens of `for_moe` in
-    a call, else 8192. A dispatch needs expert ids or a handle. Every rank is a process with a GPU of its own,
-    the ranks of a node are consecutive, and all nodes have as many. A combine rounds the sums of each node.
-    What has no room on a rank raises on the ranks of its node alone.
+    Over several nodes every rank is a process with a GPU of its own, the ranks of a node are consecutive, and
+    all nodes have as many. GPUs serve the normal mode for up to `num_max_tokens_per_rank` tokens of `for_moe`
+    in a call, else 8192. A dispatch needs expert ids or a handle. A combine rounds the sums of each node.
+    What has no room on a rank raises on the ranks of its node alone. Low-latency calls serve up to 32 ranks:
+    rows go straight to the ranks of their experts, by stores where these reach and else by puts. A combine
+    sums on the experts' ranks alone, and results with ``layout="rank"`` do not outlive the buffer.
 
     Args:
         group: the peers: an mpi4py communicator, a torch process group, an `ep_rt.Group`, or None for
             ``MPI.COMM_WORLD`` under an MPI launcher and a single rank otherwise.
         num_nvl_bytes: memory on this GPU that the peers write results to: enough for all results held at a
             time. 0: from the sizes of `for_moe`, else 1 GiB. The host backend needs none.
-        num_rdma_bytes: on one node memory besides for the landing zones of low-latency calls; 0: from the
-            sizes of `for_moe`, else taken from `num_nvl_bytes`. Over several nodes the rings between them;
-            0: 8 MiB or a little more for each node and direction, in and out.
+        num_rdma_bytes: memory besides for the landing zones of low-latency calls, as
+            `get_low_latency_rdma_size_hint` says; over several nodes twice as much is taken, since rows go
+            out through memory of the network, too. 0: from the sizes of `for_moe`, else taken from
+            `num_nvl_bytes`, and over several nodes 256 MiB. Without `low_latency_mode`, over several nodes,
+            the rings between them; 0, and beside low-latency calls: 8 MiB or a little more for each node and
+            direction, in and out.
         low_latency_mode: on GPUs, load the kernels of the low-latency calls, which raise without.
-        num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, explicitly_destroy: as in DeepEP;
-            every value means the same.
+        allow_nvlink_for_low_latency_mode: False, for tests: low-latency calls on GPUs go through NVSHMEM to
+            every rank, as if each was on a node of its own.
+        num_qps_per_rank, allow_mnnvl, explicitly_destroy: as in DeepEP; every value means the same.
         enable_shrink: in low-latency mode, mask a late rank and go on without it instead of raising. What
             a rank still sends that was late and not lost may spoil rows of later calls: end it.
-        backend: "host"; "cuda", over several nodes in normal mode alone and with NVSHMEM; or "auto": what
-            ``EP_RT_BACKEND`` says, else "cuda" if the ranks are on one host, the current GPU of each is its
-            own, and several nodes of that host can be served, else "host". The attribute `backend` tells.
+        backend: "host"; "cuda", over several nodes with NVSHMEM; or "auto": what ``EP_RT_BACKEND`` says, else
+            "cuda" if the ranks are on one host, the current GPU of each is its own, and several nodes of that
+            host can be served, else "host". The attribute `backend` tells.
         ranks_per_node: split the ranks into nodes of this size instead of asking the machine; wins over
             ``EP_RT_NVLINK``.
         timeout_s: how long to wait for a peer.
@@ -149,6 +159,7 @@ class Buffer:
                     "backend": requested,
                     "low_latency_mode": low_latency_mode,
                     "enable_shrink": enable_shrink,
+                    "allow_nvlink_for_low_latency_mode": allow_nvlink_for_low_latency_mode,
                     "model": None if moe is None else astuple(moe),
                 },
                 payload=(secrets.token_hex(2), place),
@@ -160,37 +171,30 @@ class Buffer:
         self.topology = discover(self.group, ranks_per_node=ranks_per_node, place=place)
         self.backend = requested
         if requested == "auto":
-            self.backend = backends.choose(
-                [place for _, place in announced], self.topology, low_latency_mode=low_latency_mode
-            )
+            self.backend = backends.choose([place for _, place in announced], self.topology)
             if self.backend == "host" and self.topology.lacks_nvlink:
                 self.topology = discover(self.group, ranks_per_node=ranks_per_node)
         self._identity = object()
         self._engine: HostEngine | CudaEngine
         self._low_latency: HostLowLatency | CudaLowLatency | NoLowLatency
-        max_tokens, max_record_bytes = plan.DEFAULT_NETWORK_TOKENS, plan.record_bytes(0, 0)
-        if moe is not None:
-            max_tokens = moe.num_max_tokens_per_rank
-            # Experts may answer FP8 rows with bfloat16 ones.
-            row_bytes = moe.hidden * max(2, arrays.np_dtype(moe.dtype).itemsize)
-            max_record_bytes = plan.record_bytes(row_bytes, moe.num_topk)
         if self.backend == "host":
             self._engine = HostEngine(peers, self.topology, owner=self._identity)
             self._low_latency = HostLowLatency(peers, owner=self._identity, enable_shrink=enable_shrink)
         else:
+            # Over the network low-latency calls do not land in the slab.
+            is_remote = self.topology.num_nodes > 1 or not allow_nvlink_for_low_latency_mode
             self._engine = CudaEngine(
                 self.group,
                 self.topology,
                 owner=self._identity,
                 num_bytes=self._slab_bytes(
-                    num_nvl_bytes, 0 if self.topology.num_nodes > 1 else num_rdma_bytes, low_latency_mode
+                    num_nvl_bytes, 0 if is_remote else num_rdma_bytes, low_latency_mode and not is_remote
                 ),
                 timeout_s=timeout_s,
+                remote=self._remote_sizes(int(num_rdma_bytes), low_latency_mode),
                 with_low_latency=low_latency_mode,
+                with_nvlink_low_latency=allow_nvlink_for_low_latency_mode,
                 enable_shrink=enable_shrink,
-                num_network_bytes=int(num_rdma_bytes),
-                max_network_tokens=max_tokens,
-                max_record_bytes=max_record_bytes,
                 counts_bytes=counts_bytes,
             )
             self._low_latency = self._engine.low_latency or NoLowLatency(self._engine.close)
@@ -491,7 +495,7 @@ class Buffer:
             return_recv_hook: return once this rank's rows are on their way; ``hook()`` receives and fills the
                 results. It waits for the peers' dispatch calls, not for their hooks. Not for JAX arrays. On
                 GPUs at most two dispatches may be without their hooks; a third one takes the place of the
-                first, whose hook then raises.
+                first, whose hook then raises, and over several nodes raises itself: what was put must arrive.
             topk_weights: float32 [num_tokens, num_topk], to travel along: a combine with ``reduce="rank"``
                 then uses these, and need not send any first.
             layout: "expert" or "rank".
@@ -567,7 +571,7 @@ class Buffer:
             handle: of that dispatch.
             use_logfmt: rows travel as LogFMT-10, with its rounding.
             use_fp8: rows travel as float8_e4m3fn with a float32 scale factor for 128 channels.
-            reduce: "rank" or "source".
+            reduce: "rank" or, on GPUs within one node alone, "source".
             zero_copy: the rows are already in `get_next_low_latency_combine_buffer`; `x` gives the shape.
             return_recv_hook: as in `low_latency_dispatch`; JAX needs `out` in another framework.
             out: [num_tokens, hidden], bfloat16, to write the result to.
@@ -786,14 +790,41 @@ class Buffer:
                 return plan.slab_bytes(zones_bytes)
             return plan.slab_bytes(num_nvl_bytes) + plan.rounded(zones_bytes)
         if low_latency_mode and not zones_bytes:
-            zones_bytes = area_bytes_hint(
-                moe.num_max_tokens_per_rank, moe.hidden, self.num_ranks, moe.num_experts, moe.num_topk
-            )
+            zones_bytes = self._area_bytes(moe, over_network=False)
         return plan.rounded(zones_bytes) + plan.slab_bytes(
             num_nvl_bytes,
             row_bytes=moe.hidden * arrays.np_dtype(moe.dtype).itemsize,
             num_topk=moe.num_topk,
             num_rows=self.num_ranks * moe.num_max_tokens_per_rank,
+        )
+
+    def _remote_sizes(self, num_rdma_bytes: int, low_latency_mode: bool) -> RemoteSizes:
+        moe = self._moe
+        # The hint is of what lands; about as much goes out.
+        low_latency_bytes = 2 * num_rdma_bytes or _LOW_LATENCY_BYTES
+        max_tokens, max_record_bytes = plan.DEFAULT_NETWORK_TOKENS, plan.record_bytes(0, 0)
+        if moe is not None:
+            max_tokens = moe.num_max_tokens_per_rank
+            # Experts may answer FP8 rows with bfloat16 ones.
+            row_bytes = moe.hidden * max(2, arrays.np_dtype(moe.dtype).itemsize)
+            max_record_bytes = plan.record_bytes(row_bytes, moe.num_topk)
+            if not num_rdma_bytes:
+                low_latency_bytes = self._area_bytes(moe, over_network=True)
+        return RemoteSizes(
+            max_tokens=max_tokens,
+            max_record_bytes=max_record_bytes,
+            rings_bytes=0 if low_latency_mode else num_rdma_bytes,
+            low_latency_bytes=low_latency_bytes,
+        )
+
+    def _area_bytes(self, moe: MoeSizes, *, over_network: bool) -> int:
+        return area_bytes_hint(
+            moe.num_max_tokens_per_rank,
+            moe.hidden,
+            self.num_ranks,
+            moe.num_experts,
+            moe.num_topk,
+            over_network=over_network,
         )
 
     def _check_construction(self, backend: str, num_nvl_bytes: int, num_rdma_bytes: int) -> str:

@@ -349,7 +349,7 @@ def described_nodes(bus_ids: Sequence[str], links: nvml.Links) -> str:
     num_nodes = -(-len(bus_ids) // size)
     gpus = "1 GPU" if size == 1 else f"{size} GPUs"
     way_out = "" if by == "EP_RT_RANKS_PER_NODE" else "; EP_RT_NVLINK=1 makes it one"
-    return f"{num_nodes}, of {gpus} each: the normal mode alone, through NVSHMEM (by {by}{way_out})"
+    return f"{num_nodes}, of {gpus} each: NVSHMEM between them (by {by}{way_out})"
 
 
 def _cards() -> str:

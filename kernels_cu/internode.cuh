@@ -115,7 +115,8 @@ __device__ inline void leave(const Session& session, Reason reason, uint64_t pha
     if (at < place.num_local_ranks)
         ptx::st_release_sys(&session.header(at)->signals[place.rank], signal_word(session.epoch, kGaveUp));
     if (at < place.num_nodes && at != place.node)
-        network::set_signal(&session.area->farewells[place.node], farewell_word(missing), place.peer(at));
+        network::set_signal(&session.area->farewells[place.node],
+                            farewell_word(missing, reason, session.word), place.peer(at));
 }
 
 }  // namespace internode

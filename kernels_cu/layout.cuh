@@ -180,30 +180,41 @@ struct LocalWorkspace {
     uint64_t counts[kMaxBlocks * kMaxLocalExperts];  // [block][expert], stamped with the call
 };
 
-// Low-latency mode within one NVLink domain.
+// Low-latency mode, over one NVLink domain or several nodes.
 
 // Where rows land. A zone takes those of one call at a time; the host says which one, alternating.
 constexpr int kLowLatencyZones = 4;  // two of dispatch, then two of combine
 constexpr int kFirstCombineZone = 2;
 constexpr int kMaxSendBlocks = 256;
+constexpr int kMaxLowLatencyRanks = 32;  // of all nodes, one bit each in a word
 
-// Of calls of one shape, in the slab of every rank. Written by the peers. Uses of a zone are counted from 1;
-// what is stamped carries the epoch of the call.
+// Of calls of one shape, in the slab of every rank, or over several nodes in symmetric memory. Written by the
+// peers. Uses of a zone are counted from 1; what is stamped carries the epoch of the call.
 struct LowLatencyArea {
     uint64_t freed[kLowLatencyZones]
-                  [kMaxLocalRanks];  // [zone][peer]: uses that the peer no longer needs; only grows
-    uint64_t beats[kMaxLocalRanks];  // [src_rank]: changes now and then while that rank waits in a kernel
-    uint64_t digests[kLowLatencyZones][kMaxLocalRanks];                // [zone][src_rank]: stamped
-    uint64_t num_tokens[kLowLatencyZones][kMaxLocalRanks];             // [zone][src_rank]: stamped
-    uint64_t flags[kLowLatencyZones][kMaxLocalRanks][kMaxSendBlocks];  // [zone][src_rank][its block]: stamped
+                  [kMaxLowLatencyRanks];  // [zone][peer]: uses that the peer no longer needs; only grows
+    uint64_t
+        beats[kMaxLowLatencyRanks];  // [src_rank]: changes now and then while that rank waits in a kernel
+    uint64_t digests[kLowLatencyZones][kMaxLowLatencyRanks];     // [zone][src_rank]: stamped
+    uint64_t num_tokens[kLowLatencyZones][kMaxLowLatencyRanks];  // [zone][src_rank]: stamped
+    // [zone][src_rank][its block]: stamped
+    uint64_t flags[kLowLatencyZones][kMaxLowLatencyRanks][kMaxSendBlocks];
+
+    // Over several nodes alone.
+    uint64_t doing[kMaxLowLatencyRanks];      // [src_rank], of other nodes: the call that it is in
+    uint64_t farewells[kMaxLowLatencyRanks];  // [src_rank]: 0, or that it gave a call up, and over whom
+    uint64_t told_ids[kLowLatencyZones][kMaxLowLatencyRanks];  // [zone][src_rank]: stamped: they are there
+    uint64_t told_weights[kLowLatencyZones][kMaxLowLatencyRanks];  // the same
 };
 
 // Of the calls of one shape on one rank, in its own memory.
 struct LowLatencyState {
     uint64_t uses[kLowLatencyZones][kMaxGridBlocks];  // of the zone so far, once for every block as above
     uint64_t received[kLowLatencyZones];              // the last use whose receive phase has ended
-    uint64_t decisions[kLowLatencyZones][kMaxLocalRanks];  // [zone][src_rank]: stamped; 1 present, 2 absent
-    uint64_t listed[kFirstCombineZone][kMaxLocalRanks];    // [zone][src_rank]: stamped; its tokens
+    uint64_t decisions[kLowLatencyZones]
+                      [kMaxLowLatencyRanks];  // [zone][src_rank]: stamped; 1 present, 2 absent
+    uint64_t listed[kFirstCombineZone][kMaxLowLatencyRanks];  // [zone][src_rank]: stamped; its tokens
+    uint64_t posted[kLowLatencyZones][kMaxLowLatencyRanks];  // [zone][peer]: `freed` as told over the network
 };
 
 // Of one call, kept by its handle: written by its send phase.
@@ -234,8 +245,10 @@ struct Segments {
 constexpr int kMaxChannels = 32;  // rings between two ranks in one direction
 constexpr int kMaxSlots = 8;      // of a ring
 
-// The farewell of a rank that waited in vain for the nodes whose bits are set.
-__host__ __device__ constexpr uint64_t farewell_word(uint32_t missing) { return uint64_t{missing} << 32 | 1; }
+// The farewell of a rank that gave up the call of a signal word over the nodes, or ranks, whose bits are set.
+__host__ __device__ constexpr uint64_t farewell_word(uint32_t missing, Reason reason, uint64_t word) {
+    return uint64_t{missing} << 32 | static_cast<uint32_t>(word << 4) | reason;
+}
 
 // What a rank tells those that its tokens go to before they come.
 struct CountMessage {

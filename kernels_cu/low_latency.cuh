@@ -15,7 +15,14 @@
 //            call: where rows differ in size from call to call, and where combine sums at the source, whose
 //            slots are those of columns and not of ranks.
 // Words      All stamped with the epoch of the call, in a zone that is free, so none is cleared.
+// Nodes      Over several nodes areas lie in symmetric memory. Where loads and stores reach a peer, all is as
+//            above. To others words go as signals, and what is more than a word by puts from an outbox: with
+//            a word of its own behind each row and each list. An outbox is free again when the zones that it
+//            went to are. No two stores to a word are under way: of words of a zone because the zone was
+//            freed, of `freed` because its next value follows a use that its last one allowed. `doing`,
+//            `beats` and `farewells` only explain why somebody waits.
 #pragma once
+#include "network.cuh"
 #include "sync.cuh"
 
 namespace ep::low_latency {
@@ -38,24 +45,76 @@ __host__ __device__ constexpr int32_t num_send_blocks(int64_t num_turns, int32_t
     return static_cast<int32_t>(wanted < max_blocks ? wanted : max_blocks);
 }
 
+// The most ranks of a call: of one NVLink domain, or of several nodes.
+template <bool kOverNetwork>
+constexpr int kMaxPeers = kOverNetwork ? kMaxLowLatencyRanks : kMaxLocalRanks;
+
+// The ranks of this node among those of all.
+template <bool kOverNetwork>
+struct AllRanks {
+    int32_t first_rank, num_all_ranks;
+};
+template <>
+struct AllRanks<false> {};
+
 // One phase of a call, or both, as a block of it sees it.
+template <bool kOverNetwork>
 struct Session {
-    sync::Call call;
+    sync::Call call;  // of the ranks of this node
     LowLatencyState* state;
-    uint64_t* masks;  // [rank]: 1 to leave it out; nullptr: late ranks fail the call
-    uint8_t* const* areas;
+    uint64_t* masks;        // [rank]: 1 to leave it out; nullptr: late ranks fail the call
+    uint8_t* const* areas;  // [rank]; nullptr where stores do not reach
     uint64_t use, timeout_ns;
     uint64_t freed;  // thread `peer`: uses of the zone that this peer no longer needed at the start; acquired
     int32_t zone, phases;
+    AllRanks<kOverNetwork> all;
 
+    __device__ int32_t rank() const {
+        if constexpr (kOverNetwork) return all.first_rank + call.rank;
+        return call.rank;
+    }
+    __device__ int32_t num_ranks() const {
+        if constexpr (kOverNetwork) return all.num_all_ranks;
+        return call.num_ranks;
+    }
     __device__ LowLatencyArea* area(int32_t rank) const {
         return reinterpret_cast<LowLatencyArea*>(areas[rank]);
     }
-    __device__ LowLatencyArea* own() const { return area(call.rank); }
+    __device__ LowLatencyArea* own() const { return area(rank()); }
     __device__ bool is_masked(int32_t rank) const {
         return masks != nullptr && ptx::ld_relaxed_gpu(&masks[rank]) != 0;
     }
+    // Whether stores reach a rank, and whether it is of this node.
+    __device__ bool reaches(int32_t rank) const { return !kOverNetwork || areas[rank] != nullptr; }
+    __device__ bool is_beside(int32_t rank) const {
+        return !kOverNetwork || (local(rank) >= 0 && local(rank) < call.num_ranks);
+    }
+    __device__ int32_t local(int32_t rank) const {
+        if constexpr (kOverNetwork) return rank - all.first_rank;
+        return rank;
+    }
+    // Where a rank says which call it is in.
+    __device__ const uint64_t* signal(int32_t rank) const {
+        return is_beside(rank) ? &call.header(call.rank)->signals[local(rank)] : &own()->doing[rank];
+    }
+    // Stores a word at a place of a peer's area. Orders nothing.
+    template <class Place>
+    __device__ void tell(int32_t peer, Place place, uint64_t value) const {
+        if (reaches(peer)) {
+            ptx::st_relaxed_sys(place(area(peer)), value);
+        } else if constexpr (kOverNetwork) {
+            network::set_signal(place(own()), value, peer);
+        }
+    }
 };
+
+// Bits of the first ranks, one at least; of those that stores reach, as a warp.
+__device__ inline uint32_t bits_of(int32_t num_ranks) { return 0xffffffffu >> (32 - num_ranks); }
+template <bool kOverNetwork>
+__device__ inline uint32_t reached(const Session<kOverNetwork>& session) {
+    const int32_t peer = threadIdx.x % kWarpSize;
+    return __ballot_sync(kFullWarp, peer < session.num_ranks() && session.reaches(peer));
+}
 
 // Of a block, in shared memory.
 struct Found {
@@ -65,15 +124,38 @@ struct Found {
 
 // As those of sync.cuh, but the rare part is not repeated wherever something is polled: these kernels run for
 // microseconds, and their instructions are fetched anew each time.
-__device__ __noinline__ static Reason trouble_with(const SlabHeader* own, int32_t peer, uint64_t word,
-                                                   uint64_t deadline_ns) {
+template <class IsContradicted>
+__device__ __forceinline__ Reason trouble_unless(const SlabHeader* own, uint64_t deadline_ns,
+                                                 IsContradicted is_contradicted) {
     if (ptx::ld_relaxed_gpu(&own->failed) != 0) return kLeft;
-    const uint64_t seen = ptx::ld_acquire_sys(&own->signals[peer]);
-    if (sync::arrival_of(seen, word) == sync::Arrival::kContradicted) return kContradicted;
+    if (is_contradicted()) return kContradicted;
     return ptx::globaltimer_ns() > deadline_ns ? kExpired : kNothing;
 }
-__device__ inline Reason trouble_in(const sync::Call& call, int32_t peer) {
-    return trouble_with(call.header(call.rank), peer, call.word, call.deadline_ns);
+__device__ __noinline__ static Reason trouble_with(const SlabHeader* own, int32_t peer, uint64_t word,
+                                                   uint64_t deadline_ns) {
+    return trouble_unless(own, deadline_ns, [&] {
+        return sync::arrival_of(ptx::ld_acquire_sys(&own->signals[peer]), word) ==
+               sync::Arrival::kContradicted;
+    });
+}
+// The same of a rank of another node.
+__device__ __noinline__ static Reason trouble_elsewhere(const SlabHeader* own, const LowLatencyArea* area,
+                                                        int32_t peer, uint64_t word, uint64_t deadline_ns) {
+    return trouble_unless(own, deadline_ns, [&] {
+        const uint64_t seen = ptx::ld_relaxed_sys(&area->doing[peer]);
+        return sync::arrival_of(seen, word) == sync::Arrival::kContradicted ||
+               ptx::ld_relaxed_sys(&area->farewells[peer]) != 0;
+    });
+}
+template <bool kOverNetwork>
+__device__ inline Reason trouble_in(const Session<kOverNetwork>& session, int32_t peer,
+                                    uint64_t deadline_ns) {
+    const sync::Call& call = session.call;
+    const SlabHeader* own = call.header(call.rank);
+    if constexpr (kOverNetwork)
+        if (!session.is_beside(peer))
+            return trouble_elsewhere(own, session.own(), peer, call.word, deadline_ns);
+    return trouble_with(own, session.local(peer), call.word, deadline_ns);
 }
 
 // How long a thread waits for a peer where late ranks are masked. A rank that waits for a third one is late
@@ -83,20 +165,29 @@ struct Patience {
     bool is_over;  // the deadline has passed once
 };
 // Its arguments are values: a session of which a function takes the address would not stay in registers.
-__device__ __noinline__ static Reason trouble_beside(const SlabHeader* own, const uint64_t* masks,
-                                                     uint8_t* const* areas, int32_t rank, int32_t num_ranks,
-                                                     int32_t peer, uint64_t word, uint64_t timeout_ns,
-                                                     Patience& patience) {
+template <bool kOverNetwork>
+__device__ __noinline__ static Reason trouble_beside(uint8_t* const* slabs, uint64_t* masks,
+                                                     uint8_t* const* areas, AllRanks<kOverNetwork> all,
+                                                     int32_t rank, int32_t num_ranks, int32_t peer,
+                                                     uint64_t word, uint64_t timeout_ns, Patience& patience) {
     constexpr uint64_t kBeats = 8;  // while a peer waits
-    const auto area = [&](int32_t of) { return reinterpret_cast<LowLatencyArea*>(areas[of]); };
-    const Reason reason = trouble_with(own, peer, word, patience.deadline_ns);
+    Session<kOverNetwork> session{};
+    session.call.slabs = slabs;
+    session.call.rank = rank;
+    session.call.num_ranks = num_ranks;
+    session.call.word = word;
+    session.masks = masks;
+    session.areas = areas;
+    session.all = all;
+    const Reason reason = trouble_in(session, peer, patience.deadline_ns);
     const uint64_t now_ns = ptx::globaltimer_ns();
     if (now_ns >= patience.next_beat_ns) {
         patience.next_beat_ns = now_ns + timeout_ns / kBeats;
-        for (int32_t dst = 0; dst < num_ranks; ++dst)
-            if (ptx::ld_relaxed_gpu(&masks[dst]) == 0) ptx::st_relaxed_sys(&area(dst)->beats[rank], now_ns);
+        const auto beat = [&](LowLatencyArea* area) { return &area->beats[session.rank()]; };
+        for (int32_t dst = 0; dst < session.num_ranks(); ++dst)
+            if (!session.is_masked(dst)) session.tell(dst, beat, now_ns);
     }
-    const uint64_t beat = ptx::ld_relaxed_sys(&area(rank)->beats[peer]);
+    const uint64_t beat = ptx::ld_relaxed_sys(&session.own()->beats[peer]);
     const bool is_waiting = beat != patience.beat;
     patience.beat = beat;
     if (is_waiting) {
@@ -117,8 +208,8 @@ template <Acquiring kAcquiring>
 __device__ __forceinline__ uint64_t load(const uint64_t* word) {
     return kAcquiring ? ptx::ld_acquire_sys(word) : ptx::ld_relaxed_sys(word);
 }
-template <Acquiring kAcquiring = kRelaxed, class IsThere>
-__device__ inline Reason await_word(const Session& session, const uint64_t* word, int32_t peer,
+template <Acquiring kAcquiring = kRelaxed, bool kOverNetwork, class IsThere>
+__device__ inline Reason await_word(const Session<kOverNetwork>& session, const uint64_t* word, int32_t peer,
                                     uint64_t& seen, IsThere is_there) {
     if (is_there(seen = load<kAcquiring>(word))) return kNothing;
     Patience patience{session.call.deadline_ns, 0, 0, false};
@@ -129,11 +220,12 @@ __device__ inline Reason await_word(const Session& session, const uint64_t* word
 #pragma unroll 1
     for (uint32_t polls = 1; !is_there(seen = load<kAcquiring>(word)); ++polls) {
         if (polls % 64 != 0) continue;
-        const Reason reason = session.masks == nullptr
-                                  ? trouble_in(session.call, peer)
-                                  : trouble_beside(session.call.header(session.call.rank), session.masks,
-                                                   session.areas, session.call.rank, session.call.num_ranks,
-                                                   peer, session.call.word, session.timeout_ns, patience);
+        const sync::Call& call = session.call;
+        const Reason reason =
+            session.masks == nullptr
+                ? trouble_in(session, peer, call.deadline_ns)
+                : trouble_beside(call.slabs, session.masks, session.areas, session.all, call.rank,
+                                 call.num_ranks, peer, call.word, session.timeout_ns, patience);
         if (reason != kNothing) return reason;
     }
     return kNothing;
@@ -144,17 +236,18 @@ struct Awaited {
     uint64_t word;
     Reason reason;
 };
-template <Acquiring kAcquiring>
-__device__ __noinline__ Awaited await_slowly(Session session, const uint64_t* word, int32_t peer) {
+template <Acquiring kAcquiring, bool kOverNetwork>
+__device__ __noinline__ Awaited await_slowly(Session<kOverNetwork> session, const uint64_t* word,
+                                             int32_t peer) {
     Awaited awaited{};
     awaited.reason = await_word<kAcquiring>(session, word, peer, awaited.word, [&](uint64_t seen) {
         return is_stamped(seen, session.call.epoch);
     });
     return awaited;
 }
-template <Acquiring kAcquiring = kRelaxed>
-__device__ inline Reason await_stamped(const Session& session, const uint64_t* word, int32_t peer,
-                                       uint64_t& seen) {
+template <Acquiring kAcquiring = kRelaxed, bool kOverNetwork>
+__device__ inline Reason await_stamped(const Session<kOverNetwork>& session, const uint64_t* word,
+                                       int32_t peer, uint64_t& seen) {
     seen = load<kAcquiring>(word);
     if (is_stamped(seen, session.call.epoch)) return kNothing;
     const Awaited awaited = await_slowly<kAcquiring>(session, word, peer);
@@ -162,8 +255,20 @@ __device__ inline Reason await_stamped(const Session& session, const uint64_t* w
     return awaited.reason;
 }
 
+// Waits, as one thread, for the word behind what a peer has put here, and acquires what came with it.
+template <bool kOverNetwork>
+__device__ inline Reason await_put(const Session<kOverNetwork>& session, uint64_t* word, int32_t peer) {
+    uint64_t seen;
+    const Reason reason = await_stamped<kAcquires>(session, word, peer, seen);
+    if constexpr (kOverNetwork)
+        if (reason == kNothing) network::acquire_signal(word, seen);
+    return reason;
+}
+
 // What is left of a reason to give up over a peer: a late one is masked, if that is allowed.
-__device__ inline Reason settle(const Session& session, Found& found, Reason reason, int32_t peer) {
+template <bool kOverNetwork>
+__device__ inline Reason settle(const Session<kOverNetwork>& session, Found& found, Reason reason,
+                                int32_t peer) {
     if (reason == kNothing) return kNothing;
     if (reason == kExpired && session.masks != nullptr) {
         ptx::st_relaxed_gpu(&session.masks[peer], 1);
@@ -179,14 +284,16 @@ __device__ inline bool speaks() { return blockIdx.x == 0; }
 __device__ inline int32_t block_number() { return static_cast<int32_t>(blockIdx.x) - 1; }
 
 // Begins: every thread of every block. False when an earlier call was given up. A barrier.
-template <class Args>
-__device__ inline bool begin(Session& session, Found& found, const Args& args, uint64_t operation) {
+template <bool kOverNetwork, class Args>
+__device__ inline bool begin(Session<kOverNetwork>& session, Found& found, const Args& args,
+                             uint64_t operation) {
     sync::Call& call = session.call;
     call.slabs = args.slabs;
     call.workspace = args.workspace;
     call.host_hang = args.hang;
-    call.rank = args.rank;
-    call.num_ranks = args.num_ranks;
+    call.rank = kOverNetwork ? args.rank - args.first_rank : args.rank;
+    call.num_ranks = kOverNetwork ? args.num_local_ranks : args.num_ranks;
+    if constexpr (kOverNetwork) session.all = {args.first_rank, args.num_ranks};
     session.state = args.state;
     session.masks = args.masks;
     session.areas = args.areas;
@@ -196,10 +303,10 @@ __device__ inline bool begin(Session& session, Found& found, const Args& args, u
     session.freed = 0;
     if (threadIdx.x == 0) {
         found.missing = 0;
-        found.ranks = (1u << args.num_ranks) - 1;
+        found.ranks = bits_of(args.num_ranks);
     }
     const bool has_failed = call.has_failed();
-    const SlabHeader* own = call.header(args.rank);
+    const SlabHeader* own = call.header(call.rank);
     if (args.phases & kSends) {
         call.epoch = own->block_epochs[blockIdx.x] + 1;
         session.use = args.state->uses[args.zone][blockIdx.x] + 1;
@@ -215,8 +322,13 @@ __device__ inline bool begin(Session& session, Found& found, const Args& args, u
     if (speaks() && args.phases & kSends) {
         const int32_t peer = threadIdx.x;
         // Orders nothing: it only says where this rank is.
-        if (peer < call.num_ranks && !session.is_masked(peer))
-            ptx::st_relaxed_sys(&call.header(peer)->signals[call.rank], call.word);
+        if (peer < session.num_ranks() && !session.is_masked(peer)) {
+            if (session.is_beside(peer))
+                ptx::st_relaxed_sys(&call.header(session.local(peer))->signals[call.rank], call.word);
+            else
+                session.tell(
+                    peer, [&](LowLatencyArea* area) { return &area->doing[session.rank()]; }, call.word);
+        }
         if (threadIdx.x == 0) {
             args.record->epoch = call.epoch;
             args.record->use = session.use;
@@ -229,36 +341,49 @@ __device__ inline bool begin(Session& session, Found& found, const Args& args, u
 // speaks. `released_zone` is the dispatch zone whose last result is not needed any more, -1 for none. Words
 // only grow, so a use that is still to be received, and all before it, are left to the send phase that takes
 // its zone.
-__device__ inline void post_freed(const Session& session, int32_t released_zone) {
-    static_assert(kLowLatencyZones * kMaxLocalRanks == kWarpSize);
+template <bool kOverNetwork>
+__device__ inline void post_freed(const Session<kOverNetwork>& session, int32_t released_zone) {
+    constexpr int32_t kPeers = kMaxPeers<kOverNetwork>;
+    static_assert(kLowLatencyZones * kPeers % kWarpSize == 0);
     const int32_t lane = static_cast<int32_t>(threadIdx.x) - kWarpSize;
-    const int32_t zone = lane / kMaxLocalRanks, peer = lane % kMaxLocalRanks;
-    if (lane < 0 || lane >= kWarpSize || peer >= session.call.num_ranks) return;
-    if (session.is_masked(peer)) return;
-    uint64_t use = session.use - 1;
-    if (zone == session.zone) {
-        if (!(session.phases & kSends)) return;
-    } else {
-        use = session.state->uses[zone][0];
-        if (zone < kFirstCombineZone && zone != released_zone) return;
-        if (session.state->received[zone] != use) return;
+    if (lane < 0 || lane >= kWarpSize) return;
+#pragma unroll 1
+    for (int32_t i = lane; i < kLowLatencyZones * kPeers; i += kWarpSize) {
+        const int32_t zone = i / kPeers, peer = i % kPeers;
+        if (peer >= session.num_ranks() || session.is_masked(peer)) continue;
+        uint64_t use = session.use - 1;
+        if (zone == session.zone) {
+            if (!(session.phases & kSends)) continue;
+        } else {
+            use = session.state->uses[zone][0];
+            if (zone < kFirstCombineZone && zone != released_zone) continue;
+            if (session.state->received[zone] != use) continue;
+        }
+        // Earlier kernels of this rank have read the zone: the release puts that before what the peer stores.
+        if (session.reaches(peer)) {
+            ptx::st_release_sys(&session.area(peer)->freed[zone][session.rank()], use);
+        } else if constexpr (kOverNetwork) {
+            uint64_t* posted = &session.state->posted[zone][peer];
+            if (*posted == use) continue;
+            *posted = use;
+            network::set_signal(&session.own()->freed[zone][session.rank()], use, peer);
+        }
     }
-    // Earlier kernels of this rank have read the zone: the release puts that before what the peer stores.
-    ptx::st_release_sys(&session.area(peer)->freed[zone][session.call.rank], use);
 }
 
 // Waits until the zone of every peer is free for this use. Then `found.ranks` are those to send to.
 // A barrier.
-__device__ inline Reason await_zone(const Session& session, Found& found) {
+template <bool kOverNetwork>
+__device__ inline Reason await_zone(const Session<kOverNetwork>& session, Found& found) {
     const int32_t peer = threadIdx.x;
     Reason reason = kNothing;
     bool is_free = false;
-    if (peer < session.call.num_ranks && !session.is_masked(peer)) {
-        const auto is_enough = [&](uint64_t freed) { return freed + 1 >= session.use; };
-        if (!is_enough(session.freed)) {
-            const uint64_t* word = &session.own()->freed[session.zone][peer];
-            uint64_t seen;
-            reason = poll(session.call, word, peer, seen, is_enough);
+    if (peer < session.num_ranks() && !session.is_masked(peer)) {
+        const uint64_t* word = &session.own()->freed[session.zone][peer];
+        if (session.freed + 1 < session.use) {
+            for (uint32_t polls = 1; ptx::ld_relaxed_sys(word) + 1 < session.use && reason == kNothing;
+                 ++polls)
+                if (polls % 64 == 0) reason = trouble_in(session, peer, session.call.deadline_ns);
             if (reason == kNothing) ptx::ld_acquire_sys(word);
         }
         is_free = reason == kNothing;
@@ -271,7 +396,8 @@ __device__ inline Reason await_zone(const Session& session, Found& found) {
 
 // Whether a source rank takes part in what is received, after this block saw that it does, or does not. One
 // thread, behind a barrier and before one: what others of the block have acquired goes along.
-__device__ inline bool decide(const Session& session, int32_t src, bool is_there) {
+template <bool kOverNetwork>
+__device__ inline bool decide(const Session<kOverNetwork>& session, int32_t src, bool is_there) {
     uint64_t* word = &session.state->decisions[session.zone][src];
     const uint64_t epoch = session.call.epoch;
     const uint64_t vote = stamped(epoch, is_there ? kPresent : kAbsent);
@@ -286,7 +412,9 @@ __device__ inline bool decide(const Session& session, int32_t src, bool is_there
 
 // Waits, as one block, for the flags of the first `num_flags` blocks of a source rank, which say that what
 // they sent has landed. A barrier.
-__device__ inline Reason await_flags(const Session& session, Found& found, int32_t src, int32_t num_flags) {
+template <bool kOverNetwork>
+__device__ inline Reason await_flags(const Session<kOverNetwork>& session, Found& found, int32_t src,
+                                     int32_t num_flags) {
     const uint64_t* flags = session.own()->flags[session.zone][src];
     Reason reason = kNothing;
 #pragma unroll 1
@@ -299,18 +427,20 @@ __device__ inline Reason await_flags(const Session& session, Found& found, int32
 }
 
 // Says to every rank that got something that all of this block's stores have landed.
-__device__ inline void post_flags(const Session& session, const Found& found, int32_t block) {
+template <bool kOverNetwork>
+__device__ inline void post_flags(const Session<kOverNetwork>& session, const Found& found, int32_t block) {
     __syncthreads();
     const int32_t peer = threadIdx.x;
-    if (peer >= session.call.num_ranks || !(found.ranks >> peer & 1)) return;
+    if (peer >= session.num_ranks() || !(found.ranks >> peer & 1) || !session.reaches(peer)) return;
     // Cumulative: what the other threads stored goes before.
-    ptx::st_release_sys(&session.area(peer)->flags[session.zone][session.call.rank][block],
+    ptx::st_release_sys(&session.area(peer)->flags[session.zone][session.rank()][block],
                         stamped(session.call.epoch, 1));
 }
 
 // The same as one warp, for one flag of each source rank: lane `src` gives the number of the block, -1 for
 // none.
-__device__ inline Reason await_flags_as_warp(const Session& session, Found& found, int32_t lane,
+template <bool kOverNetwork>
+__device__ inline Reason await_flags_as_warp(const Session<kOverNetwork>& session, Found& found, int32_t lane,
                                              int32_t block) {
     Reason reason = kNothing;
     if (block >= 0) {
@@ -323,13 +453,61 @@ __device__ inline Reason await_flags_as_warp(const Session& session, Found& foun
     return reason;
 }
 
+// Gives the call up, as one block, over the ranks whose bits are in `missing`; of several blocks one does.
+template <bool kOverNetwork>
+__device__ inline void leave(const Session<kOverNetwork>& session, Reason reason, uint64_t phase,
+                             uint32_t missing) {
+    const sync::Call& call = session.call;
+    if constexpr (!kOverNetwork) {
+        sync::leave(call, reason, phase, [&](int32_t peer) { return !(missing >> peer & 1); });
+    } else {
+        if (reason == kLeft) return;
+        __shared__ bool is_first;
+        if (threadIdx.x == 0) is_first = ptx::atom_add_acq_rel_gpu(&call.workspace->leaving, 1) == 0;
+        __syncthreads();
+        if (!is_first) return;
+        const int32_t peer = threadIdx.x;
+        const bool is_peer = peer < session.num_ranks();
+        SlabHeader* own = call.header(call.rank);
+        if (is_peer) {
+            const bool has_arrived = (missing >> peer & 1) == 0;
+            const uint64_t entered = ptx::ld_relaxed_sys(session.signal(peer));
+            uint64_t seen = entered;
+            if (sync::arrival_of(entered, call.word) != sync::Arrival::kContradicted) {
+                // A rank that entered this call, but got no further, has completed the one before.
+                if (entered == call.word) seen = signal_word(call.epoch - 1, kNoOperation);
+                if (!session.is_beside(peer) && ptx::ld_relaxed_sys(&session.own()->farewells[peer]) != 0)
+                    seen = signal_word(call.epoch, kGaveUp);
+            }
+            sync::fill_hang(&own->hang, phase, call.word, seen, has_arrived);
+            sync::fill_hang(call.host_hang, phase, call.word, seen, has_arrived);
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            ptx::st_relaxed_sys(&own->failed, 1);
+            ptx::st_release_sys(&own->hang.reason, reason);
+            ptx::st_release_sys(&call.host_hang->reason, reason);
+        }
+        __syncthreads();
+        if (!is_peer) return;
+        if (session.is_beside(peer))
+            ptx::st_release_sys(&call.header(session.local(peer))->signals[call.rank],
+                                signal_word(call.epoch, kGaveUp));
+        else
+            session.tell(
+                peer, [&](LowLatencyArea* area) { return &area->farewells[session.rank()]; },
+                farewell_word(missing, reason, call.word));
+    }
+}
+
 // Ends what a block does in this kernel: by all its threads, with the same answer for all.
-__device__ inline void end(const Session& session, const Found& found, Reason reason, uint64_t phase) {
+template <bool kOverNetwork>
+__device__ inline void end(const Session<kOverNetwork>& session, const Found& found, Reason reason,
+                           uint64_t phase) {
     const bool is_overfull = __syncthreads_or(reason == kOverfull) != 0;
     reason = is_overfull ? kOverfull : sync::agree(reason);
     const sync::Call& call = session.call;
-    if (reason != kNothing)
-        return sync::leave(call, reason, phase, [&](int32_t peer) { return !(found.missing >> peer & 1); });
+    if (reason != kNothing) return leave(session, reason, phase, found.missing);
     SlabHeader* own = call.header(call.rank);
     if (session.phases & kSends) {
         // Each block its share: no other one reads these words, and all threads of this one have.

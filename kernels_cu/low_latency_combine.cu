@@ -1,4 +1,5 @@
-// Low-latency combine within one NVLink domain: the experts' ranks push rows back, the tokens' ranks add.
+// Low-latency combine, within one NVLink domain or over several nodes: the experts' ranks push rows back, the
+// tokens' ranks add.
 //
 // Protocol   the landing zone of a rank has slots for each of its tokens. By default an expert's rank weights
 //            and adds what its own experts made of a token, in float32, and pushes that one row into the slot
@@ -29,7 +30,7 @@ __device__ void low_latency_combine(const LowLatencyCombineArgs<kCfg>& args) {
     static_assert(kCfg.num_threads % kWarpSize == 0 && kCfg.num_threads <= 1024);
     static_assert(kCfg.num_threads >= 2 * kWarpSize);
     __shared__ LowLatencyCombineShared<kCfg> shared;
-    low_latency::Session session;
+    low_latency::Session<Block::kOverNetwork> session;
     if (!low_latency::begin(session, shared.found, args, kLowLatencyCombine)) return;
     const bool sends = (args.phases & low_latency::kSends) != 0;
     if (low_latency::speaks()) {
@@ -74,8 +75,9 @@ __device__ void low_latency_combine(const LowLatencyCombineArgs<kCfg>& args) {
         } else if (reason == kNothing && number < block.num_row_blocks) {
             const int32_t peer = threadIdx.x;
             if (number == 0 && peer < args.num_ranks && (shared.found.ranks >> peer & 1))
-                ptx::st_relaxed_sys(&session.area(peer)->digests[args.zone][args.rank],
-                                    stamped(session.call.epoch, args.digest));
+                session.tell(
+                    peer, [&](LowLatencyArea* area) { return &area->digests[args.zone][args.rank]; },
+                    stamped(session.call.epoch, args.digest));
             reason = block.send_rows(number);
         }
     } else if ((args.phases & low_latency::kReceives) && number - num_senders < args.num_sum_blocks) {

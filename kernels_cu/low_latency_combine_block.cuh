@@ -5,7 +5,7 @@
 namespace ep {
 
 struct LowLatencyCombineCfg {
-    int num_threads, wire;
+    int num_threads, wire, over_network;
 };
 
 template <LowLatencyCombineCfg kCfg>
@@ -36,8 +36,14 @@ struct LowLatencyCombineArgs {
     int32_t sends_weights, sums_at_source, polls_data, num_slots;
     int32_t zone, dispatch_zone;  // -1 where the rows that were dispatched lie in another area
     int32_t phases, max_send_blocks, num_sum_blocks;
+    // Over several nodes: which ranks are of this one, and within the area what comes and goes by puts. Then
+    // rows are summed on the experts' ranks, and nothing is polled.
+    int32_t first_rank, num_local_ranks;
+    int64_t landed_offset;       // uint64 [R, M], stamped
+    int64_t out_weights_offset;  // uint64 [R, M*K]
+    int64_t out_rows_offset;     // slots [R, M]
     uint8_t* slabs[kMaxLocalRanks];
-    uint8_t* areas[kMaxLocalRanks];
+    uint8_t* areas[low_latency::kMaxPeers<kCfg.over_network != 0>];  // nullptr where stores do not reach
 };
 
 // One row that a token of some rank has here.
@@ -59,11 +65,12 @@ template <LowLatencyCombineCfg kCfg>
 struct LowLatencyCombineBlock {
     static constexpr int32_t kNumWarps = kCfg.num_threads / kWarpSize;
     static constexpr int kWire = kCfg.wire;
+    static constexpr bool kOverNetwork = kCfg.over_network != 0;
     // A word of data that nobody stores: sums are converted, and a NaN becomes 0x7fff.
     static constexpr uint32_t kPoison = 0xffffffffu;
 
     const LowLatencyCombineArgs<kCfg>& args;
-    const low_latency::Session& session;
+    const low_latency::Session<kOverNetwork>& session;
     LowLatencyCombineShared<kCfg>& shared;
     int32_t num_local_experts, num_vectors, num_pieces, warp, lane;
     int32_t max_tokens;        // of any rank
@@ -77,6 +84,19 @@ struct LowLatencyCombineBlock {
     __device__ uint64_t* weights(int32_t rank, int32_t src) const {
         return reinterpret_cast<uint64_t*>(args.areas[rank] + args.weights_offset) +
                int64_t{src} * args.num_max_tokens * args.num_topk;
+    }
+    // The same in the outbox, for rank `dst`, and here: the word behind a row that `src` has put.
+    __device__ uint8_t* out_slot(int32_t dst, int32_t token) const {
+        return args.areas[args.rank] + args.out_rows_offset +
+               (int64_t{dst} * args.num_max_tokens + token) * wire::slot_bytes(args.hidden);
+    }
+    __device__ uint64_t* out_weights(int32_t dst) const {
+        return reinterpret_cast<uint64_t*>(args.areas[args.rank] + args.out_weights_offset) +
+               int64_t{dst} * args.num_max_tokens * args.num_topk;
+    }
+    __device__ uint64_t* landed(int32_t src, int32_t token) const {
+        return reinterpret_cast<uint64_t*>(args.areas[args.rank] + args.landed_offset) +
+               int64_t{src} * args.num_max_tokens + token;
     }
     // The expert of a pair that takes part: where it was sent, unless the caller has taken it out since.
     __device__ int32_t expert(int64_t pair) const {
@@ -103,13 +123,16 @@ struct LowLatencyCombineBlock {
     __device__ void send_weights(int32_t dst) const;
     __device__ Reason send_rows(int32_t block) const;
     __device__ Reason send_turn(int32_t turn) const;
-    __device__ Reason gather(int32_t token, int32_t first, int32_t num_sources, int32_t& num_entries) const;
+    __device__ Reason put_rows(int32_t block) const;
+    __device__ Reason gather(int32_t token, int32_t first, int32_t num_sources, uint32_t ranks,
+                             int32_t& num_entries) const;
     __device__ void send_entries(int32_t token, int32_t piece, int32_t num_entries) const;
     __device__ void push(int32_t dst, int32_t token, int32_t number, int32_t piece,
                          const uint4 (&vectors)[2]) const;
 
     // Receive phase.
     __device__ Reason await_ranks(bool is_first) const;
+    __device__ Reason await_rows(int32_t src) const;
     __device__ Reason sum_tokens(int32_t block, int32_t num_blocks) const;
     __device__ Reason sum_piece(int32_t token, int32_t piece) const;
     template <int32_t kDepth>

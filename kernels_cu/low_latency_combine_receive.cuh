@@ -4,6 +4,28 @@
 
 namespace ep {
 
+// Waits, as one block, until all that a rank sends back has landed: for the flags of its blocks, or for its
+// first word and each of the rows that it puts. A barrier.
+template <LowLatencyCombineCfg kCfg>
+__device__ Reason LowLatencyCombineBlock<kCfg>::await_rows(int32_t src) const {
+    if (session.reaches(src)) return low_latency::await_flags(session, shared.found, src, num_row_blocks);
+    Reason reason = kNothing;
+    uint64_t seen;
+    // It may have no row for us.
+    if (threadIdx.x == 0)
+        reason = low_latency::await_stamped(session, &session.own()->digests[args.zone][src], src, seen);
+#pragma unroll 1
+    for (int32_t token = threadIdx.x; token < args.num_tokens && reason == kNothing; token += blockDim.x) {
+        bool is_theirs = false;
+        for (int32_t i = token * args.num_topk; i < (token + 1) * args.num_topk; ++i) {
+            const int32_t e = expert(i);
+            is_theirs |= e >= 0 && e / num_local_experts == src;
+        }
+        if (is_theirs) reason = low_latency::await_put(session, landed(src, token), src);
+    }
+    return sync::agree(reason);
+}
+
 // Waits until it is known who takes part: with masks, those of whom everything has landed. `is_first`: for
 // the arguments of all ranks, too. A barrier.
 template <LowLatencyCombineCfg kCfg>
@@ -12,8 +34,7 @@ __device__ Reason LowLatencyCombineBlock<kCfg>::await_ranks(bool is_first) const
     if (args.masks != nullptr) {
         for (int32_t src = 0; src < args.num_ranks; ++src) {
             reason = kExpired;
-            if (!__syncthreads_or(session.is_masked(src)))
-                reason = low_latency::await_flags(session, shared.found, src, num_row_blocks);
+            if (!__syncthreads_or(session.is_masked(src))) reason = await_rows(src);
             if (reason != kNothing && reason != kExpired) return reason;
             if (threadIdx.x == 0 && !low_latency::decide(session, src, reason == kNothing)) {
                 shared.found.ranks &= ~(1u << src);
@@ -67,7 +88,7 @@ __device__ Reason LowLatencyCombineBlock<kCfg>::poll_slots(int32_t token, int32_
         }
         if (missing == 0 || polls % 64 != 0) continue;
         const int32_t src = numbers[(__ffs(static_cast<int32_t>(missing)) - 1) / 2];
-        const Reason reason = low_latency::trouble_in(session.call, src);
+        const Reason reason = low_latency::trouble_in(session, src, session.call.deadline_ns);
         if (reason == kNothing) continue;
         atomicOr(&shared.found.missing, 1u << src);
         return reason;
@@ -101,9 +122,19 @@ __device__ Reason LowLatencyCombineBlock<kCfg>::sum_piece(int32_t token, int32_t
     const uint32_t ranks = __reduce_or_sync(kFullWarp, mine);
     if (!args.polls_data) {
         int32_t block = -1;
-        if (lane < args.num_ranks && (ranks >> lane & 1))
+        bool is_put = false;
+        if (lane < args.num_ranks && (ranks >> lane & 1)) {
+            is_put = !session.reaches(lane);
             block = turn_of(token, number_of(lane, args.rank) / sources_per_turn, piece) % num_row_blocks;
-        const Reason reason = low_latency::await_flags_as_warp(session, shared.found, lane, block);
+        }
+        Reason reason = low_latency::await_flags_as_warp(session, shared.found, lane, is_put ? -1 : block);
+        if constexpr (kOverNetwork) {
+            if (is_put && reason == kNothing) {
+                reason = low_latency::await_put(session, landed(lane, token), lane);
+                if (reason != kNothing) atomicOr(&shared.found.missing, 1u << lane);
+            }
+            __syncwarp();
+        }
         const uint32_t worst = __reduce_max_sync(kFullWarp, static_cast<uint32_t>(reason));
         if (worst != kNothing) return static_cast<Reason>(worst);
     }

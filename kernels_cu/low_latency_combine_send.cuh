@@ -13,20 +13,33 @@ __host__ __device__ constexpr uint64_t weight_word(uint64_t epoch, bool takes_pa
 // To rank `dst`: the weights of the pairs that its experts got.
 template <LowLatencyCombineCfg kCfg>
 __device__ void LowLatencyCombineBlock<kCfg>::send_weights(int32_t dst) const {
-    uint64_t* to = weights(dst, args.rank);
-    for (int32_t i = threadIdx.x; i < args.num_tokens * args.num_topk; i += blockDim.x) {
+    const bool is_reached = session.reaches(dst);
+    const int32_t num_pairs = args.num_tokens * args.num_topk;
+    uint64_t* to = is_reached ? weights(dst, args.rank) : out_weights(dst);
+    bool has_pair = false;
+    for (int32_t i = threadIdx.x; i < num_pairs; i += blockDim.x) {
         const int32_t sent = args.sent_ids[i];
-        if (sent < 0 || sent / num_local_experts != dst) continue;
+        const bool is_wanted = sent >= 0 && sent / num_local_experts == dst;
+        has_pair |= is_wanted;
+        if (is_reached && !is_wanted) continue;
         ptx::st_relaxed_sys(
             &to[i], weight_word(session.call.epoch, expert(i) >= 0, __float_as_uint(args.topk_weights[i])));
     }
+    if constexpr (kOverNetwork) {
+        // Who has no pair of ours waits for no weights, and may free the zone before they come.
+        const bool is_awaited = __syncthreads_or(has_pair) != 0;
+        if (!is_reached && is_awaited && warp == 0)
+            network::put_signal_warp(weights(args.rank, args.rank), to, int64_t{8} * num_pairs,
+                                     &session.own()->told_weights[args.zone][args.rank],
+                                     stamped(session.call.epoch, 1), dst);
+    }
 }
 
-// Lists the rows of a token of the sources number [first, first + num_sources), in the order of source and
-// column, as a warp. At most kMaxEntries pairs are looked at.
+// Lists the rows of a token of the sources number [first, first + num_sources), those of `ranks` alone, in
+// the order of source and column, as a warp. At most kMaxEntries pairs are looked at.
 template <LowLatencyCombineCfg kCfg>
 __device__ Reason LowLatencyCombineBlock<kCfg>::gather(int32_t token, int32_t first, int32_t num_sources,
-                                                       int32_t& num_entries) const {
+                                                       uint32_t ranks, int32_t& num_entries) const {
     const int32_t num_pairs = num_sources * args.num_topk;
     Route routes[2];
     int32_t sources[2];
@@ -38,7 +51,7 @@ __device__ Reason LowLatencyCombineBlock<kCfg>::gather(int32_t token, int32_t fi
         sources[v] = source(args.rank, first + pair / args.num_topk);
         const int64_t at = (int64_t{sources[v]} * args.num_max_tokens + token) * args.num_topk + k;
         routes[v] = {-1, 0.0f};
-        if (pair < num_pairs && (shared.found.ranks >> sources[v] & 1)) routes[v] = args.routes[at];
+        if (pair < num_pairs && (ranks >> sources[v] & 1)) routes[v] = args.routes[at];
     }
 #pragma unroll
     for (int32_t v = 0; v < 2; ++v) {
@@ -46,12 +59,17 @@ __device__ Reason LowLatencyCombineBlock<kCfg>::gather(int32_t token, int32_t fi
         takes_part[v] = routes[v].row >= 0;
         if (!takes_part[v] || !args.sends_weights || reason != kNothing) continue;
         uint64_t seen;
+        if (!session.reaches(sources[v])) {
+            uint64_t* told = &session.own()->told_weights[args.zone][sources[v]];
+            reason = low_latency::await_put(session, told, sources[v]);
+        }
         const auto stamp = [](uint64_t word) { return static_cast<uint32_t>(word >> 32); };
-        reason = low_latency::await_word(session, &weights(args.rank, sources[v])[token * args.num_topk + k],
-                                         sources[v], seen, [&](uint64_t word) {
-                                             return stamp(word) >> 1 ==
-                                                    static_cast<uint32_t>(session.call.epoch) << 1 >> 1;
-                                         });
+        if (reason == kNothing)
+            reason = low_latency::await_word(
+                session, &weights(args.rank, sources[v])[token * args.num_topk + k], sources[v], seen,
+                [&](uint64_t word) {
+                    return stamp(word) >> 1 == static_cast<uint32_t>(session.call.epoch) << 1 >> 1;
+                });
         takes_part[v] = reason == kNothing && (stamp(seen) & 1) != 0;
         routes[v].weight = __uint_as_float(static_cast<uint32_t>(seen));
         reason = low_latency::settle(session, shared.found, reason, sources[v]);
@@ -86,7 +104,7 @@ __device__ Reason LowLatencyCombineBlock<kCfg>::gather(int32_t token, int32_t fi
 template <LowLatencyCombineCfg kCfg>
 __device__ void LowLatencyCombineBlock<kCfg>::push(int32_t dst, int32_t token, int32_t number, int32_t piece,
                                                    const uint4 (&vectors)[2]) const {
-    uint8_t* to = slot(dst, token, number);
+    uint8_t* to = session.reaches(dst) ? slot(dst, token, number) : out_slot(dst, token);
     if constexpr (kWire != wire::kBfloat16) {
         wire::store<kWire>(to, args.hidden, piece, lane, vectors);
     } else {
@@ -155,11 +173,38 @@ __device__ Reason LowLatencyCombineBlock<kCfg>::send_turn(int32_t turn) const {
     const int32_t token = turn / num_pieces / num_groups();
     const int32_t end = min(args.num_ranks, (group + 1) * sources_per_turn);
     const int32_t together = min(sources_per_turn, kMaxEntries / args.num_topk);
+    uint32_t ranks = shared.found.ranks;
+    if constexpr (kOverNetwork) ranks &= low_latency::reached(session);
     for (int32_t first = group * sources_per_turn; first < end; first += together) {
         int32_t num_entries = 0;
-        const Reason reason = gather(token, first, min(together, end - first), num_entries);
+        const Reason reason = gather(token, first, min(together, end - first), ranks, num_entries);
         if (reason != kNothing) return reason;
         send_entries(token, piece, num_entries);
+    }
+    return kNothing;
+}
+
+// Rows to ranks that stores do not reach: warps take whole ones in turn, by way of the outbox.
+template <LowLatencyCombineCfg kCfg>
+__device__ Reason LowLatencyCombineBlock<kCfg>::put_rows(int32_t block) const {
+    const uint32_t ranks = shared.found.ranks & ~low_latency::reached(session);
+    if (ranks == 0) return kNothing;
+    const int32_t num_turns = max_tokens * args.num_ranks;
+#pragma unroll 1
+    for (int32_t turn = block + num_row_blocks * warp; turn < num_turns; turn += num_row_blocks * kNumWarps) {
+        const int32_t token = turn / args.num_ranks, number = turn % args.num_ranks;
+        const int32_t dst = source(args.rank, number);
+        if (!(ranks >> dst & 1)) continue;
+        int32_t num_entries = 0;
+        const Reason reason = gather(token, number, 1, ranks, num_entries);
+        if (reason != kNothing) return reason;
+        if (num_entries == 0) continue;
+#pragma unroll 1
+        for (int32_t piece = 0; piece < num_pieces; ++piece) send_entries(token, piece, num_entries);
+        __syncwarp();
+        network::put_signal_warp(slot(args.rank, token, args.rank), out_slot(dst, token),
+                                 wire::row_bytes<kWire>(args.hidden), landed(args.rank, token),
+                                 stamped(session.call.epoch, 1), dst);
     }
     return kNothing;
 }
@@ -169,6 +214,8 @@ template <LowLatencyCombineCfg kCfg>
 __device__ Reason LowLatencyCombineBlock<kCfg>::send_rows(int32_t block) const {
     const int32_t num_turns = max_tokens * num_groups() * num_pieces;
     Reason reason = kNothing;
+    // What takes longest first.
+    if constexpr (kOverNetwork) reason = put_rows(block);
     for (int32_t turn = block + num_row_blocks * warp; turn < num_turns && reason == kNothing;
          turn += num_row_blocks * kNumWarps)
         reason = send_turn(turn);

@@ -1,5 +1,5 @@
-// Low-latency dispatch within one NVLink domain: every token once to each rank that owns an expert of it,
-// into fixed slots, so that rows leave before anybody has counted anything.
+// Low-latency dispatch, within one NVLink domain or over several nodes: every token once to each rank that
+// owns an expert of it, into fixed slots, so that rows leave before anybody has counted anything.
 //
 // Protocol   the landing zone of a rank has a slot for each (source rank, source token). A sender stores rows
 //            there, and a flag for each of its blocks when what that block stored has landed. Before that it
@@ -33,7 +33,7 @@ __device__ void low_latency_dispatch(const LowLatencyDispatchArgs<kCfg>& args) {
     static_assert(kCfg.num_threads % kWarpSize == 0 && kCfg.num_threads <= 1024);
     static_assert(kCfg.num_threads >= 2 * kWarpSize);
     __shared__ typename Block::Shared shared;
-    low_latency::Session session;
+    low_latency::Session<Block::kOverNetwork> session;
     Block block{.args = args,
                 .session = session,
                 .shared = shared,

@@ -6,7 +6,7 @@
 namespace ep {
 
 struct LowLatencyDispatchCfg {
-    int num_threads, quantizes;
+    int num_threads, quantizes, over_network;
 };
 
 enum ScaleMode : int32_t { kFloatScales = 0, kRoundedScales = 1, kPackedScales = 2 };
@@ -41,8 +41,13 @@ struct LowLatencyDispatchArgs {
     uint32_t digest;
     int32_t rank, num_ranks, num_tokens, num_topk, num_experts, num_max_tokens, hidden, idx_bytes;
     int32_t scale_mode, has_weights, zone, phases, max_send_blocks, num_copy_blocks;
+    // Over several nodes: which ranks are of this one, and within the area what comes and goes by puts.
+    int32_t first_rank, num_local_ranks;
+    int64_t landed_offset;                       // uint64 [2, R, M], stamped: of rows, of scale factors
+    int64_t out_ids_offset, out_weights_offset;  // [R], as above, for each rank
+    int64_t out_rows_offset, out_sf_offset;      // [M] rows
     uint8_t* slabs[kMaxLocalRanks];
-    uint8_t* areas[kMaxLocalRanks];
+    uint8_t* areas[low_latency::kMaxPeers<kCfg.over_network != 0>];  // nullptr where stores do not reach
 };
 
 // An expert id in half a word.
@@ -57,9 +62,11 @@ struct LowLatencyDispatchShared {
     // Ids that are looked at together.
     static constexpr int32_t kPairsEach = 4, kStretch = kPairsEach * kCfg.num_threads;
 
+    static constexpr int32_t kPeers = low_latency::kMaxPeers<kCfg.over_network != 0>;
+
     low_latency::Found found;
-    int32_t tokens[kMaxLocalRanks];                     // of each source rank
-    uint64_t arrived_ns[kMaxLocalRanks];                // when that was known
+    int32_t tokens[kPeers];                             // of each source rank
+    uint64_t arrived_ns[kPeers];                        // when that was known
     int32_t counts[kMaxLocalRanks * kMaxLocalExperts];  // [src][expert]: pairs for our experts
     int16_t experts[kStretch];                          // of one source: of ours, -1 for others
     union {
@@ -74,13 +81,13 @@ struct LowLatencyDispatchShared {
 template <LowLatencyDispatchCfg kCfg>
 struct LowLatencyDispatchBlock {
     static constexpr int32_t kNumWarps = kCfg.num_threads / kWarpSize;
-    static constexpr bool kQuantizes = kCfg.quantizes != 0;
+    static constexpr bool kQuantizes = kCfg.quantizes != 0, kOverNetwork = kCfg.over_network != 0;
     static constexpr int32_t kPartVectors = 8 * kWarpSize;  // of a row, that a warp copies in one turn
 
     using Shared = LowLatencyDispatchShared<kCfg>;
 
     const LowLatencyDispatchArgs<kCfg>& args;
-    const low_latency::Session& session;
+    const low_latency::Session<kOverNetwork>& session;
     Shared& shared;
     int32_t num_local_experts, num_vectors, num_pieces, warp, lane;
 
@@ -107,6 +114,28 @@ struct LowLatencyDispatchBlock {
     __device__ uint64_t* weights(int32_t rank, int32_t src) const {
         return reinterpret_cast<uint64_t*>(args.areas[rank] + args.weights_offset) +
                int64_t{src} * args.num_max_tokens * args.num_topk;
+    }
+    // The same, and rows with their scale factors, as they lie in the outbox; what is for whom.
+    __device__ uint64_t* out_ids(int32_t dst) const {
+        return reinterpret_cast<uint64_t*>(args.areas[args.rank] + args.out_ids_offset) +
+               int64_t{dst} * num_id_words(args.num_max_tokens);
+    }
+    __device__ uint64_t* out_weights(int32_t dst) const {
+        return reinterpret_cast<uint64_t*>(args.areas[args.rank] + args.out_weights_offset) +
+               int64_t{dst} * args.num_max_tokens * args.num_topk;
+    }
+    __device__ uint8_t* out_row(int32_t token) const {
+        return args.areas[args.rank] + args.out_rows_offset + token * row_bytes();
+    }
+    __device__ uint32_t* out_scales(int32_t token) const {
+        return reinterpret_cast<uint32_t*>(args.areas[args.rank] + args.out_sf_offset) +
+               int64_t{token} * scale_words();
+    }
+    // Here: the word behind a row that `src` has put, or behind its scale factors.
+    enum Landing : int32_t { kRow = 0, kScales = 1 };
+    __device__ uint64_t* landed(Landing what, int32_t src, int32_t token) const {
+        return reinterpret_cast<uint64_t*>(args.areas[args.rank] + args.landed_offset) +
+               (int64_t{what} * args.num_ranks + src) * args.num_max_tokens + token;
     }
     __device__ int32_t num_id_words(int32_t num_tokens) const { return (num_tokens * args.num_topk + 1) / 2; }
     __device__ int32_t expert(int64_t i) const {
@@ -141,7 +170,15 @@ struct LowLatencyDispatchBlock {
     __device__ Reason send_metadata(int32_t dst, IdWord next) const;
     __device__ int32_t vector_of(int32_t piece, int32_t v) const;
     __device__ Piece load_piece(int32_t turn) const;
+    struct Cast {
+        uint4 vectors[2];  // of FP8 the first one alone
+        uint32_t scale;
+    };
+    __device__ uint32_t destinations(const Piece& piece) const;
+    __device__ Cast cast(const Piece& current, int32_t piece) const;
+    __device__ void store(const Cast& from, int32_t piece, uint8_t* row, uint32_t* scales) const;
     __device__ Reason send_rows(int32_t block, int32_t num_blocks, Piece next) const;
+    __device__ void put_rows(int32_t block, int32_t num_blocks, uint32_t ranks) const;
 
     // Receive phase.
     __device__ Reason read_tokens(int32_t first_src, int32_t last_src) const;
@@ -157,6 +194,7 @@ struct LowLatencyDispatchBlock {
     __device__ Reason list(int32_t src) const;
     __device__ Reason copy_rows(int32_t block, int32_t num_blocks) const;
     __device__ Reason copy_row(int32_t src, int32_t token, int32_t part) const;
+    __device__ Reason await_rows(int32_t src, int32_t num_flags) const;
 };
 
 }  // namespace ep

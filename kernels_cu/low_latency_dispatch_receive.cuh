@@ -14,7 +14,8 @@ __device__ void LowLatencyDispatchBlock<kCfg>::clear_counts(int32_t first_src, i
         for (int32_t e = threadIdx.x; e < args.num_experts; e += blockDim.x) shared.listed[e] = 0;
 }
 
-// Waits for what the source ranks [first_src, last_src) say of themselves. A barrier.
+// Waits for what the source ranks [first_src, last_src) say of themselves, and for the lists that they put
+// here. A barrier.
 template <LowLatencyDispatchCfg kCfg>
 __device__ Reason LowLatencyDispatchBlock<kCfg>::read_tokens(int32_t first_src, int32_t last_src) const {
     const int32_t src = first_src + static_cast<int32_t>(threadIdx.x) / 2;
@@ -32,6 +33,19 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_tokens(int32_t first_src, 
             shared.arrived_ns[src] = ptx::globaltimer_ns();
         }
         blame(reason, src);
+    }
+    if constexpr (kOverNetwork) {
+        const int32_t end = 2 * (last_src - first_src);
+#pragma unroll 1
+        for (int32_t i = threadIdx.x; i < end && reason == kNothing; i += blockDim.x) {
+            const int32_t peer = first_src + i / 2;
+            if (session.reaches(peer) || (i % 2 == 1 && !args.has_weights)) continue;
+            LowLatencyArea* own = session.own();
+            uint64_t* told =
+                i % 2 == 0 ? &own->told_ids[args.zone][peer] : &own->told_weights[args.zone][peer];
+            reason = low_latency::await_put(session, told, peer);
+            blame(reason, peer);
+        }
     }
     return sync::agree(reason);
 }
@@ -110,7 +124,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_sources(int32_t listed_src
         for (int32_t i = threadIdx.x; i < num_routes; i += blockDim.x) routes[i] = {-1, 0.0f};
     }
     __syncthreads();  // a block that has sent knew to whom
-    if (threadIdx.x == 0) shared.found.ranks = (1u << args.num_ranks) - 1;
+    if (threadIdx.x == 0) shared.found.ranks = low_latency::bits_of(args.num_ranks);
     const int32_t step = args.masks == nullptr ? args.num_ranks : 1;
     bool is_decided = false;  // by another block, while this one saw less: the source is there all the same
 #pragma unroll 1
@@ -119,9 +133,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_sources(int32_t listed_src
         if (is_decided || !__syncthreads_or(session.is_masked(src)))
             reason = read_ids(src, src + step, listed_src);
         if (args.masks != nullptr && !is_decided) {
-            if (reason == kNothing)
-                reason = low_latency::await_flags(session, shared.found, src,
-                                                  num_send_blocks(shared.tokens[src]) + 1);
+            if (reason == kNothing) reason = await_rows(src, num_send_blocks(shared.tokens[src]) + 1);
             if (reason != kNothing && reason != kExpired) return reason;
             if (threadIdx.x == 0 && !low_latency::decide(session, src, reason == kNothing)) {
                 shared.found.ranks &= ~(1u << src);
@@ -142,6 +154,29 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_sources(int32_t listed_src
         src += step;
     }
     return kNothing;
+}
+
+// Waits, as one block, until what a source rank sent here has landed: for the flags of its first `num_flags`
+// blocks, or for each of the rows that it puts. A barrier.
+template <LowLatencyDispatchCfg kCfg>
+__device__ Reason LowLatencyDispatchBlock<kCfg>::await_rows(int32_t src, int32_t num_flags) const {
+    if (session.reaches(src)) return low_latency::await_flags(session, shared.found, src, num_flags);
+    Reason reason = kNothing;
+#pragma unroll 1
+    for (int32_t token = threadIdx.x; token < shared.tokens[src] && reason == kNothing; token += blockDim.x) {
+        bool is_ours = false;
+        for (int32_t i = token * args.num_topk; i < (token + 1) * args.num_topk; ++i) {
+            // They are there, and were acquired: their word was awaited.
+            const uint64_t word = ptx::ld_relaxed_sys(ids(args.rank, src) + i / 2);
+            is_ours |= local_expert(expert_in(word, i % 2)) >= 0;
+        }
+        if (!is_ours) continue;
+        reason = low_latency::await_put(session, landed(kRow, src, token), src);
+        if (kQuantizes && reason == kNothing)
+            reason = low_latency::await_put(session, landed(kScales, src, token), src);
+    }
+    if (reason != kNothing && args.masks == nullptr) atomicOr(&shared.found.missing, 1u << src);
+    return sync::agree(reason);
 }
 
 // What callers are told of each expert, and clean ends of its lists: every R-th expert is of block `part`.
@@ -188,8 +223,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::tell(int32_t part, uint64_t beg
     }
     if (!(shared.found.ranks >> part & 1)) return kNothing;
     const uint64_t told_ns = ptx::globaltimer_ns();
-    const Reason landed =
-        low_latency::await_flags(session, shared.found, part, num_send_blocks(shared.tokens[part]));
+    const Reason landed = await_rows(part, num_send_blocks(shared.tokens[part]));
     if (args.wait_stats != nullptr && threadIdx.x == 0) {
         // For its first word, and for its rows; not for other ranks in between.
         const uint64_t waited_ns = shared.arrived_ns[part] - began_ns + ptx::globaltimer_ns() - told_ns;
@@ -385,12 +419,19 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::copy_row(int32_t src, int32_t t
     const int32_t end_piece = with_scales ? num_pieces : (end_vector + kPieceVectors - 1) / kPieceVectors;
     const int32_t num_blocks = num_send_blocks(shared.tokens[src]);
     Reason reason = kNothing;
+    if (!session.reaches(src)) {
+        const auto what = static_cast<Landing>(lane);
+        if (lane == kRow || (lane == kScales && with_scales))
+            reason = low_latency::await_put(session, landed(what, src, token), src);
+    } else {
 #pragma unroll 1
-    for (int32_t piece = first_piece + lane; piece < end_piece && reason == kNothing; piece += kWarpSize) {
-        const uint64_t* flag =
-            &session.own()->flags[args.zone][src][(token * num_pieces + piece) % num_blocks];
-        uint64_t seen;
-        reason = low_latency::await_stamped<low_latency::kAcquires>(session, flag, src, seen);
+        for (int32_t piece = first_piece + lane; piece < end_piece && reason == kNothing;
+             piece += kWarpSize) {
+            const uint64_t* flag =
+                &session.own()->flags[args.zone][src][(token * num_pieces + piece) % num_blocks];
+            uint64_t seen;
+            reason = low_latency::await_stamped<low_latency::kAcquires>(session, flag, src, seen);
+        }
     }
     blame(reason, src);
     const uint32_t worst = __reduce_max_sync(kFullWarp, static_cast<uint32_t>(reason));

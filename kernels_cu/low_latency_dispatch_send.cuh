@@ -29,31 +29,56 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::send_metadata(int32_t dst, IdWo
     if (reason != kNothing || !(shared.found.ranks >> dst & 1)) return reason;
 
     const uint64_t epoch = session.call.epoch;
-    LowLatencyArea* area = session.area(dst);
     if (threadIdx.x == 0)
-        ptx::st_relaxed_sys(&area->num_tokens[args.zone][args.rank], stamped(epoch, args.num_tokens));
+        session.tell(
+            dst, [&](LowLatencyArea* at) { return &at->num_tokens[args.zone][args.rank]; },
+            stamped(epoch, args.num_tokens));
     if (threadIdx.x == kWarpSize)
-        ptx::st_relaxed_sys(&area->digests[args.zone][args.rank], stamped(epoch, args.digest));
-    uint64_t *to_ids = ids(dst, args.rank), *to_weights = weights(dst, args.rank);
+        session.tell(
+            dst, [&](LowLatencyArea* at) { return &at->digests[args.zone][args.rank]; },
+            stamped(epoch, args.digest));
+    const bool is_reached = session.reaches(dst);
+    uint64_t* to_ids = is_reached ? ids(dst, args.rank) : out_ids(dst);
+    uint64_t* to_weights = is_reached ? weights(dst, args.rank) : out_weights(dst);
+    // A put carries something, and all of a list.
+    const int32_t num_pairs = args.num_tokens * args.num_topk;
+    const int32_t num_stored = is_reached ? num_words : max(1, num_words);
+    const int32_t num_weights = args.topk_weights == nullptr ? 0 : max(1, num_pairs);
 #pragma unroll 1
-    for (int32_t at = threadIdx.x; at < num_words; at += blockDim.x) {
+    for (int32_t at = threadIdx.x; at < num_stored; at += blockDim.x) {
         const IdWord word = next;
         next = load_ids(at + static_cast<int32_t>(blockDim.x));
         ptx::st_relaxed_sys(&to_ids[at], stamped(epoch, word.ids));
 #pragma unroll
         for (int32_t half = 0; half < 2; ++half) {
             const int32_t e = expert_in(word.ids, half);
-            if (args.topk_weights != nullptr && e >= 0 && e / num_local_experts == dst)
+            const bool is_wanted = e >= 0 && e / num_local_experts == dst;
+            if (is_reached ? is_wanted && num_weights != 0 : 2 * at + half < num_weights)
                 ptx::st_relaxed_sys(&to_weights[2 * at + half],
                                     stamped(epoch, __float_as_uint(word.weights[half])));
+        }
+    }
+    if constexpr (kOverNetwork) {
+        if (!is_reached) {
+            __syncthreads();
+            LowLatencyArea* own = session.own();
+            const uint64_t word = stamped(epoch, 1);
+            if (warp == 0)
+                network::put_signal_warp(ids(args.rank, args.rank), to_ids, int64_t{8} * num_stored,
+                                         &own->told_ids[args.zone][args.rank], word, dst);
+            if (warp == 1 && num_weights != 0)
+                network::put_signal_warp(weights(args.rank, args.rank), to_weights, int64_t{8} * num_weights,
+                                         &own->told_weights[args.zone][args.rank], word, dst);
+            return kNothing;
         }
     }
     // A receiver that may go on without us wants to know first that all of this is there.
     if (args.masks != nullptr) {
         __syncthreads();
         if (threadIdx.x == 0)
-            ptx::st_release_sys(&area->flags[args.zone][args.rank][num_send_blocks(args.num_tokens)],
-                                stamped(epoch, 1));
+            ptx::st_release_sys(
+                &session.area(dst)->flags[args.zone][args.rank][num_send_blocks(args.num_tokens)],
+                stamped(epoch, 1));
     }
     return kNothing;
 }
@@ -81,67 +106,131 @@ LowLatencyDispatchBlock<kCfg>::load_piece(int32_t turn) const {
     return piece;
 }
 
+// Bits of the ranks that own an expert of a token; the same in all lanes of a warp.
+template <LowLatencyDispatchCfg kCfg>
+__device__ __forceinline__ uint32_t LowLatencyDispatchBlock<kCfg>::destinations(const Piece& piece) const {
+    uint32_t mine = 0;
+#pragma unroll
+    for (int32_t v = 0; v < 2; ++v)
+        if (piece.experts[v] >= 0) mine |= 1u << (piece.experts[v] / num_local_experts);
+    return __reduce_or_sync(kFullWarp, mine);
+}
+
+// A lane's part of a piece as it travels.
+template <LowLatencyDispatchCfg kCfg>
+__device__ __forceinline__ typename LowLatencyDispatchBlock<kCfg>::Cast LowLatencyDispatchBlock<kCfg>::cast(
+    const Piece& current, int32_t piece) const {
+    if constexpr (!kQuantizes) {
+        return {{current.vectors[0], current.vectors[1]}, 0};
+    } else {
+        float factor;
+        const uint4 cast = fp8::cast_pair(current.vectors, args.scale_mode != kFloatScales, factor);
+        uint32_t scale = __float_as_uint(factor);
+        if (args.scale_mode == kPackedScales) {
+            // A piece has four scale factors, in lanes 0, 8, 16 and 24; 0 past the end of the row.
+            const uint32_t exponent = vector_of(piece, 0) < num_vectors ? scale >> 23 : 0;
+            scale = exponent;
+#pragma unroll
+            for (int32_t i = 1; i < 4; ++i)
+                scale |= __shfl_sync(kFullWarp, exponent, i * fp8::kLanesPerPair) << (8 * i);
+        }
+        return {{cast, cast}, scale};
+    }
+}
+
+// Stores a piece into a row, and its scale factors.
+template <LowLatencyDispatchCfg kCfg>
+__device__ __forceinline__ void LowLatencyDispatchBlock<kCfg>::store(const Cast& from, int32_t piece,
+                                                                     uint8_t* row, uint32_t* scales) const {
+    auto* to = reinterpret_cast<uint4*>(row);
+    const int32_t vector = vector_of(piece, 0);
+    if constexpr (kQuantizes) {
+        if (vector < num_vectors) to[vector / 2] = from.vectors[0];
+        if (args.scale_mode == kPackedScales) {
+            if (lane == 0) scales[piece] = from.scale;
+        } else if (lane % fp8::kLanesPerPair == 0 && vector < num_vectors) {
+            scales[vector / (2 * fp8::kLanesPerPair)] = from.scale;
+        }
+    } else {
+#pragma unroll
+        for (int32_t v = 0; v < 2; ++v)
+            if (vector_of(piece, v) < num_vectors) to[vector_of(piece, v)] = from.vectors[v];
+    }
+}
+
 // Our rows, once to each rank that owns an expert of them: warps take pieces in turn.
 template <LowLatencyDispatchCfg kCfg>
 __device__ Reason LowLatencyDispatchBlock<kCfg>::send_rows(int32_t block, int32_t num_blocks,
                                                            Piece next) const {
+    constexpr int32_t kPeers = low_latency::kMaxPeers<kOverNetwork>, kUnrolled = kOverNetwork ? 1 : kPeers;
     const int32_t num_turns = args.num_tokens * num_pieces, step = num_blocks * kNumWarps;
     const Reason reason = low_latency::await_zone(session, shared.found);
     if (reason != kNothing) return reason;
-    const uint32_t reachable = shared.found.ranks;
+    uint32_t reachable = shared.found.ranks;
+    if constexpr (kOverNetwork) {
+        const uint32_t reached = low_latency::reached(session);
+        // What takes longest first.
+        put_rows(block, num_blocks, reachable & ~reached);
+        reachable &= reached;
+    }
 #pragma unroll 1
     for (int32_t turn = block + num_blocks * warp; turn < num_turns; turn += step) {
         const Piece current = next;
         next = load_piece(turn + step);
         const int32_t token = turn / num_pieces, piece = turn % num_pieces;
-        uint32_t mine = 0;
 #pragma unroll
         for (int32_t v = 0; v < 2; ++v) {
-            const int32_t k = v * kWarpSize + lane, e = current.experts[v];
-            if (e >= 0) mine |= 1u << (e / num_local_experts);
-            if (piece == 0 && k < args.num_topk) args.sent_ids[int64_t{token} * args.num_topk + k] = e;
+            const int32_t k = v * kWarpSize + lane;
+            if (piece == 0 && k < args.num_topk)
+                args.sent_ids[int64_t{token} * args.num_topk + k] = current.experts[v];
         }
-        const uint32_t wanted = __reduce_or_sync(kFullWarp, mine) & reachable;
-        const int32_t vector = vector_of(piece, 0);
-        uint4 cast = make_uint4(0, 0, 0, 0);
-        uint32_t scale = 0;
-        if constexpr (kQuantizes) {
-            float factor;
-            cast = fp8::cast_pair(current.vectors, args.scale_mode != kFloatScales, factor);
-            scale = __float_as_uint(factor);
-            if (args.scale_mode == kPackedScales) {
-                // A piece has four scale factors, in lanes 0, 8, 16 and 24; 0 past the end of the row.
-                const uint32_t exponent = vector < num_vectors ? scale >> 23 : 0;
-                scale = exponent;
-#pragma unroll
-                for (int32_t i = 1; i < 4; ++i)
-                    scale |= __shfl_sync(kFullWarp, exponent, i * fp8::kLanesPerPair) << (8 * i);
-            }
-        }
-#pragma unroll
-        for (int32_t d = 0; d < kMaxLocalRanks; ++d) {
+        const uint32_t wanted = destinations(current) & reachable;
+        const Cast travels = cast(current, piece);
+#pragma unroll kUnrolled
+        for (int32_t d = 0; d < kPeers; ++d) {
             if (d >= args.num_ranks) break;
             const int32_t dst =
                 args.rank + d < args.num_ranks ? args.rank + d : args.rank + d - args.num_ranks;
             if (!(wanted >> dst & 1)) continue;
-            auto* to = reinterpret_cast<uint4*>(row(dst, args.rank, token));
-            if constexpr (kQuantizes) {
-                if (vector < num_vectors) to[vector / 2] = cast;
-                uint32_t* to_scales = scales(dst, args.rank, token);
-                if (args.scale_mode == kPackedScales) {
-                    if (lane == 0) to_scales[piece] = scale;
-                } else if (lane % fp8::kLanesPerPair == 0 && vector < num_vectors) {
-                    to_scales[vector / (2 * fp8::kLanesPerPair)] = scale;
-                }
-            } else {
-#pragma unroll
-                for (int32_t v = 0; v < 2; ++v)
-                    if (vector_of(piece, v) < num_vectors) to[vector_of(piece, v)] = current.vectors[v];
-            }
+            store(travels, piece, row(dst, args.rank, token), scales(dst, args.rank, token));
         }
     }
     low_latency::post_flags(session, shared.found, block);
     return kNothing;
+}
+
+// Rows to those of `ranks`, which stores do not reach: warps take whole ones in turn, by way of the outbox.
+template <LowLatencyDispatchCfg kCfg>
+__device__ void LowLatencyDispatchBlock<kCfg>::put_rows(int32_t block, int32_t num_blocks,
+                                                        uint32_t ranks) const {
+    if (ranks == 0) return;
+    const uint64_t word = stamped(session.call.epoch, 1);
+#pragma unroll 1
+    for (int32_t token = block + num_blocks * warp; token < args.num_tokens;
+         token += num_blocks * kNumWarps) {
+        Piece next = load_piece(token * num_pieces);
+        const uint32_t wanted = destinations(next) & ranks;
+        if (wanted == 0) continue;
+#pragma unroll 1
+        for (int32_t piece = 0; piece < num_pieces; ++piece) {
+            const Piece current = next;
+            if (piece + 1 < num_pieces) next = load_piece(token * num_pieces + piece + 1);
+            store(cast(current, piece), piece, out_row(token), out_scales(token));
+        }
+        __syncwarp();
+#pragma unroll 1
+        for (int32_t d = 1; d < args.num_ranks; ++d) {
+            const int32_t dst =
+                args.rank + d < args.num_ranks ? args.rank + d : args.rank + d - args.num_ranks;
+            if (!(wanted >> dst & 1)) continue;
+            network::put_signal_warp(row(args.rank, args.rank, token), out_row(token), row_bytes(),
+                                     landed(kRow, args.rank, token), word, dst);
+            if constexpr (kQuantizes)
+                network::put_signal_warp(scales(args.rank, args.rank, token), out_scales(token),
+                                         int64_t{4} * scale_words(), landed(kScales, args.rank, token), word,
+                                         dst);
+        }
+    }
 }
 
 }  // namespace ep

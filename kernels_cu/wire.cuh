@@ -4,9 +4,9 @@
 //
 // bfloat16   lane l holds vectors l and 32 + l of the piece, which lie as in the row.
 // others     lane l holds the neighbours 2l and 2l + 1, so that 8 lanes share a block of 128 channels. A slot
-//            is 2 * hidden bytes of blocks of 256 and, behind them, 4 bytes for each block. FP8: 128 bytes at
-//            the start of its block; the scale factor. LogFMT: 128 bytes with bits 0-7 of the codes and 32
-//            bytes with bits 8 and 9, or as it was 256 bytes where it is not cast; amax and amin.
+//            has the blocks and, behind them, 4 bytes for each. FP8: blocks of 128 bytes; the scale factor.
+//            LogFMT: of 256 bytes, of which 128 hold bits 0-7 of the codes and 32 bits 8 and 9, or all of
+//            them the block as it was where it is not cast; amax and amin.
 //
 // LogFMT as ep_rt/reference/logfmt.py states it: float32 arithmetic, every step rounded by itself, logarithms
 // and powers the float32 nearest to the exact value, hence the double ones here.
@@ -18,7 +18,10 @@ namespace ep::wire {
 
 enum Wire : int { kBfloat16 = 0, kFp8 = 1, kLogFmt = 2 };
 
-constexpr int kBlockBytes = 2 * fp8::kChannelsPerScale;
+template <int kWire>
+constexpr int kChannelBytes = kWire == kFp8 ? 1 : 2;  // that a slot has for each channel
+template <int kWire>
+constexpr int kBlockBytes = kChannelBytes<kWire> * fp8::kChannelsPerScale;
 constexpr int kNumChannels = 8;  // of a vector
 using Channels = float[kNumChannels];
 
@@ -28,7 +31,12 @@ __device__ __forceinline__ int32_t vector_of(int32_t piece, int32_t lane, int32_
     return piece * low_latency::kPieceVectors + (kWire == kBfloat16 ? v * kWarpSize + lane : 2 * lane + v);
 }
 
-// Bytes of a slot. Twin of plan.slot_bytes.
+// Bytes from the start of a slot that a row takes; bytes of a slot, whose twin is plan.slot_bytes.
+template <int kWire>
+__host__ __device__ constexpr int64_t row_bytes(int64_t hidden) {
+    const int64_t num_blocks = kWire == kBfloat16 ? 0 : hidden / fp8::kChannelsPerScale;
+    return kChannelBytes<kWire> * hidden + 4 * num_blocks;
+}
 __host__ __device__ constexpr int64_t slot_bytes(int64_t hidden) {
     const int64_t num_blocks = (hidden + fp8::kChannelsPerScale - 1) / fp8::kChannelsPerScale;
     return align_up<int64_t>(2 * hidden + 4 * num_blocks, 16);
@@ -79,8 +87,8 @@ __device__ __forceinline__ void store(uint8_t* slot, int32_t hidden, int32_t pie
     const int32_t vector = vector_of<kWire>(piece, lane, 0);
     const bool is_there = vector < hidden / kNumChannels, is_first = lane % fp8::kLanesPerPair == 0;
     const int32_t block = vector / (2 * fp8::kLanesPerPair), part = lane % fp8::kLanesPerPair;
-    uint8_t* at = slot + int64_t{block} * kBlockBytes;
-    auto* side = reinterpret_cast<uint32_t*>(slot + int64_t{hidden} * 2) + block;
+    uint8_t* at = slot + int64_t{block} * kBlockBytes<kWire>;
+    auto* side = reinterpret_cast<uint32_t*>(slot + int64_t{hidden} * kChannelBytes<kWire>) + block;
     if constexpr (kWire == kFp8) {
         float factor;
         const uint4 cast = fp8::cast_pair(from, false, factor);
@@ -137,8 +145,8 @@ __device__ __forceinline__ Parcel load(const uint8_t* slot, int32_t hidden, int3
         }
     } else if (vector < hidden / kNumChannels) {
         const int32_t block = vector / (2 * fp8::kLanesPerPair), part = lane % fp8::kLanesPerPair;
-        const uint8_t* at = slot + int64_t{block} * kBlockBytes;
-        parcel.side = reinterpret_cast<const uint32_t*>(slot + int64_t{hidden} * 2)[block];
+        const uint8_t* at = slot + int64_t{block} * kBlockBytes<kWire>;
+        parcel.side = reinterpret_cast<const uint32_t*>(slot + int64_t{hidden} * kChannelBytes<kWire>)[block];
         float log_amin, step;
         if (kWire == kFp8 || logfmt_grid(parcel.side & 0xffff, parcel.side >> 16, log_amin, step)) {
             parcel.vectors[0] = reinterpret_cast<const uint4*>(at)[part];

@@ -36,7 +36,9 @@ SANITIZED_ON_ONE_GPU = (
     "tests/gpu/test_low_latency.py::test_any_number_of_ranks[1-virtual]",
     "tests/gpu/test_low_latency.py::test_any_number_of_ranks[2-virtual]",
 )
-OVER_NODES = tuple(f"tests/gpu/test_{name}.py" for name in ("internode", "normal", "expert_major"))
+OVER_NODES = tuple(
+    f"tests/gpu/test_{name}.py" for name in ("internode", "normal", "expert_major", "low_latency")
+)
 WITHOUT_NVLINK = (
     "tests/gpu/test_internode.py::test_nodes_are_chosen_and_so_are_gpus",
     "tests/gpu/test_internode.py::test_counts_by_node",
@@ -62,6 +64,7 @@ def main() -> int:
     pytest += ["-o", "faulthandler_timeout=60"]
     barrier = [sys.executable, "tests/gpu/barrier_latency.py"]
     bench = [sys.executable, "-m", "ep_rt", "bench", "--dtype", "both", "--repeat", "3", "--tokens"]
+    low_latency = [*bench, "8", "128", "--operations", *LOW_LATENCY]
     parts = {"threads": [*pytest, "tests"]}
     if num_ranks > 1:  # names of files count, too
         parts = {
@@ -76,12 +79,15 @@ def main() -> int:
             named = f"mpirun -n {num_ranks}, {num_ranks // ranks_per_node} nodes"
             parts[named] = [*nodes, *pytest, *OVER_NODES]
             parts[f"figures, {named}"] = [*nodes, *bench, "128", "4096", "--operations", *NORMAL_MODE]
+            parts[f"low-latency figures, {named}"] = [*nodes, *low_latency]
+        puts = ["env", "EP_RT_TEST_LOW_LATENCY=puts", *mpirun, *pytest, "tests/gpu/test_low_latency.py"]
+        parts[f"mpirun -n {num_ranks}, puts alone"] = puts
         without_nvlink = ["env", "EP_RT_NVLINK=0", *mpirun, *pytest, *WITHOUT_NVLINK]
         parts[f"mpirun -n {num_ranks}, as without NVLink"] = without_nvlink
         parts[f"barrier figures, mpirun -n {num_ranks}"] = [*mpirun, *barrier]
         parts[f"figures, mpirun -n {num_ranks}"] = [*mpirun, *bench, "128", "4096"]
-        low_latency = [*bench, "8", "128", "--operations", *LOW_LATENCY]
         parts[f"low-latency figures, mpirun -n {num_ranks}"] = [*mpirun, *low_latency]
+        parts[f"low-latency figures, mpirun -n {num_ranks}, puts"] = [*mpirun, *low_latency, "--puts"]
     if shutil.which("compute-sanitizer"):
         for tool in ("memcheck", "racecheck"):
             # CUDA's own search for optional entry points is not an error of ours. Host backtraces hold the

@@ -462,11 +462,11 @@ def check_low_latency_rows(
             assert recv_sf.strides[1] == recv_sf.itemsize
 
 
-def low_latency_combine_options(rng: np.random.Generator) -> dict[str, Any]:
+def low_latency_combine_options(rng: np.random.Generator, *, over_network: bool = False) -> dict[str, Any]:
     """How rows come back."""
-    wire = int(rng.integers(3))
+    wire, at_source = int(rng.integers(3)), bool(rng.integers(2))
     return {
-        "reduce": ("rank", "source")[int(rng.integers(2))],
+        "reduce": "source" if at_source and not over_network else "rank",
         "use_logfmt": wire == 1,
         "use_fp8": wire == 2,
     }

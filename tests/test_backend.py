@@ -27,7 +27,7 @@ def on_nodes(*node_of_rank: int, lacks_nvlink: bool = False) -> Topology:
 @pytest.mark.parametrize("places", [[ONE], [ONE, TWO], EIGHT])
 def test_ranks_with_a_gpu_each_use_them(places: Sequence[GpuPlace]) -> None:
     assert backend.MAX_CUDA_RANKS == MAX_LOCAL_RANKS
-    assert backend.choose(places, on_nodes(*[0] * len(places)), low_latency_mode=True) == "cuda"
+    assert backend.choose(places, on_nodes(*[0] * len(places))) == "cuda"
 
 
 @pytest.mark.parametrize("ranks_per_node", [1, 2, 4])
@@ -67,8 +67,8 @@ def test_gpus_that_are_not_used_for_lack_of_nvlink_are_a_warning_with_a_way_out(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     nodes = on_nodes(0, 1, lacks_nvlink=True)
-    assert backend.choose([ONE, TWO], nodes, low_latency_mode=True) == "host"
-    assert "low-latency calls need ranks of one node: 2 ranks on 2 nodes" in caplog.text
+    assert backend.choose([ONE, TWO._replace(has_nvshmem=False)], nodes) == "host"
+    assert "NVSHMEM is not installed for rank 1" in caplog.text
     assert "EP_RT_NVLINK=1 makes it one node" in caplog.text
 
 

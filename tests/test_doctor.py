@@ -102,12 +102,12 @@ def links(*joined: str, otherwise: str | None = nvml.PCIE) -> dict[tuple[str, st
     ("found", "described", "nodes"),
     [
         (links("abcd"), "NVLink between all 4 GPUs", "one, for all GPUs here: loads and stores (by links)"),
-        (links(), "PCIe between all 4 GPUs", "4, of 1 GPU each: the normal mode alone"),
+        (links(), "PCIe between all 4 GPUs", "4, of 1 GPU each: NVSHMEM between them"),
         (links(otherwise=nvml.NO_P2P), "no P2P between all 4 GPUs", "4, of 1 GPU each"),
         (
             links("ab", "cd"),
             "NVLink: 0-1, 2-3; PCIe: 0-2, 0-3, 1-2, 1-3",
-            "2, of 2 GPUs each: the normal mode alone, through NVSHMEM (by links; EP_RT_NVLINK=1 makes",
+            "2, of 2 GPUs each: NVSHMEM between them (by links; EP_RT_NVLINK=1 makes",
         ),
         (links(otherwise=None), "not known, counts as NVLink between all 4 GPUs", "one, for all"),
     ],

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ep_rt.cuda import nvshmem, plan
-from ep_rt.cuda.hang import Names, Report, verdict
+from ep_rt.cuda.hang import Farewell, Names, Report, verdict
 from ep_rt.cuda.internode import Internode
-from ep_rt.cuda.layout import MAX_CHANNELS, MAX_SLOTS, Operation, Reason, signal_word
-from ep_rt.errors import BackendError, ConfigError, PeerTimeoutError, TopologyError, on_all_ranks
+from ep_rt.cuda.layout import (
+    FIRST_COMBINE_ZONE,
+    MAX_CHANNELS,
+    MAX_SLOTS,
+    OFFSET_UNIT,
+    Operation,
+    Reason,
+    signal_operation,
+    signal_word,
+)
+from ep_rt.cuda.low_latency_areas import Area, Pending, SymmetricPlaces
+from ep_rt.cuda.low_latency_plan import AreaShape
+from ep_rt.cuda.nvshmem import SymmetricMemory
+from ep_rt.cuda.remote import Remote, RemoteSizes
+from ep_rt.errors import (
+    BackendError,
+    CollectiveMismatchError,
+    ConfigError,
+    EpError,
+    HandleError,
+    PeerTimeoutError,
+    TopologyError,
+    on_all_ranks,
+)
 from ep_rt.exchange import Group
 from ep_rt.groups import run_local, thread_groups
 from ep_rt.node_group import NodeGroup
@@ -52,6 +76,13 @@ def report(rank: int, phase: int, waits: dict[int, tuple[int, int]]) -> Report:
     )
 
 
+def farewell(
+    missing: int, reason: int = Reason.EXPIRED, *, call: int = 7, operation: int = Operation.DISPATCH
+) -> int:
+    """As the kernels say it."""
+    return missing << 32 | (signal_word(call, operation) << 4 & 0xFFFFFFFF) | reason
+
+
 def test_errors_name_ranks_of_all_nodes() -> None:
     names = Names(local=(4, 5, 6, 7), num_ranks=12)
     word = signal_word(7, Operation.DISPATCH), signal_word(6, Operation.NO_OPERATION)
@@ -68,12 +99,114 @@ def test_those_that_gave_up_are_not_blamed_but_those_that_they_waited_for() -> N
     word = signal_word(7, Operation.DISPATCH), signal_word(6, Operation.NO_OPERATION)
     waits = {1: word, 2: word}
     # Node 1 waited for nodes 0, which is this one, and 3; node 2 said nothing.
-    farewells = [0, 0b1001 << 32 | 1, 0, 0]
+    farewells = [0, farewell(0b1001), 0, 0]
     found = report(0, 0, waits).with_farewells(farewells, own=0).waits
     late = {node for node, (_, seen) in found.items() if seen == word[1]}
     assert (late, set(found)) == ({2, 3}, {1, 2, 3})
     elsewhere = {1: (word[0], signal_word(7, Operation.BARRIER))}
     assert report(0, 0, elsewhere).with_farewells(farewells, own=0).waits == elsewhere
+
+
+def test_all_say_that_arguments_differ() -> None:
+    word = signal_word(7, Operation.DISPATCH), signal_word(6, Operation.NO_OPERATION)
+    # Node 1 has other arguments than node 0, which is this one, and node 3.
+    found = report(0, 0, {1: word}).with_farewells([0, farewell(0b1001, Reason.DISAGREED), 0, 0], own=0)
+    assert (found.reason, set(found.waits)) == (Reason.DISAGREED, {1})
+    # Node 1 says so of node 2 alone.
+    found = report(0, 0, {1: word}).with_farewells([0, farewell(0b100, Reason.DISAGREED), 0, 0], own=0)
+    assert (found.reason, set(found.waits)) == (Reason.DISAGREED, {2})
+    error = verdict([found], rank=0, timeout_s=1.0, num_ranks=4)
+    assert isinstance(error, ConfigError)
+    assert "agree among each other: 0, 1, 3; 2" in str(error)
+
+
+def test_a_rank_that_gave_up_another_call() -> None:
+    word = signal_word(7, Operation.DISPATCH), signal_word(6, Operation.NO_OPERATION)
+
+    def said(**call: int) -> EpError:
+        return verdict(
+            [report(0, 0, {1: word}).with_farewells([0, farewell(1, **call)], own=0)],
+            rank=0,
+            timeout_s=1.0,
+            num_ranks=2,
+        )
+
+    assert isinstance(said(operation=Operation.COMBINE), CollectiveMismatchError)
+    # An earlier one.
+    assert isinstance(said(operation=Operation.COMBINE, call=6), PeerTimeoutError)
+    assert Farewell.of(farewell(5, Reason.DISAGREED, call=0x12345)) == Farewell(
+        5, Reason.DISAGREED, Operation.DISPATCH, 0x345
+    )
+
+
+def test_who_is_told_of_whom() -> None:
+    names = Names(local=(2, 3), num_ranks=4)
+    word = signal_word(7, Operation.DISPATCH), signal_word(6, Operation.NO_OPERATION)
+
+    def given_up(operation: int) -> list[int]:
+        word = farewell(0, call=6)
+        return [word, 0, 0, 0] if operation == Operation.LOW_LATENCY_DISPATCH else [word, 0]
+
+    def named(found: Report, **changes: Any) -> bool:
+        told = names.informed(replace(found, **changes), given_up, rank=1)
+        return signal_operation(told.waits[0][1]) == Operation.GAVE_UP
+
+    over_the_network = report(1, 0, {0: word})
+    assert named(over_the_network)
+    assert not named(over_the_network, phase=3)
+    assert not named(over_the_network, rank=0)
+    assert named(over_the_network, rank=0, phase=3, operation=Operation.LOW_LATENCY_DISPATCH)
+    alone = Names(local=(0, 1), num_ranks=2)
+    assert alone.informed(over_the_network, given_up, rank=1) is over_the_network
+
+
+def test_areas_lie_at_the_same_place_on_all_ranks() -> None:
+    memory = SymmetricMemory(1 << 20, 1024)
+    domain: Any = SimpleNamespace(group=SimpleNamespace(rank=1))
+    network: Any = SimpleNamespace(
+        group=SimpleNamespace(rank=3, size=4), pointers=lambda _: (0, 0, 7 << 20, memory.pointer)
+    )
+    places = SymmetricPlaces(network, memory, domain, with_stores=True)
+    assert (places.first_rank, places.is_over_network) == (2, True)
+    pieces = [places.take(300), places.take(500)]
+    assert [piece.offset % OFFSET_UNIT for piece in pieces] == [0, 0]
+    assert pieces[1].offset >= 300
+    at = pieces[1].offset
+    assert places.pointers([at] * 4) == (0, 0, (7 << 20) + at, memory.pointer + at)
+    with pytest.raises(ConfigError, match="300 bytes, and 0 of 1024 are left"):
+        places.take(300)
+    alone = SymmetricPlaces(network, memory, domain, with_stores=False)
+    assert alone.pointers([0] * 4) == (0, 0, 0, memory.pointer)
+
+
+@pytest.mark.parametrize("first", [0, FIRST_COMBINE_ZONE])
+def test_what_was_put_is_received_before_its_zone_is_taken_again(first: int) -> None:
+    def area(*, over_network: bool) -> Area:
+        made = object.__new__(Area)
+        made.shape = AreaShape(
+            num_ranks=2, num_max_tokens=1, hidden=8, num_experts=2, num_topk=1, over_network=over_network
+        )
+        made.reset_pending()
+        return made
+
+    def send(area: Area) -> Pending:
+        area.check(first=first)
+        return area.postpone(area.take_zone(first=first))
+
+    here = area(over_network=False)
+    forgotten = send(here)
+    send(here)
+    send(here)
+    assert forgotten.is_taken
+    there = area(over_network=True)
+    one, two = send(there), send(there)
+    for pending in (one, two):
+        with pytest.raises(HandleError, match="after the hook of the first"):
+            send(there)
+        pending.is_received = True
+        send(there).is_received = True
+    assert one.is_taken
+    assert two.is_taken
 
 
 def test_nodes_that_are_not_served() -> None:
@@ -84,6 +217,10 @@ def test_nodes_that_are_not_served() -> None:
         Internode.check(Topology(rank=0, node_of_rank=(0, 0, 1)))
     with pytest.raises(TopologyError, match="at most 32 of 8"):
         Internode.check(Topology(rank=0, node_of_rank=tuple(range(33))))
+    many = Topology(rank=0, node_of_rank=tuple(rank // 8 for rank in range(40)))
+    Remote.check(many, with_low_latency=False)
+    with pytest.raises(TopologyError, match="40 ranks: low-latency calls serve 32"):
+        Remote.check(many, with_low_latency=True)
 
 
 def test_gpus_without_nvlink_hear_what_to_install_and_how_to_do_without(
@@ -96,14 +233,14 @@ def test_gpus_without_nvlink_hear_what_to_install_and_how_to_do_without(
     for lacks_nvlink in (True, False):
         topology = Topology(rank=0, node_of_rank=(0, 1), lacks_nvlink=lacks_nvlink)
         with pytest.raises(BackendError, match=r"^rank 1: NVSHMEM is not installed; install") as caught:
-            Internode(
+            Remote(
                 thread_groups(1)[0],
                 topology,
+                SimpleNamespace(timeout_s=1.0),  # type: ignore[arg-type]
                 SimpleNamespace(),  # type: ignore[arg-type]
-                max_tokens=8,
-                num_bytes=0,
-                record_bytes=1024,
-                timeout_s=1.0,
+                RemoteSizes(max_tokens=8, max_record_bytes=1024),
+                with_low_latency=False,
+                with_stores=True,
             )
         assert caught.value.is_collective
         assert ("EP_RT_NVLINK=1 makes it one node" in str(caught.value)) == lacks_nvlink

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,7 @@ class Toolchain(Compiler):
         self.nvshmem_version = (3, 4, 5)
         self.cuda_major: int | None = 13
         self.links: list[str] = []
+        self.max_registers: list[int] = []
         self.library = root / "lib" / "libnvshmem_device.a"
         self.library.parent.mkdir(parents=True)
         self.library.write_bytes(b"one")
@@ -186,8 +188,11 @@ class Toolchain(Compiler):
         self.calls.append(source.name)
         return f"{source.name} {architecture} {' '.join(options)}".encode()
 
-    def link(self, name: str, modules: dict[str, bytes], library: Path, architecture: str) -> bytes:
+    def link(
+        self, name: str, modules: dict[str, bytes], library: Path, architecture: str, *, max_registers: int
+    ) -> bytes:
         self.links.append(architecture)
+        self.max_registers.append(max_registers)
         return b"|".join([name.encode(), *modules.values(), library.read_bytes()])
 
 
@@ -242,7 +247,11 @@ def test_another_compiler_linker_or_nvshmem_is_a_new_kernel(tmp_path: Path, tool
     paths.append(jit.cubin(PING, "sm_90a", cache_dir=tmp_path))
     toolchain.library.write_bytes(b"two")  # the same version, built again
     paths.append(jit.cubin(PING, "sm_90a", cache_dir=tmp_path))
-    assert len(set(paths)) == len(toolchain.links) == 5
+    crowded = replace(PING, blocks_per_sm=4)
+    assert crowded.max_registers < PING.max_registers
+    paths.append(jit.cubin(crowded, "sm_90a", cache_dir=tmp_path))
+    assert len(set(paths)) == len(toolchain.links) == 6
+    assert toolchain.max_registers == [PING.max_registers] * 5 + [crowded.max_registers]
     assert toolchain.calls.count("bridge.cu") == 4
 
 

@@ -19,6 +19,9 @@ SHAPES = [
     AreaShape(num_ranks=1, num_max_tokens=1, hidden=8, num_experts=1, num_topk=1),
     AreaShape(num_ranks=3, num_max_tokens=7, hidden=136, num_experts=6, num_topk=5, has_columns=True),
     AreaShape(num_ranks=2, num_max_tokens=1024, hidden=128, num_experts=1024, num_topk=2),
+    replace(DSV3, over_network=True),
+    replace(DSV3, over_network=True, num_ranks=32),
+    AreaShape(num_ranks=3, num_max_tokens=7, hidden=136, num_experts=6, num_topk=5, over_network=True),
 ]
 
 
@@ -29,21 +32,33 @@ def test_parts_of_an_area_do_not_overlap_and_are_large_enough(shape: AreaShape) 
     words_bytes = 8 * shape.num_ranks * shape.num_pairs
     num_rows = shape.num_ranks * shape.num_max_tokens
     for zone in layout.dispatch:
-        assert end <= zone.ids <= zone.weights <= zone.rows <= zone.end
+        assert end <= zone.ids <= zone.weights <= zone.landed <= zone.rows <= zone.end
         if shape.is_main:
             assert 2 * (zone.weights - zone.ids) >= words_bytes
-            assert zone.rows - zone.weights >= words_bytes
+            assert zone.landed - zone.weights >= words_bytes
             assert zone.end - zone.rows >= 2 * num_rows * shape.hidden
             if shape.hidden % 128 == 0:
                 assert zone.sf(shape) >= zone.rows + num_rows * shape.hidden
                 assert zone.end - zone.sf(shape) >= 4 * num_rows * shape.scale_words(packed=False)
-        end = zone.end
+        assert zone.end <= zone.out_ids <= zone.out_weights <= zone.out_rows <= zone.out_end
+        if shape.over_network:
+            assert zone.rows - zone.landed >= 2 * 8 * num_rows
+            assert 2 * (zone.out_weights - zone.out_ids) >= words_bytes
+            assert zone.out_rows - zone.out_weights >= words_bytes
+            assert zone.out_end - zone.out_rows >= 2 * shape.num_max_tokens * shape.hidden
+            assert zone.out_end - zone.out_sf(shape) >= 4 * shape.num_max_tokens * (shape.hidden // 128)
+        end = zone.out_end
     for back in layout.combine:
-        assert end <= back.weights <= back.rows <= back.end
-        assert back.rows - back.weights >= words_bytes
+        assert end <= back.weights <= back.landed <= back.rows <= back.end
+        assert back.landed - back.weights >= words_bytes
         slots = shape.num_max_tokens * shape.num_slots
         assert back.end - back.rows >= slots * plan.slot_bytes(shape.hidden)
-        end = back.end
+        assert back.end <= back.out_weights <= back.out_rows <= back.out_end
+        if shape.over_network:
+            assert back.rows - back.landed >= 8 * num_rows
+            assert back.out_rows - back.out_weights >= words_bytes
+            assert back.out_end - back.out_rows >= num_rows * plan.slot_bytes(shape.hidden)
+        end = back.out_end
     assert layout.num_bytes == end
     for zone in layout.dispatch:
         assert zone.ids % OFFSET_UNIT == zone.weights % OFFSET_UNIT == zone.rows % OFFSET_UNIT == 0
@@ -56,6 +71,13 @@ def test_landing_zones_of_a_model_stay_below_64_megabytes() -> None:
     by_column = AreaLayout.of(replace(DSV3, is_main=False, has_columns=True)).num_bytes
     both = plan.area_bytes_hint(128, 7168, 8, 256, num_topk=8, with_columns=True)
     assert both == AreaLayout.of(DSV3).num_bytes + by_column
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 8, 32])
+@pytest.mark.parametrize(("num_max_tokens", "hidden"), [(1, 128), (128, 7168), (1024, 2048)])
+def test_twice_the_hint_has_room_for_the_outbox(num_ranks: int, num_max_tokens: int, hidden: int) -> None:
+    sizes = num_max_tokens, hidden, num_ranks, 8 * num_ranks
+    assert plan.area_bytes_hint(*sizes, over_network=True) <= 2 * plan.area_bytes_hint(*sizes)
 
 
 @pytest.mark.parametrize("max_blocks", [9, 16, 33, 66, 78, 132, 256])

@@ -162,6 +162,7 @@ def open_low_latency_buffer(group: Group, place: Place, routing: Routing, option
         group,
         num_rdma_bytes=2 * num_bytes if place.setting.backend == "cuda" else 0,
         low_latency_mode=True,
+        allow_nvlink_for_low_latency_mode=not options.with_puts,
         backend=place.setting.backend,
         timeout_s=TIMEOUT_S,
     )

@@ -55,6 +55,7 @@ class Options:
     backend: str = "auto"
     num_ranks: int = 0  # 0: the processes of the launcher, else as many threads as fit the machine
     is_virtual: bool = False
+    with_puts: bool = False
     compare: str = "none"
     json: str = ""
     plot: str = ""
@@ -129,6 +130,9 @@ def add_parser(commands: Any) -> None:
         help="threads; default: the processes of mpirun, else one for each GPU, or 4 on the host",
     )
     where.add_argument("--virtual", action="store_true", help="all threads on one GPU")
+    where.add_argument(
+        "--puts", action="store_true", help="low-latency calls put to every rank, through NVSHMEM"
+    )
     output = parser.add_argument_group("output")
     output.add_argument(
         "--json", default="", metavar="FILE", help="all readings; - for stdout, the tables then go to stderr"
@@ -189,6 +193,7 @@ def options_of(parsed: argparse.Namespace) -> Options:
         backend=parsed.backend,
         num_ranks=parsed.ranks,
         is_virtual=parsed.virtual,
+        with_puts=parsed.puts,
         compare=parsed.compare,
         json=parsed.json,
         plot=parsed.plot,

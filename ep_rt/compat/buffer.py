@@ -43,8 +43,8 @@ class Buffer:
         group: a torch process group or, beyond DeepEP, any `ep_rt.Group`.
         comm: an mpi4py communicator, in place of `group`.
         num_nvl_bytes, num_rdma_bytes, low_latency_mode, enable_shrink: see `ep_rt.Buffer`.
-        num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, use_fabric, explicitly_destroy:
-            accepted; every value means the same.
+        allow_nvlink_for_low_latency_mode: see `ep_rt.Buffer`.
+        num_qps_per_rank, allow_mnnvl, use_fabric, explicitly_destroy: accepted; every value means the same.
         options: keywords of `ep_rt.Buffer` that DeepEP does not have: ``backend``, ``timeout_s``,
             ``ranks_per_node``.
 
@@ -97,6 +97,8 @@ class Buffer:
         self.enable_shrink = enable_shrink
         self._device = "cpu" if self._buffer.backend == "host" else "cuda"
         self._raw: dict[bool, Any] = {}
+        crosses = self._buffer.topology.num_nodes > 1 or not allow_nvlink_for_low_latency_mode
+        self._reduce = "rank" if crosses and self._buffer.backend == "cuda" else "source"
 
     def destroy(self) -> None:
         """Give everything back. Collective; calling it again does nothing."""
@@ -321,13 +323,14 @@ class Buffer:
         out: Any = None,
         combine_wait_recv_cost_stats: Any = None,
         *,
-        reduce: str = "source",
+        reduce: str | None = None,
     ) -> LowLatencyCombined:
         """See `ep_rt.Buffer.low_latency_combine`.
 
         Args:
             reduce: "source", every row travels and is weighted at its token's rank, as in DeepEP; or, beyond
-                it, "rank", which moves less and rounds once more.
+                it, "rank", which moves less and rounds once more. Default: "source"; on GPUs of several
+                nodes, which have that alone, "rank".
         """
         return self._buffer.low_latency_combine(
             x,
@@ -340,7 +343,7 @@ class Buffer:
             return_recv_hook,
             out,
             combine_wait_recv_cost_stats,
-            reduce=reduce,
+            reduce=reduce or self._reduce,
         )
 
     def get_next_low_latency_combine_buffer(self, handle: Any) -> Any:

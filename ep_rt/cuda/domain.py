@@ -28,6 +28,27 @@ T = TypeVar("T")
 _SHARED_DEVICE_RESERVE_BYTES: Final = 256 << 20
 
 
+def together(group: Group, what: str, step: Callable[[], T], *, timeout_s: float) -> T:
+    """Do a local step; if it fails on any rank, raise on all.
+
+    Raises:
+        EpError: a rank's own failure; `BackendError` for that of another one.
+        PeerTimeoutError, PeerFailedError: ranks did not come.
+    """
+    error: EpError | None = None
+    try:
+        result = step()
+    except EpError as failure:
+        error = failure
+    failures = group.allgather(error and str(error), op=what, timeout_s=timeout_s)
+    failed = next((rank for rank, text in enumerate(failures) if text is not None), None)
+    if failed is None:
+        return result
+    if error is not None:
+        raise on_all_ranks(error)
+    raise on_all_ranks(BackendError(f"rank {failed}: {failures[failed]}"))
+
+
 class Call:
     """One call under way.
 
@@ -131,22 +152,6 @@ class Domain:
         self.slab.close(timeout_s=self.timeout_s, when_unused=self.pool.close)
         self.comm.close()
         self.watch.close()
-
-    def together(self, what: str, step: Callable[[], T]) -> T:
-        """Do a local step; if it fails on any rank, close the slab and raise on all."""
-        error: EpError | None = None
-        try:
-            result = step()
-        except EpError as failure:
-            error = failure
-        failures = self.group.allgather(error and str(error), op=what, timeout_s=self.timeout_s)
-        failed = next((rank for rank, text in enumerate(failures) if text is not None), None)
-        if failed is None:
-            return result
-        self.slab.close(timeout_s=self.timeout_s)
-        if error is not None:
-            raise on_all_ranks(error)
-        raise on_all_ranks(BackendError(f"rank {failed}: {failures[failed]}"))
 
     def on_device(self, call: Callable[..., T], *args: Any) -> T:
         """Run with this rank's device current."""

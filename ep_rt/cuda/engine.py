@@ -1,4 +1,4 @@
-"""Normal mode on GPUs of one NVLink domain.
+"""The calls of one rank on GPUs, and how their parts are made.
 
 A call checks, takes memory, and enqueues one kernel behind what it depends on. Rows land where the result
 lies, and what a result leaves is given back when its arrays are gone.
@@ -22,7 +22,7 @@ import numpy as np
 from .. import arrays
 from ..arrays import ArrayView
 from ..cuda_arrays import Column, ResultArrays, current_stream
-from ..errors import BackendError, EpError, on_all_ranks
+from ..errors import BackendError, EpError
 from ..exchange import Group
 from ..handle import DispatchHandle, FlatLayout, FlatShape
 from ..node_group import NodeGroup
@@ -32,20 +32,21 @@ from ..topology import Topology
 from . import flat, jit, kernels
 from .combine import Combine
 from .dispatch import Dispatch
-from .domain import Domain
+from .domain import Domain, together
 from .expert_major import ExpertMajor
 from .handle import CudaDispatchHandle
-from .hang import Names, timeout_ns
+from .hang import LOW_LATENCY_OPERATIONS, Names, timeout_ns
 from .heap import Block
 from .inputs import Input, Inputs, itemsize
-from .internode import Internode
 from .launch import current_architecture
 from .layout import WORKSPACE, field_offset
 from .low_latency import CudaLowLatency
+from .low_latency_areas import Places, SlabPlaces
 from .low_latency_calls import LowLatencyKernels
 from .memory import device_errors
 from .operations import Operations
 from .pool import Lease, PoolStats
+from .remote import Remote, RemoteSizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,12 +90,14 @@ class MemoryReport:
 
     Attributes:
         slab: the payload of the slab: results, and inputs on their way.
-        low_latency: of that, what low-latency calls land in.
+        symmetric: of NVSHMEM, for what goes over the network: rings of the normal mode, low-latency calls.
+        low_latency: of the slab, or of that, what low-latency calls land in.
         control: words in the slab besides.
         local: what only this rank touches: handles, results of combine, copies. `local_used` of them in use.
     """
 
     slab: PoolStats
+    symmetric_bytes: int
     low_latency_bytes: int
     control_bytes: int
     local_bytes: int
@@ -105,9 +108,10 @@ class MemoryReport:
         lines = {
             "slab": slab.num_bytes,
             "  in use": slab.used_bytes,
-            "  for low-latency calls": self.low_latency_bytes,
             "  most in use so far": slab.most_used_bytes,
             "  largest free piece": slab.largest_free_bytes,
+            "symmetric memory": self.symmetric_bytes,
+            "for low-latency calls, of both": self.low_latency_bytes,
             "control words": self.control_bytes,
             "memory of this rank alone": self.local_bytes,
             "  in use ": self.local_used_bytes,
@@ -118,15 +122,17 @@ class MemoryReport:
 class CudaEngine:
     """Dispatch and combine by kernels. A call returns when its work is enqueued.
 
-    Args: see `Domain` and, for `enable_shrink`, `CudaLowLatency`; over several nodes `Internode`; for
-        `counts_bytes`, `Operations`.
+    Args: see `Domain`; for `enable_shrink`, `CudaLowLatency`; for `counts_bytes`, `Operations`.
+        remote: sizes for calls over several nodes, and for low-latency calls over the network.
+        with_low_latency: load the kernels of the low-latency calls.
+        with_nvlink_low_latency: else they go over the network on one node, too, and to all ranks.
 
     Attributes:
         place: the device that is current at construction.
         low_latency: its low-latency calls; None if they were not asked for.
 
     Raises:
-        TopologyError: nodes that are not served, see `Domain` and `Internode`.
+        TopologyError: nodes that are not served, see `Domain` and `Remote`.
         ConfigError, DeviceError, CompileError, BackendError: on every rank.
 
     Collective.
@@ -140,25 +146,18 @@ class CudaEngine:
         owner: object,
         num_bytes: int,
         timeout_s: float,
+        remote: RemoteSizes,
         with_low_latency: bool = False,
+        with_nvlink_low_latency: bool = True,
         enable_shrink: bool = False,
-        num_network_bytes: int = 0,
-        max_network_tokens: int = 0,
-        max_record_bytes: int = 0,
         counts_bytes: bool = False,
     ) -> None:
         self._topology = topology
         self._counts_bytes = counts_bytes
         is_internode = topology.num_nodes > 1
+        is_low_latency_remote = with_low_latency and (is_internode or not with_nvlink_low_latency)
         if is_internode:
-            Internode.check(topology)
-            if with_low_latency:
-                raise on_all_ranks(
-                    BackendError(
-                        f"low-latency calls over {topology.num_nodes} nodes are not there yet: "
-                        f"they need ranks of one node{topology.hint}"
-                    )
-                )
+            Remote.check(topology, with_low_latency=with_low_latency)
         domain = Domain(
             NodeGroup(group, topology.local_ranks) if is_internode else group,
             num_bytes=num_bytes,
@@ -169,25 +168,33 @@ class CudaEngine:
         self._domain = domain
         self._owner = owner
         self.place = domain.place
-        self._operations, self._expert_major, low_latency = domain.together(
-            "kernels", lambda: self._load(with_low_latency)
-        )
-        self._inputs = Inputs(domain, self._operations)
-        self._internode: Internode | None = None
-        if is_internode:
-            try:
-                self._internode = Internode(
+        self._remote: Remote | None = None
+        places: Places = SlabPlaces(domain)
+        try:
+            self._operations, self._expert_major, low_latency = together(
+                group,
+                "kernels",
+                lambda: self._load(with_low_latency and not is_low_latency_remote),
+                timeout_s=timeout_s,
+            )
+            if is_internode or is_low_latency_remote:
+                self._remote = Remote(
                     group,
                     topology,
                     domain,
-                    max_tokens=max_network_tokens,
-                    num_bytes=num_network_bytes,
-                    record_bytes=max_record_bytes,
-                    timeout_s=timeout_s,
+                    self._operations,
+                    remote,
+                    with_low_latency=is_low_latency_remote,
+                    with_stores=with_nvlink_low_latency,
                 )
-            except EpError:  # of all ranks
+                low_latency, places = self._remote.low_latency, self._remote.places or places
+                domain.watch.farewells = self._farewells
+        except EpError as error:
+            if error.is_collective:
                 domain.close()
-                raise
+            raise
+        self._inputs = Inputs(domain, self._operations)
+        self._internode = None if self._remote is None else self._remote.internode
         parts = domain, self._operations, self._expert_major, self._inputs
         self._dispatch = Dispatch(*parts, owner=owner, internode=self._internode)
         self._combine = Combine(*parts, owner=owner, internode=self._internode)
@@ -200,6 +207,7 @@ class CudaEngine:
                 domain,
                 low_latency,
                 self._inputs,
+                places,
                 owner=owner,
                 enable_shrink=enable_shrink,
                 close=self.close,
@@ -238,8 +246,13 @@ class CudaEngine:
         """Collective. Arrays that are still held stay valid; handles do not."""
         self._domain.close()
         self._dispatch.close()
-        if self._internode is not None:
-            self._internode.close()
+        if self._remote is not None:
+            self._remote.close()
+
+    def _farewells(self, operation: int) -> Sequence[int]:
+        """See `HangWatch`."""
+        part = self.low_latency if operation in LOW_LATENCY_OPERATIONS else self._internode
+        return [] if part is None else part.farewells()
 
     def reset(self) -> None:
         """Start again after an error of the ranks. Collective; see `HangWatch.reset`."""
@@ -278,6 +291,7 @@ class CudaEngine:
         domain = self._domain
         return MemoryReport(
             slab=domain.pool.stats,
+            symmetric_bytes=0 if self._remote is None else self._remote.num_bytes,
             low_latency_bytes=0 if self.low_latency is None else self.low_latency.num_bytes,
             control_bytes=domain.slab.num_bytes - domain.pool.num_bytes,
             local_bytes=domain.heap.num_bytes,

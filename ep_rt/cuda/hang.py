@@ -51,6 +51,8 @@ MAX_TIMEOUT_S: Final = 1e9
 NETWORK_PHASES: Final = (0, 9)
 """Of calls over several nodes, before and after all phases within a node. Twin of internode_exchange.cu."""
 
+LOW_LATENCY_OPERATIONS: Final = (Operation.LOW_LATENCY_DISPATCH, Operation.LOW_LATENCY_COMBINE)
+
 
 def timeout_ns(timeout_s: float) -> int:
     """What kernels take as their deadline.
@@ -85,6 +87,29 @@ class PinnedStruct:
     def close(self) -> None:
         """Nobody uses it any more."""
         give_pinned_back(self.array.nbytes, self._memory)
+
+
+@dataclass(frozen=True, slots=True)
+class Farewell:
+    """What a rank tells those of other nodes when it gives up. Twin of ``farewell_word``.
+
+    Attributes:
+        missing: bits of the nodes, or ranks, over which it did.
+        call: the last bits of the number of the call.
+    """
+
+    missing: int
+    reason: int
+    operation: int
+    call: int
+
+    @classmethod
+    def of(cls, word: int) -> Farewell:
+        return cls(word >> 32, word & 0xF, word >> 4 & 0xFFFF, word >> 20 & 0xFFF)
+
+    def is_other_call(self, word: int) -> bool:
+        """Whether it was in another operation where this rank was in that of a signal word."""
+        return self.call == signal_epoch(word) & 0xFFF and self.operation != signal_operation(word)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,24 +147,35 @@ class Report:
         )
 
     def with_farewells(self, farewells: Sequence[int], *, own: int) -> Report:
-        """Of a step over the network, knowing which ranks of other nodes gave up, and over whom.
+        """Of a wait over the network, knowing which ranks of other nodes gave up, why, and over whom.
 
-        They are not to blame, but those that they waited for. They are told by other nodes, later than this
-        rank gave up; so this is for hosts, that look again.
+        Those that waited are not to blame, but whom they waited for; and where arguments differ, all are to
+        say so. They are told by other nodes, later than this rank gave up; so this is for hosts, that look
+        again.
 
         Args:
-            farewells: by node, see ``farewell_word``.
-            own: this rank's node.
+            farewells: by peer as `waits`, that is by node or by rank, see `Farewell`.
+            own: this rank, or its node.
         """
         waits = dict(self.waits)
-        for node, (expected, seen) in self.waits.items():
+        for peer, (expected, seen) in self.waits.items():
             is_elsewhere = signal_epoch(seen) >= signal_epoch(expected) and not _gave_up(seen)
-            if is_elsewhere or not farewells[node]:
+            if is_elsewhere or not farewells[peer]:
                 continue
-            waits[node] = expected, signal_word(self.epoch, Operation.GAVE_UP)
-            for other, farewell in enumerate(farewells):
-                if farewells[node] >> 32 + other & 1 and not farewell and other != own:
-                    waits.setdefault(other, (expected, signal_word(self.epoch - 1, Operation.NO_OPERATION)))
+            farewell = Farewell.of(farewells[peer])
+            if farewell.is_other_call(expected):
+                waits[peer] = expected, signal_word(signal_epoch(expected), farewell.operation)
+                continue
+            waits[peer] = expected, signal_word(self.epoch, Operation.GAVE_UP)
+            over = [other for other in range(len(farewells)) if farewell.missing >> other & 1]
+            absent = expected, signal_word(self.epoch - 1, Operation.NO_OPERATION)
+            if farewell.reason == Reason.DISAGREED:
+                # They differ from that peer: so does this rank, or it differs from them.
+                differing = [peer] if own in over else over
+                return replace(self, reason=Reason.DISAGREED, waits=dict.fromkeys(differing, absent))
+            for other in over:
+                if not farewells[other] and other != own:
+                    waits.setdefault(other, absent)
         return replace(self, waits=waits)
 
 
@@ -160,10 +196,32 @@ class Names:
         """That of these ranks."""
         return self.local[0] // len(self.local)
 
+    def informed(self, report: Report, farewells: Callable[[int], Sequence[int]], *, rank: int) -> Report:
+        """A report of this node with what `rank` has heard from other nodes.
+
+        All ranks hear of a low-latency call that another one gives up. Of other calls each hears from the
+        ranks of its own local index, which its peers here did not wait for.
+
+        Args:
+            farewells: see `HangWatch`.
+        """
+        is_low_latency = report.operation in LOW_LATENCY_OPERATIONS
+        is_own = report.rank == rank and report.phase in NETWORK_PHASES
+        if len(self.local) == self.num_ranks or not (is_low_latency or is_own):
+            return report
+        own = self.local[report.rank] if is_low_latency else self.node
+        return report.with_farewells(farewells(report.operation), own=own)
+
     def of(self, report: Report) -> Report:
-        """The same report in these names. Steps over the network wait for nodes, others for local ranks."""
+        """The same report in these names.
+
+        Low-latency calls wait for ranks of all nodes, other steps over the network for nodes, and all else
+        for ranks of this node.
+        """
         names = self.local
-        if report.phase in NETWORK_PHASES:
+        if report.operation in LOW_LATENCY_OPERATIONS:
+            names = tuple(range(self.num_ranks))
+        elif report.phase in NETWORK_PHASES:
             names = tuple(range(report.rank, self.num_ranks, len(self.local)))
         waits = {names[peer]: wait for peer, wait in report.waits.items()}
         return replace(report, rank=self.local[report.rank], waits=waits)
@@ -283,7 +341,7 @@ class HangWatch:
 
     Attributes:
         record_pointer: a `HANG_RECORD` in pinned memory; an argument of every kernel.
-        farewells: says for each node whether its rank of the same local index gave up; over several nodes.
+        farewells: over several nodes, of calls of an `Operation` whether peers gave up, see `Report`.
     """
 
     def __init__(self, slab: Slab, *, timeout_s: float, names: Names | None = None) -> None:
@@ -294,7 +352,7 @@ class HangWatch:
         self._record = self._pinned.array
         self.record_pointer = self._pinned.pointer
         self._error: EpError | None = None
-        self.farewells: Callable[[], Sequence[int]] | None = None
+        self.farewells: Callable[[int], Sequence[int]] | None = None
 
     def check(self) -> None:
         """Raise if a kernel of this rank gave up since the last `reset`. Local; a memory read otherwise.
@@ -360,9 +418,9 @@ class HangWatch:
             ]
             if None not in reports or time.monotonic() > settled_at:
                 names = self._names
-                mine = reports[own]
-                if mine is not None and mine.phase in NETWORK_PHASES and self.farewells is not None:
-                    reports[own] = mine.with_farewells(self.farewells(), own=names.node)
+                for peer, report in enumerate(reports):
+                    if report is not None and self.farewells is not None:
+                        reports[peer] = names.informed(report, self.farewells, rank=own)
                 return verdict(
                     [None if report is None else names.of(report) for report in reports],
                     rank=names.local[own],

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from ..arrays import ArrayView
-from ..errors import BackendError, ConfigError, EpError, TopologyError, on_all_ranks
-from ..exchange import Group
-from ..network_options import NetworkOptions
+from ..errors import ConfigError, TopologyError, on_all_ranks
 from ..topology import Topology
 from . import kernels, plan
 from .domain import Call, Domain
@@ -36,6 +35,11 @@ from .layout import (
     field_offset,
 )
 from .plan import Parts
+
+if TYPE_CHECKING:
+    from .nvshmem import Network, SymmetricMemory  # which programs of one node never load
+
+_AREA_BYTES: Final = align_up(NETWORK_AREA.itemsize, OFFSET_UNIT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,57 +105,47 @@ class Returning:
 
 
 class Internode:
-    """What a rank has for calls over several nodes. Construction, `reset` and `close` are collective.
+    """What a rank has for normal calls over several nodes. `reset` is collective.
 
     Args:
-        group: of all nodes.
+        network: over all nodes.
+        memory: `num_bytes` of it.
         domain: of this node's ranks.
+        rings: see `plan.rings`.
         max_tokens: of any rank in one call.
-        num_bytes: of symmetric memory for the rings; 0 for what serves most.
-        record_bytes: the most that a row takes on the network, see `plan.record_bytes`.
 
     Attributes:
         num_nodes, node: of all, and this one.
         num_ranks: of all nodes.
 
     Raises:
-        TopologyError: nodes of different sizes, or whose ranks are not consecutive; too many.
-        BackendError, DeviceError: see `Network`; a kernel that does not compile, or link. All on every rank.
+        CompileError, BackendError: a kernel does not compile, or link.
     """
 
     def __init__(
         self,
-        group: Group,
+        network: Network,
+        memory: SymmetricMemory,
         topology: Topology,
         domain: Domain,
+        rings: plan.Rings,
         *,
         max_tokens: int,
-        num_bytes: int,
-        record_bytes: int,
-        timeout_s: float,
-        options: NetworkOptions | None = None,
     ) -> None:
-        from .nvshmem import Network  # which programs of one node never load
-
         self._domain = domain
         self.num_nodes, self.node, self.num_ranks = topology.num_nodes, topology.node, topology.num_ranks
         self.max_tokens = max_tokens
-        self._rings = plan.rings(self.num_nodes, num_bytes, record_bytes)
-        area_bytes = align_up(NETWORK_AREA.itemsize, OFFSET_UNIT)
-        rings_bytes = self._rings.num_bytes(self.num_nodes)
-        total = area_bytes + 2 * rings_bytes
-        try:
-            self._network = Network(group, num_bytes=total, options=options, timeout_s=timeout_s)
-        except BackendError as failure:  # of all ranks
-            raise on_all_ranks(BackendError(f"{failure}{topology.hint}")) from failure
-        self._memory = self._network.allocate(total)
+        self._rings = rings
+        rings_bytes = rings.num_bytes(self.num_nodes)
+        self._network = network
+        self._memory = memory
         self._area = self._memory.pointer
         self._state = Workspace(NETWORK_STATE.itemsize)
         self._common = {
             "hang": domain.watch.record_pointer,
             "area": self._area,
             "state": self._state.pointer,
-            "timeout_ns": timeout_ns(timeout_s),
+            "timeout_ns": timeout_ns(domain.timeout_s),
             "rank": domain.group.rank,
             "num_ranks": domain.group.size,
             "node": self.node,
@@ -159,25 +153,20 @@ class Internode:
             "slabs": domain.slab.pointers,
         }
         self._rings_fields = {
-            "outbox": self._area + area_bytes,
-            "inbox": self._area + area_bytes + rings_bytes,
+            "outbox": self._area + _AREA_BYTES,
+            "inbox": self._area + _AREA_BYTES + rings_bytes,
             "num_channels": self._rings.num_channels,
             "num_slots": self._rings.num_slots,
             "slot_bytes": self._rings.slot_bytes,
         }
-        domain.watch.farewells = self.farewells
-        error = None
-        try:
-            self._layout = Kernel(kernels.internode_layout(), network=self._network)
-            self._exchange = Kernel(kernels.internode_exchange(), network=self._network)
-            self._sum = {element: Kernel(kernels.internode_sum(element)) for element in ELEMENTS}
-        except EpError as failure:
-            error = str(failure)
-        errors = group.allgather(error, op="network kernels", timeout_s=timeout_s)
-        failed = next((rank for rank, text in enumerate(errors) if text is not None), None)
-        if failed is not None:
-            self._network.close()
-            raise on_all_ranks(BackendError(f"rank {failed}: {errors[failed]}"))
+        self._layout = Kernel(kernels.internode_layout(), network=network)
+        self._exchange = Kernel(kernels.internode_exchange(), network=network)
+        self._sum = {element: Kernel(kernels.internode_sum(element)) for element in ELEMENTS}
+
+    @staticmethod
+    def num_bytes(topology: Topology, rings: plan.Rings) -> int:
+        """Of symmetric memory."""
+        return _AREA_BYTES + 2 * rings.num_bytes(topology.num_nodes)
 
     @staticmethod
     def check(topology: Topology) -> None:
@@ -216,11 +205,7 @@ class Internode:
         """Forget what was under way, while no rank has any work; see `HangWatch.reset`."""
         self._network.settle()
         self._state.reset()
-        self._network.clear(self._memory, align_up(NETWORK_AREA.itemsize, OFFSET_UNIT))
-
-    def close(self) -> None:
-        """After the domain: no kernel uses the network any more."""
-        self._network.close()
+        self._network.clear(self._memory, _AREA_BYTES)
 
     def list_capacity(self, num_tokens: int) -> int:
         """Most tokens that this rank dispatches within its node, its own ones included."""

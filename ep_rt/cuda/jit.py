@@ -114,7 +114,7 @@ def cubin(spec: KernelSpec, architecture: str, *, cache_dir: Path | None = None)
     """
     source = render(spec)
     if spec.uses_network:
-        return _linked_cubin(spec.name, source, architecture, cache_dir)
+        return _linked_cubin(spec, source, architecture, cache_dir)
     return _cached(
         f"{spec.name}-{architecture}",
         [source.text, *_options(architecture), _compiler()],
@@ -123,7 +123,7 @@ def cubin(spec: KernelSpec, architecture: str, *, cache_dir: Path | None = None)
     )
 
 
-def _linked_cubin(name: str, source: Source, architecture: str, cache_dir: Path | None) -> Path:
+def _linked_cubin(spec: KernelSpec, source: Source, architecture: str, cache_dir: Path | None) -> Path:
     """The cubin of a kernel that uses NVSHMEM, as `cubin`."""
     nvrtc = nvrtc_version()
     nvshmem = nvshmem_files.find()
@@ -142,11 +142,17 @@ def _linked_cubin(name: str, source: Source, architecture: str, cache_dir: Path 
         stem = f"network_bridge-{architecture}"
         bridge_path = _cached(stem, [bridge.text, *key], compile_bridge, suffix=".ltoir", cache_dir=cache_dir)
         modules = {"kernel": compile_ltoir(source, architecture), "bridge": bridge_path.read_bytes()}
-        return linker.link(name, modules, nvshmem.device_library, architecture)
+        return linker.link(
+            spec.name,
+            modules,
+            nvshmem.device_library,
+            architecture,
+            max_registers=spec.max_registers,
+        )
 
-    linked_by = "nvJitLink {}.{}".format(*linker.version())
+    linked_by = "nvJitLink {}.{}, {} registers".format(*linker.version(), spec.max_registers)
     return _cached(
-        f"{name}-{architecture}", [source.text, bridge.text, *key, linked_by], link, cache_dir=cache_dir
+        f"{spec.name}-{architecture}", [source.text, bridge.text, *key, linked_by], link, cache_dir=cache_dir
     )
 
 

@@ -16,12 +16,14 @@ from . import plan
 from .layout import (
     MAX_LOCAL_EXPERTS,
     MAX_LOCAL_RANKS,
+    MAX_LOW_LATENCY_RANKS,
     MAX_RANKS,
     MAX_SECTIONS,
     SECTION,
     Struct,
     align_up,
 )
+from .linker import MAX_REGISTERS
 
 ELEMENTS: Final = ("float32", "float16", "bfloat16")
 """What `combine` sums, in the order of `IntranodeCombineCfg.element`."""
@@ -93,12 +95,14 @@ class CollapseCfg:
 class LowLatencyDispatchCfg:
     num_threads: int
     quantizes: int
+    over_network: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LowLatencyCombineCfg:
     num_threads: int
     wire: int
+    over_network: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +144,9 @@ class InternodeSumCfg:
     element: int
 
 
+_SM_REGISTERS: Final = 65536  # of every architecture that is served
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelSpec:
     """One instance of a kernel template.
@@ -163,6 +170,12 @@ class KernelSpec:
     shared_bytes_sm80: int = 0
     blocks_per_sm: int = 1
     uses_network: bool = False
+
+    @property
+    def max_registers(self) -> int:
+        """Of a thread, so that `blocks_per_sm` are resident."""
+        per_thread = _SM_REGISTERS // (self.cfg.num_threads * self.blocks_per_sm)
+        return min(MAX_REGISTERS, per_thread // 8 * 8)
 
     @property
     def name(self) -> str:
@@ -353,16 +366,21 @@ def collapse(element: str) -> KernelSpec:
     )
 
 
-def low_latency_dispatch(*, quantizes: bool) -> KernelSpec:
+def low_latency_dispatch(*, quantizes: bool, over_network: bool = False) -> KernelSpec:
     """Dispatch of the low-latency mode, for every shape.
 
     Args:
         quantizes: rows travel as float8_e4m3fn with scale factors; else as bfloat16.
+        over_network: to ranks that stores may not reach; else within one NVLink domain.
     """
     return KernelSpec(
         source="low_latency_dispatch.cu",
         function="low_latency_dispatch",
-        cfg=LowLatencyDispatchCfg(num_threads=plan.LOW_LATENCY_DISPATCH_THREADS, quantizes=int(quantizes)),
+        cfg=LowLatencyDispatchCfg(
+            num_threads=plan.LOW_LATENCY_DISPATCH_THREADS,
+            quantizes=int(quantizes),
+            over_network=int(over_network),
+        ),
         blocks_per_sm=plan.LOW_LATENCY_BLOCKS_PER_SM,
         args=np.dtype(
             [
@@ -376,20 +394,32 @@ def low_latency_dispatch(*, quantizes: bool) -> KernelSpec:
                 *_ints("rank", "num_ranks", "num_tokens", "num_topk", "num_experts"),
                 *_ints("num_max_tokens", "hidden", "idx_bytes"),
                 *_ints("scale_mode", "has_weights", "zone", "phases", "max_send_blocks", "num_copy_blocks"),
+                *_ints("first_rank", "num_local_ranks"),
+                *_offsets("landed_offset", "out_ids_offset", "out_weights_offset", "out_rows_offset"),
+                *_offsets("out_sf_offset"),
                 ("slabs", "<u8", (MAX_LOCAL_RANKS,)),
-                ("areas", "<u8", (MAX_LOCAL_RANKS,)),
+                ("areas", "<u8", (MAX_LOW_LATENCY_RANKS if over_network else MAX_LOCAL_RANKS,)),
             ],
             align=True,
         ),
+        uses_network=over_network,
     )
 
 
-def low_latency_combine(wire: str) -> KernelSpec:
-    """Combine of the low-latency mode, for every shape; rows travel as one of `WIRES`."""
+def low_latency_combine(wire: str, *, over_network: bool = False) -> KernelSpec:
+    """Combine of the low-latency mode, for every shape; rows travel as one of `WIRES`.
+
+    Args:
+        over_network: see `low_latency_dispatch`.
+    """
     return KernelSpec(
         source="low_latency_combine.cu",
         function="low_latency_combine",
-        cfg=LowLatencyCombineCfg(num_threads=plan.LOW_LATENCY_COMBINE_THREADS, wire=WIRES.index(wire)),
+        cfg=LowLatencyCombineCfg(
+            num_threads=plan.LOW_LATENCY_COMBINE_THREADS,
+            wire=WIRES.index(wire),
+            over_network=int(over_network),
+        ),
         blocks_per_sm=plan.LOW_LATENCY_BLOCKS_PER_SM,
         args=np.dtype(
             [
@@ -402,11 +432,14 @@ def low_latency_combine(wire: str) -> KernelSpec:
                 *_ints("num_max_tokens", "hidden", "idx_bytes"),
                 *_ints("sends_weights", "sums_at_source", "polls_data", "num_slots"),
                 *_ints("zone", "dispatch_zone", "phases", "max_send_blocks", "num_sum_blocks"),
+                *_ints("first_rank", "num_local_ranks"),
+                *_offsets("landed_offset", "out_weights_offset", "out_rows_offset"),
                 ("slabs", "<u8", (MAX_LOCAL_RANKS,)),
-                ("areas", "<u8", (MAX_LOCAL_RANKS,)),
+                ("areas", "<u8", (MAX_LOW_LATENCY_RANKS if over_network else MAX_LOCAL_RANKS,)),
             ],
             align=True,
         ),
+        uses_network=over_network,
     )
 
 
@@ -558,7 +591,7 @@ def normal_mode_specs(*, counts: bool = False) -> list[KernelSpec]:
 
 
 def two_level_specs(*, counts: bool = False) -> list[KernelSpec]:
-    """What one engine of the normal mode over several nodes loads, besides those of `network_specs`."""
+    """What one engine of the normal mode over several nodes loads, besides `two_level_network_specs`."""
     sums = [internode_sum(element) for element in ELEMENTS]
     return [*_within_a_node(segmented=True, counts=counts), *sums, *_beside()]
 
@@ -574,15 +607,23 @@ def _beside() -> list[KernelSpec]:
     return [expand(), *(collapse(element) for element in ELEMENTS), dispatch_layout(), contiguous()]
 
 
-def low_latency_specs() -> list[KernelSpec]:
-    """What an engine of the low-latency mode loads besides."""
-    dispatches = [low_latency_dispatch(quantizes=quantizes) for quantizes in (False, True)]
-    return [*dispatches, *(low_latency_combine(wire) for wire in WIRES)]
+def low_latency_specs(*, over_network: bool = False) -> list[KernelSpec]:
+    """What an engine of the low-latency mode loads besides, for one NVLink domain or for more."""
+    dispatches = [
+        low_latency_dispatch(quantizes=quantizes, over_network=over_network) for quantizes in (False, True)
+    ]
+    return [*dispatches, *(low_latency_combine(wire, over_network=over_network) for wire in WIRES)]
+
+
+def two_level_network_specs() -> list[KernelSpec]:
+    """What the normal mode over several nodes loads besides `two_level_specs`: it uses NVSHMEM."""
+    return [internode_layout(), internode_exchange()]
 
 
 def network_specs() -> list[KernelSpec]:
     """Every instance that uses NVSHMEM."""
-    return [*(nvshmem_ping(scope) for scope in SCOPES), internode_layout(), internode_exchange()]
+    pings = [nvshmem_ping(scope) for scope in SCOPES]
+    return [*pings, *two_level_network_specs(), *low_latency_specs(over_network=True)]
 
 
 def all_specs() -> list[KernelSpec]:

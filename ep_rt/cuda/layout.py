@@ -45,6 +45,9 @@ FIRST_COMBINE_ZONE: Final = 2
 MAX_SEND_BLOCKS: Final = 256
 """Most blocks that send rows in a low-latency call."""
 
+MAX_LOW_LATENCY_RANKS: Final = 32
+"""Most ranks of all nodes that low-latency calls serve."""
+
 MAX_NODES: Final = 32
 """Most nodes that the two-level mode serves."""
 
@@ -183,11 +186,15 @@ LOCAL_WORKSPACE: Final[Struct] = np.dtype(
 
 LOW_LATENCY_AREA: Final[Struct] = np.dtype(
     [
-        ("freed", "<u8", (LOW_LATENCY_ZONES, MAX_LOCAL_RANKS)),
-        ("beats", "<u8", (MAX_LOCAL_RANKS,)),
-        ("digests", "<u8", (LOW_LATENCY_ZONES, MAX_LOCAL_RANKS)),
-        ("num_tokens", "<u8", (LOW_LATENCY_ZONES, MAX_LOCAL_RANKS)),
-        ("flags", "<u8", (LOW_LATENCY_ZONES, MAX_LOCAL_RANKS, MAX_SEND_BLOCKS)),
+        ("freed", "<u8", (LOW_LATENCY_ZONES, MAX_LOW_LATENCY_RANKS)),
+        ("beats", "<u8", (MAX_LOW_LATENCY_RANKS,)),
+        ("digests", "<u8", (LOW_LATENCY_ZONES, MAX_LOW_LATENCY_RANKS)),
+        ("num_tokens", "<u8", (LOW_LATENCY_ZONES, MAX_LOW_LATENCY_RANKS)),
+        ("flags", "<u8", (LOW_LATENCY_ZONES, MAX_LOW_LATENCY_RANKS, MAX_SEND_BLOCKS)),
+        ("doing", "<u8", (MAX_LOW_LATENCY_RANKS,)),
+        ("farewells", "<u8", (MAX_LOW_LATENCY_RANKS,)),
+        ("told_ids", "<u8", (LOW_LATENCY_ZONES, MAX_LOW_LATENCY_RANKS)),
+        ("told_weights", "<u8", (LOW_LATENCY_ZONES, MAX_LOW_LATENCY_RANKS)),
     ],
     align=True,
 )
@@ -196,8 +203,9 @@ LOW_LATENCY_STATE: Final[Struct] = np.dtype(
     [
         ("uses", "<u8", (LOW_LATENCY_ZONES, MAX_GRID_BLOCKS)),
         ("received", "<u8", (LOW_LATENCY_ZONES,)),
-        ("decisions", "<u8", (LOW_LATENCY_ZONES, MAX_LOCAL_RANKS)),
-        ("listed", "<u8", (FIRST_COMBINE_ZONE, MAX_LOCAL_RANKS)),
+        ("decisions", "<u8", (LOW_LATENCY_ZONES, MAX_LOW_LATENCY_RANKS)),
+        ("listed", "<u8", (FIRST_COMBINE_ZONE, MAX_LOW_LATENCY_RANKS)),
+        ("posted", "<u8", (LOW_LATENCY_ZONES, MAX_LOW_LATENCY_RANKS)),
     ],
     align=True,
 )
@@ -370,6 +378,7 @@ def layout_asserts() -> list[str]:
         "kLowLatencyZones": LOW_LATENCY_ZONES,
         "kFirstCombineZone": FIRST_COMBINE_ZONE,
         "kMaxSendBlocks": MAX_SEND_BLOCKS,
+        "kMaxLowLatencyRanks": MAX_LOW_LATENCY_RANKS,
         "kMaxNodes": MAX_NODES,
         "kMaxChannels": MAX_CHANNELS,
         "kMaxSlots": MAX_SLOTS,

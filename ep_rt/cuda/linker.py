@@ -4,25 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ..errors import BackendError, CompileError
 
+MAX_REGISTERS: Final = 255
+"""That a thread can have."""
 
-def link(name: str, modules: Mapping[str, bytes], library: Path, architecture: str) -> bytes:
+
+def link(
+    name: str,
+    modules: Mapping[str, bytes],
+    library: Path,
+    architecture: str,
+    *,
+    max_registers: int = MAX_REGISTERS,
+) -> bytes:
     """The cubin of a kernel.
 
     Args:
         name: of the kernel, for errors.
         modules: LTO-IR by name, all compiled for `architecture`.
         library: an archive that has what they do not define.
+        max_registers: of a thread, also in functions that the kernel calls: they are compiled by themselves,
+            and must not take more than its launch bounds leave.
 
     Raises:
         CompileError: something is not defined, or an input is refused; `log` says what.
         BackendError: nvJitLink is not installed.
     """
     nvjitlink = _nvjitlink()
-    options = [f"-arch={architecture}", "-lto"]
+    options = [f"-arch={architecture}", "-lto", f"-maxrregcount={max_registers}"]
     try:
         handle = nvjitlink.create(len(options), options)
     except nvjitlink.nvJitLinkError as error:

@@ -1,7 +1,8 @@
-"""Low-latency mode on GPUs of one NVLink domain: its calls, its masks, and what stands there without it.
+"""Low-latency mode on GPUs: its calls, its masks, and what stands there without it.
 
-A call checks, takes memory and enqueues one kernel, or one for each phase. Rows land in areas of the slab
-that stay; the host only alternates between their zones, so a captured call can be replayed.
+A call checks, takes memory and enqueues one kernel, or one for each phase. Rows land in areas that stay, of
+the slab, or over several nodes of symmetric memory. The host only alternates between their zones, so a
+captured call can be replayed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ..requests import LowLatencyCombineRequest, LowLatencyDispatchRequest, Sche
 from ..results import LowLatencyCombined, LowLatencyDispatched
 from .domain import Domain
 from .inputs import Inputs
-from .low_latency_areas import Areas
+from .low_latency_areas import Areas, Places
 from .low_latency_calls import LowLatencyKernels
 from .low_latency_combine import LowLatencyCombine
 from .low_latency_dispatch import LowLatencyDispatch
@@ -28,6 +29,7 @@ class CudaLowLatency:
     """The low-latency calls of one rank.
 
     Args:
+        places: where its areas lie.
         owner: of the handles.
         enable_shrink: late ranks are masked.
         close: what `close` does.
@@ -38,6 +40,7 @@ class CudaLowLatency:
         domain: Domain,
         load: LowLatencyKernels,
         inputs: Inputs,
+        places: Places,
         *,
         owner: object,
         enable_shrink: bool,
@@ -45,7 +48,7 @@ class CudaLowLatency:
     ) -> None:
         self._close = close
         self._domain = domain
-        self._areas = Areas(domain, enable_shrink=enable_shrink)
+        self._areas = Areas(domain, places, enable_shrink=enable_shrink)
         self._dispatch = LowLatencyDispatch(domain, self._areas, load, inputs, owner=owner)
         self._combine = LowLatencyCombine(domain, self._areas, load, inputs, owner=owner)
 
@@ -88,9 +91,13 @@ class CudaLowLatency:
         """Forget what was under way, while no rank has any work; see `HangWatch.reset`."""
         self._domain.on_device(self._areas.reset)
 
+    def farewells(self) -> list[int]:
+        """See `Areas.farewells`."""
+        return self._areas.farewells()
+
     @property
     def num_bytes(self) -> int:
-        """Of the slab."""
+        """Of the areas."""
         return self._areas.num_bytes
 
     @property
@@ -102,15 +109,15 @@ class CudaLowLatency:
 
     def update_mask(self, rank: int, masked: bool) -> None:
         self._check_shrink()
-        group = self._domain.group
-        if not 0 <= rank < group.size or rank == group.rank:
-            raise ConfigError(f"rank_to_mask={rank} is not a peer of rank {group.rank} of {group.size}")
+        own, num_ranks = self._areas.rank, self._areas.num_ranks
+        if not 0 <= rank < num_ranks or rank == own:
+            raise ConfigError(f"rank_to_mask={rank} is not a peer of rank {own} of {num_ranks}")
         self._areas.mask(rank, masked)
 
     def query_mask(self, status: Any) -> None:
         """Fill int32 [num_ranks], on the host or on the device."""
         self._check_shrink()
-        masked = self._areas.masked()[: self._domain.group.size].astype(np.int32)
+        masked = self._areas.masked()[: self._areas.num_ranks].astype(np.int32)
         view = arrays.view(status, name="mask_status", stream=self._domain.comm.pointer)
         if view.device == "cpu":
             arrays.host(status, name="mask_status", writable=True)[...] = masked

@@ -3,20 +3,139 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
 from ..errors import ConfigError, EpError, HandleError, on_all_ranks
+from ..exchange import Group
 from . import low_latency_plan as plan
 from .domain import Call, Domain
-from .layout import FIRST_COMBINE_ZONE, LOW_LATENCY_STATE, LOW_LATENCY_ZONES, MAX_LOCAL_RANKS, PAYLOAD_OFFSET
+from .layout import (
+    FIRST_COMBINE_ZONE,
+    LOW_LATENCY_AREA,
+    LOW_LATENCY_STATE,
+    LOW_LATENCY_ZONES,
+    MAX_LOW_LATENCY_RANKS,
+    OFFSET_UNIT,
+    PAYLOAD_OFFSET,
+    align_up,
+    field_offset,
+)
 from .low_latency_plan import AreaLayout, AreaShape
 from .memory import device_errors
-from .pool import Lease
 
-MASKS_BYTES: Final = 8 * MAX_LOCAL_RANKS
+if TYPE_CHECKING:
+    from .nvshmem import Network, SymmetricMemory
+
+MASKS_BYTES: Final = 8 * MAX_LOW_LATENCY_RANKS
+
+
+class Piece(Protocol):
+    """Memory of an area on one rank, held as long as this is."""
+
+    @property
+    def offset(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+
+class Places(Protocol):
+    """Where areas lie, and the ranks that call.
+
+    Attributes:
+        group: of all ranks.
+        first_rank: of those that share a slab with this rank.
+        is_over_network: stores may not reach all of them.
+    """
+
+    group: Group
+    first_rank: int
+    is_over_network: bool
+
+    def take(self, num_bytes: int) -> Piece:
+        """Memory for an area. Raises `ConfigError` when there is no room."""
+
+    def pointers(self, offsets: Sequence[int]) -> tuple[int, ...]:
+        """The areas of all ranks, as this one sees them; 0 where stores do not reach."""
+
+    def settle(self) -> None:
+        """Collective: what was on its way has arrived."""
+
+
+class SlabPlaces:
+    """Areas in the slabs of one NVLink domain."""
+
+    is_over_network = False
+    first_rank = 0
+
+    def __init__(self, domain: Domain) -> None:
+        self._domain = domain
+        self.group = domain.group
+
+    def take(self, num_bytes: int) -> Piece:
+        return self._domain.take(num_bytes, "the landing zones of low-latency calls (num_rdma_bytes)")
+
+    def pointers(self, offsets: Sequence[int]) -> tuple[int, ...]:
+        bases = self._domain.slab.pointers
+        return tuple(base + PAYLOAD_OFFSET + at for base, at in zip(bases, offsets, strict=True))
+
+    def settle(self) -> None:
+        """Nothing is under way once the devices are idle."""
+
+
+@dataclass(frozen=True, slots=True)
+class SymmetricPiece:
+    """At the same offset on every rank."""
+
+    offset: int
+    num_bytes: int
+
+
+class SymmetricPlaces:
+    """Areas in NVSHMEM's symmetric memory, one behind the other; none is ever given back.
+
+    Args:
+        memory: of all areas.
+        domain: of this node's ranks.
+        with_stores: stores go to the ranks that they reach; else to this one alone.
+    """
+
+    is_over_network = True
+
+    def __init__(
+        self, network: Network, memory: SymmetricMemory, domain: Domain, *, with_stores: bool
+    ) -> None:
+        self.group = network.group
+        self._network = network
+        self._memory = memory
+        self._end = 0
+        self.first_rank = self.group.rank - domain.group.rank
+        reached = network.pointers(memory) if with_stores else (0,) * self.group.size
+        # Puts go to the address that memory has here.
+        self._bases = tuple(
+            memory.pointer if rank == self.group.rank else base for rank, base in enumerate(reached)
+        )
+
+    def take(self, num_bytes: int) -> Piece:
+        left = self._memory.num_bytes - self._end
+        if num_bytes > left:
+            raise ConfigError(
+                f"no room for the landing zones of low-latency calls and their outbox: {num_bytes} bytes, "
+                f"and {left} of {self._memory.num_bytes} are left (num_rdma_bytes)"
+            )
+        piece = SymmetricPiece(self._end, num_bytes)
+        self._end += align_up(num_bytes, OFFSET_UNIT)
+        return piece
+
+    def pointers(self, offsets: Sequence[int]) -> tuple[int, ...]:
+        assert len(set(offsets)) == 1  # the same calls on every rank
+        return tuple(base and base + offsets[0] for base in self._bases)
+
+    def settle(self) -> None:
+        self._network.settle()
 
 
 @dataclass(slots=True, eq=False)
@@ -24,6 +143,7 @@ class Pending:
     """A receive phase that has not been enqueued yet. A later call in the same zone takes its place."""
 
     is_taken: bool = False
+    is_received: bool = False
 
     def check(self) -> None:
         """Raise if what was to be received is gone."""
@@ -39,18 +159,26 @@ class Area:
 
     Attributes:
         shape, layout: see `low_latency_plan`.
-        pointers: of the area on every rank, as this rank sees them.
+        own: address of it here.
+        pointers: of the area on every rank, as this rank sees them; 0 where stores do not reach.
         state: address of the `LOW_LATENCY_STATE`.
         max_blocks: blocks that an SM count allows, the same on every rank.
     """
 
     def __init__(
-        self, domain: Domain, shape: AreaShape, lease: Lease, pointers: tuple[int, ...], max_blocks: int
+        self,
+        domain: Domain,
+        places: Places,
+        shape: AreaShape,
+        piece: Piece,
+        pointers: tuple[int, ...],
+        max_blocks: int,
     ) -> None:
         import cupy
 
         self._domain = domain
-        self._lease = lease
+        self._piece = piece
+        self.own = pointers[places.group.rank]
         self.shape = shape
         self.layout = AreaLayout.of(shape)
         self.pointers = pointers
@@ -61,8 +189,19 @@ class Area:
 
     @property
     def num_bytes(self) -> int:
-        """In the slab."""
-        return self._lease.num_bytes
+        """Of this rank."""
+        return self._piece.num_bytes
+
+    def check(self, *, first: int) -> None:
+        """Raise if the next zone of a kind, see `take_zone`, must not be taken yet.
+
+        Puts may arrive at any time until they are awaited, also over what a later call puts there.
+        """
+        pending = self._pending[first + (self._next[first // FIRST_COMBINE_ZONE] ^ 1)]
+        if self.shape.over_network and pending is not None and not pending.is_received:
+            raise HandleError(
+                "over several nodes a third call of a kind comes after the hook of the first: call that"
+            )
 
     def take_zone(self, *, first: int) -> int:
         """The zone of the next call: those of a kind alternate. Nothing is enqueued yet.
@@ -86,7 +225,7 @@ class Area:
     def clear(self, stream: int) -> None:
         """As at the start: enqueue it. Nobody stores here."""
         runtime = self._domain.runtime
-        base = self.pointers[self._domain.group.rank]
+        base = self.own
         with device_errors("clearing a low-latency area"):
             runtime.memsetAsync(self.state, 0, LOW_LATENCY_STATE.itemsize, stream)
             runtime.memsetAsync(base, 0, self.layout.num_bytes, stream)
@@ -111,30 +250,40 @@ class Areas:
 
     Attributes:
         masks: address of the kernels' masks; 0 where late ranks are errors.
+        rank, num_ranks: of all ranks that call.
     """
 
-    def __init__(self, domain: Domain, *, enable_shrink: bool) -> None:
+    def __init__(self, domain: Domain, places: Places, *, enable_shrink: bool) -> None:
         import cupy
 
         self._domain = domain
+        self._places = places
+        self.rank, self.num_ranks = places.group.rank, places.group.size
         self._areas: dict[AreaShape, Area] = {}
         self._masks = cupy.cuda.alloc(MASKS_BYTES)
         self.masks: int = self._masks.ptr if enable_shrink else 0
-        self._write_masks(np.zeros(MAX_LOCAL_RANKS, np.uint64))
+        self._write_masks(np.zeros(MAX_LOW_LATENCY_RANKS, np.uint64))
+
+    @property
+    def polls(self) -> bool:
+        """Whether combines poll what lands, where that can be told from what lay there."""
+        return not self.masks and not self._places.is_over_network
 
     @property
     def num_bytes(self) -> int:
-        """In the slab, of all areas."""
+        """Of all areas."""
         return sum(area.num_bytes for area in self._areas.values())
 
     def main(self, shape: AreaShape) -> AreaShape:
         """The shape of the area where dispatches land, given the sizes of the calls."""
-        # With masks nothing is polled, so the main area serves every combine.
-        return replace(shape, is_main=True, has_columns=bool(self.masks))
+        # Where nothing is polled the main area serves every combine.
+        over_network = self._places.is_over_network
+        has_columns = bool(self.masks) and not over_network
+        return replace(shape, is_main=True, has_columns=has_columns, over_network=over_network)
 
     def others(self, shape: AreaShape) -> AreaShape:
         """That of combines whose rows are not polled."""
-        return self.main(shape) if self.masks else replace(shape, is_main=False, has_columns=True)
+        return replace(shape, is_main=False, has_columns=True) if self.polls else self.main(shape)
 
     def get(self, shape: AreaShape, call: Call) -> Area:
         """The area of a shape. The first time it is made, by all ranks together; hosts meet then.
@@ -153,14 +302,14 @@ class Areas:
         return area
 
     def _make(self, shape: AreaShape) -> Area:
-        domain = self._domain
-        group, layout = domain.group, AreaLayout.of(shape)
-        lease, error = None, None
+        domain, places = self._domain, self._places
+        group, layout = places.group, AreaLayout.of(shape)
+        piece, error = None, None
         try:
-            lease = domain.take(layout.num_bytes, "the landing zones of low-latency calls (num_rdma_bytes)")
+            piece = places.take(layout.num_bytes)
         except EpError as failure:
             error = str(failure)
-        mine = (shape, domain.max_blocks, None if lease is None else lease.offset, error)
+        mine = (shape, domain.max_blocks, None if piece is None else piece.offset, error)
         answers = group.allgather(mine, op="low-latency area", timeout_s=domain.timeout_s)
         for rank, (their_shape, _, _, text) in enumerate(answers):
             if their_shape != shape:
@@ -169,12 +318,9 @@ class Areas:
                 )
             if text is not None:
                 raise on_all_ranks(ConfigError(f"rank {rank}: {text}"))
-        assert lease is not None
-        pointers = tuple(
-            base + PAYLOAD_OFFSET + offset
-            for base, (_, _, offset, _) in zip(domain.slab.pointers, answers, strict=True)
-        )
-        area = Area(domain, shape, lease, pointers, min(blocks for _, blocks, _, _ in answers))
+        assert piece is not None
+        pointers = places.pointers([offset for _, _, offset, _ in answers])
+        area = Area(domain, places, shape, piece, pointers, min(blocks for _, blocks, _, _ in answers))
         self._clear([area])
         # Peers may store here from now on.
         group.allgather(None, op="low-latency area ready", timeout_s=domain.timeout_s)
@@ -193,15 +339,24 @@ class Areas:
 
     def reset(self) -> None:
         """After an error, while no rank has work under way: the same on every rank."""
+        self._places.settle()
         self._clear(list(self._areas.values()))
         for area in self._areas.values():
             area.reset()
 
+    def farewells(self) -> list[int]:
+        """A word for each rank: not 0 once it has given a call up over the network. Waits for no call."""
+        words = np.zeros(MAX_LOW_LATENCY_RANKS, np.uint64)
+        for area in self._areas.values():
+            at = area.own + field_offset(LOW_LATENCY_AREA, "farewells")
+            words |= self._domain.slab.read_at(at, np.dtype(("<u8", (MAX_LOW_LATENCY_RANKS,))))[0]
+        return [int(word) for word in words]
+
     # Masks.
 
     def masked(self) -> np.ndarray[Any, np.dtype[np.uint64]]:
-        """uint64 [MAX_LOCAL_RANKS], after the calls so far."""
-        masks = np.zeros(MAX_LOCAL_RANKS, np.uint64)
+        """uint64 [MAX_LOW_LATENCY_RANKS], after the calls so far."""
+        masks = np.zeros(MAX_LOW_LATENCY_RANKS, np.uint64)
         self._domain.on_device(self._domain.fetch, self._masks.ptr, masks)
         return masks
 
@@ -213,7 +368,7 @@ class Areas:
 
     def unmask(self) -> None:
         """All of them."""
-        self._domain.on_device(self._write_masks, np.zeros(MAX_LOCAL_RANKS, np.uint64))
+        self._domain.on_device(self._write_masks, np.zeros(MAX_LOW_LATENCY_RANKS, np.uint64))
 
     def _write_masks(self, masks: np.ndarray[Any, np.dtype[np.uint64]]) -> None:
         domain = self._domain

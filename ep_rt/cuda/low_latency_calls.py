@@ -14,9 +14,9 @@ from . import kernels, plan
 from .domain import Call, Domain
 from .heap import Block
 from .kernels import WIRES
-from .launch import Kernel, Launch, bind
+from .launch import Kernel, Launch, ModuleOwner, bind
 from .layout import LOW_LATENCY_RECORD, OFFSET_UNIT, ROUTE, align_up
-from .low_latency_areas import Area, Pending
+from .low_latency_areas import Area, Pending, Places
 from .low_latency_plan import AreaShape
 from .operations import Operations
 
@@ -25,14 +25,39 @@ RECEIVES: Final = 2
 
 
 class LowLatencyKernels:
-    """The kernels of the mode, loaded. The device is current."""
+    """The kernels of the mode, loaded. The device is current.
 
-    def __init__(self, operations: Operations, *, max_blocks: int) -> None:
-        self._common = operations.common
+    Args:
+        places: of ranks on several nodes, with the `network` that they are on; None for one NVLink domain.
+    """
+
+    def __init__(
+        self,
+        operations: Operations,
+        *,
+        max_blocks: int,
+        places: Places | None = None,
+        network: ModuleOwner | None = None,
+    ) -> None:
+        self._common = dict(operations.common)
+        over_network = places is not None
+        if places is not None:
+            self._common |= {
+                "rank": places.group.rank,
+                "num_ranks": places.group.size,
+                "first_rank": places.first_rank,
+                "num_local_ranks": operations.common["num_ranks"],
+            }
         # One kernel may have blocks that send and blocks that receive, of which two share an SM.
         self._max_grid = plan.LOW_LATENCY_BLOCKS_PER_SM * max_blocks
-        self._dispatch = [Kernel(kernels.low_latency_dispatch(quantizes=each)) for each in (False, True)]
-        self._combine = {wire: Kernel(kernels.low_latency_combine(wire)) for wire in WIRES}
+        self._dispatch = [
+            Kernel(kernels.low_latency_dispatch(quantizes=each, over_network=over_network), network=network)
+            for each in (False, True)
+        ]
+        self._combine = {
+            wire: Kernel(kernels.low_latency_combine(wire, over_network=over_network), network=network)
+            for wire in WIRES
+        }
 
     def dispatch(self, *, quantizes: bool, **fields: Any) -> Launch:
         """Of low_latency_dispatch.cu."""
@@ -142,6 +167,7 @@ def run(
         launch.args.phases = RECEIVES
         launch(later.stream, num_blocks[RECEIVES - 1])
         received.append(True)
+        taken.is_received = True
         domain.finish(later)
 
     def hook(kept: tuple[Any, ...] = kept) -> None:

@@ -121,6 +121,8 @@ class LowLatencyCombine:
         frameworks = tuple(dict.fromkeys(view.framework for view in present))
         call = domain.begin(frameworks, [view.owner for view in present], schedule)
         at_source = request.reduce == "source"
+        if at_source and handle.area.shape.over_network:
+            raise ConfigError('reduce="source" is served within one node; over several, "rank" alone')
         wire = "fp8" if request.use_fp8 else "logfmt" if request.use_logfmt else "bfloat16"
         is_plain = wire == "bfloat16" and not at_source
         sizes = handle.sizes
@@ -143,6 +145,9 @@ class LowLatencyCombine:
                     masks=self._areas.masks,
                     weights_offset=here.weights,
                     rows_offset=here.rows,
+                    landed_offset=here.landed,
+                    out_weights_offset=here.out_weights,
+                    out_rows_offset=here.out_rows,
                     digest=low_latency_combine_digest(
                         request, wire, FIRST_COMBINE_ZONE + number, area.max_send_blocks
                     ),
@@ -154,7 +159,7 @@ class LowLatencyCombine:
                     idx_bytes=itemsize(request.topk_idx),
                     sends_weights=sends_weights,
                     sums_at_source=at_source,
-                    polls_data=is_plain and not self._areas.masks,
+                    polls_data=is_plain and self._areas.polls,
                     num_slots=area.shape.num_slots,
                     zone=FIRST_COMBINE_ZONE + number,
                     max_send_blocks=area.max_send_blocks,
@@ -190,6 +195,7 @@ class LowLatencyCombine:
         domain, area = self._domain, found.area
         domain.check()
         handle.check_received()
+        area.check(first=FIRST_COMBINE_ZONE)
         x, ids, weights, out, wait_stats = pointers
         if found.is_zero_copy:
             x = self._buffer(handle).pointer
@@ -257,7 +263,7 @@ class LowLatencyCombine:
         return block
 
     def _shape(self, handle: Any) -> tuple[int, int, int]:
-        num_ranks = self._domain.group.size
+        num_ranks = self._areas.num_ranks
         return (
             handle.num_experts // num_ranks,
             num_ranks * handle.num_max_tokens_per_rank,

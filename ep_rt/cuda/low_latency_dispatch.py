@@ -21,7 +21,7 @@ from .domain import Call, Domain
 from .heap import Block
 from .inputs import ROW_ALIGN_BYTES, Input, Inputs, is_contiguous, itemsize
 from .launch import Launch
-from .layout import FIRST_COMBINE_ZONE, MAX_LOCAL_EXPERTS, OFFSET_UNIT, align_up
+from .layout import FIRST_COMBINE_ZONE, MAX_LOCAL_EXPERTS, MAX_LOCAL_RANKS, OFFSET_UNIT, align_up
 from .low_latency_areas import Area, Areas
 from .low_latency_calls import CudaLowLatencyHandle, HandleLayout, LowLatencyKernels, run
 from .low_latency_plan import AreaShape
@@ -120,14 +120,16 @@ class LowLatencyDispatch:
     ) -> _Plan:
         domain = self._domain
         x, ids = request.x, request.topk_idx
-        num_ranks, hidden = domain.group.size, x.shape[1]
+        num_ranks, hidden = self._areas.num_ranks, x.shape[1]
         num_tokens, num_topk = ids.shape
         num_local_experts = request.num_experts // num_ranks
         if not 1 <= num_topk <= plan.MAX_TOPK:
             raise ConfigError(f"topk_idx has {num_topk} columns; low-latency calls take 1 to {plan.MAX_TOPK}")
-        if num_local_experts > MAX_LOCAL_EXPERTS:
+        most = MAX_LOCAL_RANKS * MAX_LOCAL_EXPERTS
+        if num_local_experts > MAX_LOCAL_EXPERTS or request.num_experts > most:
             raise ConfigError(
-                f"num_experts={request.num_experts} on {num_ranks} ranks; at most {MAX_LOCAL_EXPERTS} on each"
+                f"num_experts={request.num_experts} on {num_ranks} ranks; at most {MAX_LOCAL_EXPERTS} on "
+                f"each, and {most} in all"
             )
         for view, name in (
             (request.recv_stats, "cumulative_local_expert_recv_stats"),
@@ -191,6 +193,11 @@ class LowLatencyDispatch:
                     weights_offset=here.weights,
                     rows_offset=here.rows,
                     sf_offset=here.sf(area.shape),
+                    landed_offset=here.landed,
+                    out_ids_offset=here.out_ids,
+                    out_weights_offset=here.out_weights,
+                    out_rows_offset=here.out_rows,
+                    out_sf_offset=here.out_sf(area.shape),
                     digest=low_latency_digest(request, zone, area.max_send_blocks),
                     num_tokens=num_tokens,
                     num_topk=num_topk,
@@ -252,6 +259,7 @@ class LowLatencyDispatch:
     ) -> LowLatencyDispatched:
         domain, at, area = self._domain, found.at, found.area
         domain.check()
+        area.check(first=0)
         call = domain.begin(found.frameworks, objects, schedule)
         block = domain.heap.take(at.end, is_capturing=call.is_capturing)
         results: Block | None = None
@@ -264,7 +272,7 @@ class LowLatencyDispatch:
         zone = area.take_zone(first=0)
         here = area.layout.dispatch[zone]
         base = block.pointer
-        rows = area.pointers[domain.group.rank] + here.rows if results is None else results.pointer
+        rows = area.own + here.rows if results is None else results.pointer
         launch = found.launches[zone]
         args = launch.args
         args.x, args.topk_idx, args.topk_weights = x, ids, weights

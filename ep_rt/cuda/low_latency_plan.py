@@ -13,7 +13,6 @@ from ..requests import FP8_BLOCK
 from .layout import (
     FIRST_COMBINE_ZONE,
     LOW_LATENCY_AREA,
-    MAX_LOCAL_RANKS,
     MAX_SEND_BLOCKS,
     OFFSET_UNIT,
     align_up,
@@ -43,6 +42,8 @@ class AreaShape:
         is_main: dispatches land here, and combines of one row for each rank. Where such rows are polled they
             need zones that nothing else is stored to, so the other combines have an area of their own.
         has_columns: rows may come back for each column.
+        over_network: ranks are on several nodes, or to be treated so: beside the zones there is room for
+            what goes out by puts. Nothing is polled then, and nothing comes back for each column.
     """
 
     num_ranks: int
@@ -52,6 +53,7 @@ class AreaShape:
     num_topk: int
     is_main: bool = True
     has_columns: bool = False
+    over_network: bool = False
 
     @property
     def num_slots(self) -> int:
@@ -76,25 +78,44 @@ class AreaShape:
 
 @dataclass(frozen=True, slots=True)
 class DispatchZone:
-    """Byte offsets within an area. Rows of FP8 have their scale factors behind all rows; others have none."""
+    """Byte offsets within an area. Rows of FP8 have their scale factors behind all rows; others have none.
+
+    Attributes:
+        landed: words behind rows that were put, then behind their scale factors.
+        out_ids, out_weights, out_rows: the outbox. The same place if there is none.
+        end: of the zone, where the outbox begins, and `out_end` its end.
+    """
 
     ids: int
     weights: int
+    landed: int
     rows: int
     end: int
+    out_ids: int
+    out_weights: int
+    out_rows: int
+    out_end: int
 
     def sf(self, shape: AreaShape) -> int:
         """Where the scale factors of FP8 rows begin."""
         return align_up(self.rows + shape.num_ranks * shape.num_max_tokens * shape.hidden, OFFSET_UNIT)
 
+    def out_sf(self, shape: AreaShape) -> int:
+        """The same of the outbox."""
+        return align_up(self.out_rows + shape.num_max_tokens * shape.hidden, OFFSET_UNIT)
+
 
 @dataclass(frozen=True, slots=True)
 class CombineZone:
-    """Byte offsets within an area."""
+    """Byte offsets within an area, as `DispatchZone`."""
 
     weights: int
+    landed: int
     rows: int
     end: int
+    out_weights: int
+    out_rows: int
+    out_end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,27 +128,57 @@ class AreaLayout:
 
     @classmethod
     def of(cls, shape: AreaShape) -> AreaLayout:
+        num_ranks, num_max_tokens, hidden = shape.num_ranks, shape.num_max_tokens, shape.hidden
+        pairs_bytes = align_up(8 * num_ranks * shape.num_pairs, OFFSET_UNIT)
+        ids_bytes = align_up(8 * num_ranks * -(-shape.num_pairs // 2), OFFSET_UNIT)
+        landed_bytes = align_up(8 * num_ranks * num_max_tokens, OFFSET_UNIT) if shape.over_network else 0
+        dispatch_sizes = (
+            ids_bytes,
+            pairs_bytes,
+            align_up(2 * landed_bytes, OFFSET_UNIT),
+            _rows_bytes(num_ranks * num_max_tokens, hidden),
+            *(
+                (ids_bytes, pairs_bytes, _rows_bytes(num_max_tokens, hidden))
+                if shape.over_network
+                else (0, 0, 0)
+            ),
+        )
+        num_slots = num_max_tokens * shape.num_slots
+        out_slots = num_max_tokens * num_ranks
+        combine_sizes = (
+            pairs_bytes,
+            landed_bytes,
+            align_up(num_slots * slot_bytes(hidden), OFFSET_UNIT),
+            *(
+                (pairs_bytes, align_up(out_slots * slot_bytes(hidden), OFFSET_UNIT))
+                if shape.over_network
+                else (0, 0)
+            ),
+        )
         at = align_up(LOW_LATENCY_AREA.itemsize, OFFSET_UNIT)
-        words_bytes = align_up(8 * shape.num_ranks * shape.num_pairs, OFFSET_UNIT)
-        num_rows = shape.num_ranks * shape.num_max_tokens
-        # An FP8 row with its scale factors never takes more than the bfloat16 row, but for the alignment.
-        rows_bytes = align_up(2 * num_rows * shape.hidden, OFFSET_UNIT) + OFFSET_UNIT
-        ids_bytes = align_up(8 * shape.num_ranks * -(-shape.num_pairs // 2), OFFSET_UNIT)
-        pairs_bytes = words_bytes
-        if not shape.is_main:
-            rows_bytes = ids_bytes = pairs_bytes = 0
-        slots_bytes = align_up(shape.num_max_tokens * shape.num_slots * slot_bytes(shape.hidden), OFFSET_UNIT)
         dispatches, combines = [], []
         for _ in range(FIRST_COMBINE_ZONE):
-            weights = at + ids_bytes
-            rows = weights + pairs_bytes
-            dispatches.append(DispatchZone(at, weights, rows, rows + rows_bytes))
-            at = rows + rows_bytes
+            ends = _ends(at, dispatch_sizes if shape.is_main else (0,) * len(dispatch_sizes))
+            dispatches.append(DispatchZone(*ends[:5], *ends[4:]))
+            at = ends[-1]
         for _ in range(FIRST_COMBINE_ZONE):
-            rows = at + words_bytes
-            combines.append(CombineZone(at, rows, rows + slots_bytes))
-            at = rows + slots_bytes
+            ends = _ends(at, combine_sizes)
+            combines.append(CombineZone(*ends[:4], *ends[3:]))
+            at = ends[-1]
         return cls((dispatches[0], dispatches[1]), (combines[0], combines[1]), at)
+
+
+def _ends(at: int, sizes: tuple[int, ...]) -> list[int]:
+    """Where parts of these sizes begin, one behind the other from `at` on, and where the last one ends."""
+    ends = [at]
+    for size in sizes:
+        ends.append(ends[-1] + size)
+    return ends
+
+
+def _rows_bytes(num_rows: int, hidden: int) -> int:
+    # An FP8 row with its scale factors never takes more than the bfloat16 row, but for the alignment.
+    return align_up(2 * num_rows * hidden, OFFSET_UNIT) + OFFSET_UNIT
 
 
 def slot_bytes(hidden: int) -> int:
@@ -200,21 +251,24 @@ def area_bytes_hint(
     num_topk: int = 32,
     *,
     with_columns: bool = False,
+    over_network: bool = False,
 ) -> int:
-    """Slab bytes for calls of one shape.
+    """Bytes for calls of one shape.
 
     Args:
         num_topk: hardly matters without `with_columns`, so more than usual are assumed.
         with_columns: with the area of combines whose rows come back for each column.
+        over_network: with the outbox, and without that area, which there is not.
     """
     shape = AreaShape(
-        num_ranks=min(num_ranks, MAX_LOCAL_RANKS),
+        num_ranks=num_ranks,
         num_max_tokens=num_max_tokens,
         hidden=hidden,
         num_experts=num_experts,
         num_topk=num_topk,
+        over_network=over_network,
     )
     num_bytes = AreaLayout.of(shape).num_bytes
-    if with_columns:
+    if with_columns and not over_network:
         num_bytes += AreaLayout.of(replace(shape, is_main=False, has_columns=True)).num_bytes
     return num_bytes

@@ -226,11 +226,15 @@ class Network:
         """Zero the first bytes of this rank's part. Nobody puts there."""
         self._on_device(_clear, memory.pointer, num_bytes)
 
+    def pointers(self, memory: SymmetricMemory) -> tuple[int, ...]:
+        """Every rank's part of `memory`, as loads and stores of this one reach it; 0 where not. Local."""
+        self._check_open()
+        pointer_at = self._started.library.peer_pointer
+        return tuple(pointer_at(memory.pointer, peer) for peer in range(self.group.size))
+
     def direct_peers(self, memory: SymmetricMemory) -> tuple[int, ...]:
         """The ranks whose part of `memory` loads and stores reach, this one included. Local."""
-        self._check_open()
-        reaches = self._started.library.peer_pointer
-        return tuple(peer for peer in range(self.group.size) if reaches(memory.pointer, peer))
+        return tuple(peer for peer, pointer in enumerate(self.pointers(memory)) if pointer)
 
     def adopt(self, module: Any) -> None:
         """Initialise a loaded module, once for all its users. Local; no kernel of this rank is running.

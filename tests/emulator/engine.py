@@ -16,8 +16,8 @@ import numpy as np
 from ep_rt import arrays
 from ep_rt.cuda import kernels, low_latency_combine, low_latency_dispatch
 from ep_rt.cuda.domain import Call
-from ep_rt.cuda.layout import LOW_LATENCY_STATE, MAX_LOCAL_RANKS
-from ep_rt.cuda.low_latency_areas import Area, Areas
+from ep_rt.cuda.layout import LOW_LATENCY_STATE
+from ep_rt.cuda.low_latency_areas import MASKS_BYTES, Area, Areas
 from ep_rt.cuda.low_latency_plan import POISON, AreaLayout, AreaShape, max_send_blocks
 from ep_rt.events import EventOverlap
 from ep_rt.requests import LowLatencyCombineRequest, LowLatencyDispatchRequest, Place, Schedule
@@ -81,21 +81,23 @@ class _Launch:
         ranks, rank, kernel = self._where
         unknown = set(vars(self.args)) - set(kernel.spec.args.names or ())
         assert not unknown, unknown
-        args = bound(kernel, vars(self.args), self._fields, ranks.common(rank))
+        args = bound(kernel, vars(self.args), self._fields, ranks.low_latency_common(rank))
         ranks.machine.launch(rank, kernel, args, num_blocks)
 
 
 class _Load:
     """Stands for `LowLatencyKernels`."""
 
-    def __init__(self, ranks: Ranks, rank: int) -> None:
+    def __init__(self, ranks: Ranks, rank: int, *, over_network: bool) -> None:
         self._ranks, self._rank = ranks, rank
+        self._over_network = over_network
 
     def dispatch(self, *, quantizes: bool, **fields: Any) -> _Launch:
-        return self._bind(kernels.low_latency_dispatch(quantizes=quantizes), fields)
+        spec = kernels.low_latency_dispatch(quantizes=quantizes, over_network=self._over_network)
+        return self._bind(spec, fields)
 
     def combine(self, wire: str, **fields: Any) -> _Launch:
-        return self._bind(kernels.low_latency_combine(wire), fields)
+        return self._bind(kernels.low_latency_combine(wire, over_network=self._over_network), fields)
 
     def _bind(self, spec: kernels.KernelSpec, fields: dict[str, Any]) -> _Launch:
         assert set(fields) <= set(spec.args.names or ())
@@ -106,7 +108,7 @@ class _Domain:
     """Stands for `Domain`."""
 
     def __init__(self, ranks: Ranks, rank: int, max_blocks: int) -> None:
-        self.group = SimpleNamespace(rank=rank, size=ranks.num_ranks)
+        self.rank = rank
         self.device = 0
         self.comm = SimpleNamespace(pointer=0)
         self.max_blocks = max_blocks
@@ -114,7 +116,7 @@ class _Domain:
         self._ranks = ranks
 
     def _take(self, num_bytes: int, *, is_capturing: bool = False) -> Any:
-        memory = self._ranks.machine.allocate(self.group.rank, num_bytes, "block of the heap")
+        memory = self._ranks.machine.allocate(self.rank, num_bytes, "block of the heap")
         memory.array(np.uint8)[:] = 0xA5
         return SimpleNamespace(pointer=memory.address, kept=None)
 
@@ -137,16 +139,27 @@ class _Domain:
 class _Areas(Areas):
     """Areas that one thread makes for all ranks."""
 
-    def __init__(self, ranks: Ranks, domain: _Domain, made: dict[AreaShape, list[int]], masks: int) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        domain: _Domain,
+        made: dict[AreaShape, list[int]],
+        masks: int,
+        reached: Array | None,
+    ) -> None:
         self._ranks, self._domain, self._made = ranks, domain, made  # type: ignore[assignment]
+        self._reached = reached
+        self._places = SimpleNamespace(is_over_network=reached is not None)
+        self.rank, self.num_ranks = domain.rank, ranks.num_ranks
         self._areas = {}
         self.masks = masks
 
     def _make(self, shape: AreaShape) -> Area:
         ranks, layout = self._ranks, AreaLayout.of(shape)
         if shape not in self._made:
+            kind = Kind.SYMMETRIC if shape.over_network else Kind.SLAB
             pieces = [
-                ranks.machine.allocate(rank, layout.num_bytes, "area", Kind.SLAB)
+                ranks.machine.allocate(rank, layout.num_bytes, "area", kind)
                 for rank in range(ranks.num_ranks)
             ]
             for piece in pieces:
@@ -154,10 +167,13 @@ class _Areas(Areas):
                     piece.array(np.uint8)[zone.rows : zone.end] = POISON
             self._made[shape] = [piece.address for piece in pieces]
         area = object.__new__(Area)
-        rank = self._domain.group.rank
+        rank, pointers = self.rank, self._made[shape]
+        area.own = pointers[rank]
+        if self._reached is not None:
+            pointers = [at if there else 0 for at, there in zip(pointers, self._reached[rank], strict=True)]
         state = ranks.machine.allocate(rank, LOW_LATENCY_STATE.itemsize, "state")
-        area._domain, area._lease = self._domain, None  # type: ignore[assignment]
-        area.shape, area.layout, area.pointers = shape, layout, tuple(self._made[shape])
+        area._domain, area._piece = self._domain, None  # type: ignore[assignment]
+        area.shape, area.layout, area.pointers = shape, layout, tuple(pointers)
         area.state = state.address
         area.max_send_blocks = max_send_blocks(shape, max_blocks=self._domain.max_blocks)
         area.reset_pending()
@@ -169,22 +185,30 @@ class Engines:
 
     Args:
         max_blocks: see `Domain.max_blocks`.
+        reached: of calls over the network, see `LowLatency`.
     """
 
-    def __init__(self, ranks: Ranks, *, max_blocks: int, with_masks: bool = False) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        *,
+        max_blocks: int,
+        with_masks: bool = False,
+        reached: Array | None = None,
+    ) -> None:
         self.ranks = ranks
         made: dict[AreaShape, list[int]] = {}
         self.dispatches, self.combines = [], []
         for rank in range(ranks.num_ranks):
             domain: Any = _Domain(ranks, rank, max_blocks)
-            masks = ranks.machine.allocate(rank, 8 * MAX_LOCAL_RANKS, "masks").address if with_masks else 0
-            areas = _Areas(ranks, domain, made, masks)
+            masks = ranks.machine.allocate(rank, MASKS_BYTES, "masks").address if with_masks else 0
+            areas = _Areas(ranks, domain, made, masks, reached)
             inputs: Any = SimpleNamespace(
                 readable=lambda view, pointer, call, base=ranks.slabs[rank].address: (
                     0 if view is None else pointer or base
                 )
             )
-            load: Any = _Load(ranks, rank)
+            load: Any = _Load(ranks, rank, over_network=reached is not None)
             self.dispatches.append(
                 low_latency_dispatch.LowLatencyDispatch(domain, areas, load, inputs, owner=self)
             )

@@ -12,7 +12,13 @@ import numpy as np
 from ep_rt import reference
 from ep_rt.cuda import kernels
 from ep_rt.cuda import low_latency_plan as plan
-from ep_rt.cuda.layout import LOW_LATENCY_AREA, LOW_LATENCY_RECORD, LOW_LATENCY_STATE, ROUTE
+from ep_rt.cuda.layout import (
+    LOW_LATENCY_AREA,
+    LOW_LATENCY_RECORD,
+    LOW_LATENCY_STATE,
+    MAX_LOW_LATENCY_RANKS,
+    ROUTE,
+)
 from ep_rt.cuda.low_latency_plan import AreaLayout, AreaShape
 
 from .kernels import bound
@@ -46,6 +52,8 @@ class LowLatency:
 
     Args:
         with_masks: late ranks are masked.
+        reached: of an area over the network, for each pair of ranks whether stores of the first reach the
+            second.
         num_blocks: that send rows, and that copy or add, at most.
     """
 
@@ -57,25 +65,30 @@ class LowLatency:
         with_masks: bool,
         num_blocks: int,
         masks: list[Memory] | None = None,
+        reached: Array | None = None,
     ) -> None:
+        self.reached = reached
         self.ranks, self.shape, self.num_blocks = ranks, shape, num_blocks
         self.layout = AreaLayout.of(shape)
         self.with_masks = with_masks
         allocate = ranks.machine.allocate
         every = range(ranks.num_ranks)
-        self.areas = [allocate(r, self.layout.num_bytes, "area", Kind.SLAB) for r in every]
+        kind = Kind.SYMMETRIC if shape.over_network else Kind.SLAB
+        self.areas = [allocate(r, self.layout.num_bytes, "area", kind) for r in every]
         self.states = [allocate(r, LOW_LATENCY_STATE.itemsize, "state") for r in every]
-        self.masks = masks or [allocate(r, 64, "masks") for r in every]
+        self.masks = masks or [allocate(r, 8 * MAX_LOW_LATENCY_RANKS, "masks") for r in every]
         self.num_calls = [0, 0]
         self.not_compared: frozenset[int] = frozenset()
         self.digests = [DIGEST] * ranks.num_ranks
         self.elsewhere: frozenset[int] = frozenset()  # ranks that do not make the next calls
+        if shape.over_network:
+            ranks.farewells = self._farewells
         for area, state in zip(self.areas, self.states, strict=True):
             self._leave_words(area, state)
             for zone in self.layout.combine:
                 area.array(np.uint8)[zone.rows : zone.end] = plan.POISON
         self.others = self
-        if shape.is_main and not with_masks:
+        if shape.is_main and not with_masks and not shape.over_network:
             others = replace(shape, is_main=False, has_columns=True)
             self.others = LowLatency(ranks, others, with_masks=False, num_blocks=num_blocks, masks=self.masks)
 
@@ -83,23 +96,31 @@ class LowLatency:
         """Words of the call before, which those of the first call must not be taken for."""
         old = (self.ranks.epoch << 32 | 7) & 0xFFFFFFFFFFFFFFFF
         head = area.array(LOW_LATENCY_AREA, (1,))
-        for name in ("digests", "num_tokens", "flags"):
+        for name in ("digests", "num_tokens", "flags", "told_ids", "told_weights"):
             head[name] = old
         words = area.array(np.uint64)
         for zone in self.layout.dispatch:
             words[zone.ids // 8 : zone.rows // 8] = old
         for back in self.layout.combine:
-            words[back.weights // 8 : back.rows // 8] = (self.ranks.epoch << 33 | 7) & 0xFFFFFFFFFFFFFFFF
+            words[back.weights // 8 : back.landed // 8] = (self.ranks.epoch << 33 | 7) & 0xFFFFFFFFFFFFFFFF
+            words[back.landed // 8 : back.rows // 8] = old
         for name in ("decisions", "listed"):
             state.array(LOW_LATENCY_STATE, (1,))[name] = old
 
+    def _farewells(self, rank: int) -> list[int]:
+        head = self.areas[rank].array(LOW_LATENCY_AREA, (1,))
+        return [int(word) for word in head["farewells"][0]]
+
     def _common(self, rank: int) -> dict[str, Any]:
         shape = self.shape
+        areas = [area.address for area in self.areas]
+        if self.reached is not None:
+            areas = [at if there else 0 for at, there in zip(areas, self.reached[rank], strict=True)]
         return {
-            **self.ranks.common(rank),
+            **self.ranks.low_latency_common(rank),
             "state": self.states[rank].address,
             "masks": self.masks[rank].address if self.with_masks else 0,
-            "areas": [area.address for area in self.areas],
+            "areas": areas,
             "digest": self.digests[rank],
             "num_max_tokens": shape.num_max_tokens,
             "num_topk": shape.num_topk,
@@ -159,7 +180,9 @@ class LowLatency:
         expected = expect(x, ids)
         zone = self._zone(0, is_fixed=is_fixed)
         at = self.layout.dispatch[zone]
-        kernel = ranks.load.small(kernels.low_latency_dispatch(quantizes=scales is not None))
+        kernel = ranks.load.small(
+            kernels.low_latency_dispatch(quantizes=scales is not None, over_network=shape.over_network)
+        )
         num_local, rows = shape.num_experts // shape.num_ranks, shape.num_ranks * shape.num_max_tokens
         scale_words = 0 if scales is None else shape.scale_words(packed=scales == 2)
         row_bytes = shape.hidden * (2 if scales is None else 1)
@@ -203,6 +226,11 @@ class LowLatency:
                     "weights_offset": at.weights,
                     "rows_offset": at.rows,
                     "sf_offset": at.sf(shape),
+                    "landed_offset": at.landed,
+                    "out_ids_offset": at.out_ids,
+                    "out_weights_offset": at.out_weights,
+                    "out_rows_offset": at.out_rows,
+                    "out_sf_offset": at.out_sf(shape),
                     "num_tokens": len(ids[rank]),
                     "idx_bytes": ids[rank].itemsize,
                     "scale_mode": scales or 0,
@@ -309,7 +337,7 @@ class LowLatency:
         zone = self._zone(1, is_fixed=is_fixed)
         at = self.layout.combine[zone - 2]
         polls = self.others is not self
-        kernel = ranks.load.small(kernels.low_latency_combine(wire))
+        kernel = ranks.load.small(kernels.low_latency_combine(wire, over_network=shape.over_network))
         arguments = []
         for rank in range(ranks.num_ranks):
             out = self._buffer(rank, 2 * len(ids[rank]) * shape.hidden, "combined_x")
@@ -329,6 +357,9 @@ class LowLatency:
                         "wait_stats": self._buffer(rank, 8 * shape.num_ranks, "wait_stats").address,
                         "weights_offset": at.weights,
                         "rows_offset": at.rows,
+                        "landed_offset": at.landed,
+                        "out_weights_offset": at.out_weights,
+                        "out_rows_offset": at.out_rows,
                         "num_tokens": len(ids[rank]),
                         "idx_bytes": ids[rank].itemsize,
                         "sends_weights": sends_weights,
@@ -347,7 +378,8 @@ class LowLatency:
                 shape, self.num_blocks, num_sum_blocks, sends_weights=bool(sends_weights)
             )
             args = bound(kernel, {**arguments[rank][1], "phases": phases}, self._common(rank))
-            ranks.machine.launch(rank, kernel, args, num_blocks[phases - 1])
+            if rank not in self.elsewhere:
+                ranks.machine.launch(rank, kernel, args, num_blocks[phases - 1])
 
         def receive(rank: int) -> None:
             launch(rank, RECEIVES)

@@ -34,6 +34,13 @@ def draw_ids(rng: np.random.Generator, shape: AreaShape, count: int, dtype: Any)
     return ids.astype(dtype)
 
 
+def draw_reached(rng: np.random.Generator, ranks: Ranks) -> Array:
+    """bool [R, R]: whose areas stores reach: those of a node, all, or a rank's own alone."""
+    node = np.arange(ranks.num_ranks) // ranks.ranks_per_node
+    beside: Array = node[:, None] == node[None]
+    return (beside, beside, np.eye(ranks.num_ranks, dtype=bool))[rng.integers(3)]
+
+
 def draw_low_latency(
     rng: np.random.Generator,
     ranks: Ranks,
@@ -44,12 +51,14 @@ def draw_low_latency(
     with_masks: bool = False,
     has_dead: bool = False,
     dies_midway: bool = False,
+    over_network: bool = False,
 ) -> None:
     """Rounds of one or two dispatches and their combines, in one kernel each or split, all enqueued at once.
 
     Args:
         hiddens: one of them is drawn.
         has_dead: one rank, `ranks.dead`, never comes, and its peers go on without it.
+        over_network: rows go by puts to ranks of other nodes, or to all others.
         dies_midway: or stops at some time. Then it is open what its peers have of it: nothing is compared.
     """
     num_ranks = ranks.num_ranks
@@ -59,9 +68,16 @@ def draw_low_latency(
         hidden=int(rng.choice(hiddens)),
         num_experts=num_ranks * int(rng.integers(1, 4)),
         num_topk=int(rng.choice([1, 2, 3, 5])),
-        has_columns=with_masks,
+        has_columns=with_masks and not over_network,
+        over_network=over_network,
     )
-    mode = LowLatency(ranks, shape, with_masks=with_masks, num_blocks=int(rng.integers(1, 3)))
+    mode = LowLatency(
+        ranks,
+        shape,
+        with_masks=with_masks,
+        num_blocks=int(rng.integers(1, 3)),
+        reached=draw_reached(rng, ranks) if over_network else None,
+    )
     dead = int(rng.integers(num_ranks)) if has_dead else None
     absent = [] if dead is None else [dead]
     if dies_midway:
@@ -142,7 +158,7 @@ def draw_low_latency(
                 random_rows(int(np.prod(each.src_info.shape))).reshape(*each.src_info.shape, shape.hidden)
                 for each in handle.expected
             ]
-            reduce = "rank" if dies_midway or rng.integers(3) else "source"
+            reduce = "rank" if dies_midway or over_network or rng.integers(3) else "source"
             ids, weights = handle.ids, [rng.random(each.shape, np.float32) - 0.5 for each in handle.ids]
             if reduce == "source" or handle.weights is None:
                 ids = [np.where(rng.random(each.shape) < 0.2, -1, each).astype(each.dtype) for each in ids]
@@ -165,9 +181,11 @@ def draw_low_latency(
         for rank in range(num_ranks):
             for number in rng.permutation(len(receives)):
                 receives[number](rank)
-        if not rng.integers(4) and dead is None:
+        # A rank that gives up a call of its node alone tells other nodes nothing, which then blame it, too.
+        is_within_node = over_network and ranks.is_failing
+        if not rng.integers(4) and dead is None and not is_within_node:
             ranks.barrier()
-        if not rng.integers(4) and not with_masks:
+        if not rng.integers(4) and not with_masks and not over_network:
             draw_dispatch(rng, ranks)
     compare_left(left, num_ranks)
     if dead is None:
@@ -186,18 +204,28 @@ def draw_dispatch(rng: np.random.Generator, ranks: Ranks) -> None:
     normal.dispatch(ranks, x, expected, ids=ids, num_experts=ranks.num_ranks, places=[0] * ranks.num_ranks)
 
 
-def draw_mistaken(rng: np.random.Generator, ranks: Ranks, *, mistake: str) -> None:
+def draw_mistaken(
+    rng: np.random.Generator, ranks: Ranks, *, mistake: str, over_network: bool = False
+) -> None:
     """A round, then a dispatch in which a rank makes another call, has other arguments or sends too much."""
     num_ranks = ranks.num_ranks
-    shape = AreaShape(num_ranks=num_ranks, num_max_tokens=2, hidden=8, num_experts=num_ranks, num_topk=2)
-    mode = LowLatency(ranks, shape, with_masks=False, num_blocks=1)
+    shape = AreaShape(
+        num_ranks=num_ranks,
+        num_max_tokens=2,
+        hidden=8,
+        num_experts=num_ranks,
+        num_topk=2,
+        over_network=over_network,
+    )
+    reached = draw_reached(rng, ranks) if over_network else None
+    mode = LowLatency(ranks, shape, with_masks=False, num_blocks=1, reached=reached)
 
     def dispatch(**options: Any) -> Dispatched:
         counts = [int(n) for n in rng.integers(1, 3, num_ranks)]
         ids = [draw_ids(rng, shape, n, np.int64) for n in counts]
         return mode.dispatch([np.zeros((n, 8), BF16) for n in counts], ids, **options)
 
-    dispatch(layout=("expert", "rank")[rng.integers(2)])
+    first = dispatch(layout=("expert", "rank")[rng.integers(2)])
     mistaken = int(rng.integers(num_ranks))
     is_split = bool(rng.integers(2))
     if mistake == "call":
@@ -210,7 +238,12 @@ def draw_mistaken(rng: np.random.Generator, ranks: Ranks, *, mistake: str) -> No
         made = mode.dispatch(rows, ids, is_split=is_split, overfull=mistaken)
     else:
         made = dispatch(is_split=is_split)
-    if mistake == "call":
+    if mistake == "call" and over_network:
+        others, mode.elsewhere = mode.elsewhere, frozenset(range(num_ranks)) - mode.elsewhere
+        rows = [np.zeros((*each.src_info.shape, shape.hidden), BF16) for each in first.expected]
+        mode.combine(rows, first, first.ids, [np.ones(each.shape, np.float32) for each in first.ids])
+        mode.elsewhere = others
+    elif mistake == "call":
         ranks.barrier(only=[mistaken])
     for rank in range(num_ranks):
         if is_split:
@@ -218,11 +251,19 @@ def draw_mistaken(rng: np.random.Generator, ranks: Ranks, *, mistake: str) -> No
     ranks.barrier()
 
 
-def draw_kept(rng: np.random.Generator, ranks: Ranks) -> None:
+def draw_kept(rng: np.random.Generator, ranks: Ranks, *, over_network: bool = False) -> None:
     """Results that stay where they landed, read while the next dispatch is sent and before it is received."""
     num_ranks = ranks.num_ranks
-    shape = AreaShape(num_ranks=num_ranks, num_max_tokens=2, hidden=64, num_experts=num_ranks, num_topk=2)
-    mode = LowLatency(ranks, shape, with_masks=False, num_blocks=1)
+    shape = AreaShape(
+        num_ranks=num_ranks,
+        num_max_tokens=2,
+        hidden=64,
+        num_experts=num_ranks,
+        num_topk=2,
+        over_network=over_network,
+    )
+    reached = draw_reached(rng, ranks) if over_network else None
+    mode = LowLatency(ranks, shape, with_masks=False, num_blocks=1, reached=reached)
 
     def dispatch(**options: Any) -> Dispatched:
         ids = [draw_ids(rng, shape, 2, np.int64) for _ in range(num_ranks)]
@@ -268,10 +309,18 @@ def check_survivors(mode: LowLatency, dead: int, *, is_late: bool) -> None:
     ranks.check(check)
 
 
-def draw_engine(rng: np.random.Generator, ranks: Ranks, *, num_rounds: int, max_tokens: int) -> None:
+def draw_engine(
+    rng: np.random.Generator,
+    ranks: Ranks,
+    *,
+    num_rounds: int,
+    max_tokens: int,
+    over_network: bool = False,
+) -> None:
     """The product's own host side: dispatches and combines of changing options, with and without hooks."""
     num_ranks = ranks.num_ranks
-    engines = Engines(ranks, max_blocks=num_ranks + 2)
+    reached = draw_reached(rng, ranks) if over_network else None
+    engines = Engines(ranks, max_blocks=num_ranks + 2, reached=reached)
     shape = AreaShape(
         num_ranks=num_ranks,
         num_max_tokens=max_tokens,
@@ -324,7 +373,8 @@ def draw_engine(rng: np.random.Generator, ranks: Ranks, *, num_rounds: int, max_
             (rng.standard_normal((*each.src_info.shape, shape.hidden), np.float32) / 3).astype(BF16)
             for each in expected
         ]
-        reduce, wire = ("rank", "source")[rng.integers(2)], int(rng.integers(3))
+        reduce = "rank" if over_network else ("rank", "source")[rng.integers(2)]
+        wire = int(rng.integers(3))
         combined = reference.low_latency_combine(
             y, expected, ids, weights, use_logfmt=wire == 1, use_fp8=wire == 2, reduce=reduce
         )

@@ -1,4 +1,4 @@
-"""The ranks of one NVLink domain: their slabs and streams, and results that are compared in the end."""
+"""The ranks of an NVLink domain, or several: slabs and streams, and results that are compared in the end."""
 
 from __future__ import annotations
 
@@ -33,9 +33,11 @@ def _stamped(epoch: int, value: int) -> int:
 
 
 class Ranks:
-    """The ranks of one NVLink domain, with a slab each, their workspaces and a stream each.
+    """Ranks with a slab each, their workspaces and a stream each.
 
     Args:
+        ranks_per_node: of one NVLink domain; default all. `barrier` and calls of the normal mode are those of
+            each domain by itself.
         num_blocks: of the collective kernels.
         epoch: calls that the slabs have completed before.
         num_places: of a slab: results and inputs of calls take them in turn.
@@ -59,9 +61,12 @@ class Ranks:
         conditions: Conditions | None = None,
         is_failing: bool = False,
         max_grid: int = 0,
+        ranks_per_node: int = 0,
     ) -> None:
+        self.ranks_per_node = ranks_per_node or num_ranks
         self.is_failing = is_failing
         self.dead: int | None = None  # that never comes, in programs that go on without it
+        self.farewells: Callable[[int], list[int]] | None = None  # see `HangWatch`, of calls over the network
         self.num_ranks, self.num_blocks, self.load = num_ranks, num_blocks, load
         self.num_places, self.place_bytes = num_places, place_bytes
         self.timeout_ns = timeout_ns
@@ -73,6 +78,7 @@ class Ranks:
                 *((rank, max(num_blocks + MAX_STAGERS, max_grid)) for rank in range(num_ranks)),
                 *((rank, 1) for rank in range(num_ranks)),  # of the hosts
             ],
+            ranks_per_node=self.ranks_per_node,
             conditions=replace(conditions or Conditions(), timeout_ns=timeout_ns),
         )
         ranks = range(num_ranks)
@@ -105,14 +111,26 @@ class Ranks:
         exchange["arrivals"] = signal_word(epoch, Operation.BARRIER)
 
     def common(self, rank: int) -> dict[str, Any]:
-        """Fields of every collective call."""
+        """Fields of every collective call of a node."""
+        first = rank // self.ranks_per_node * self.ranks_per_node
         return {
             "hang": self.hangs[rank].address,
             "workspace": self.workspaces[rank].address,
             "timeout_ns": self.timeout_ns,
+            "rank": rank - first,
+            "num_ranks": self.ranks_per_node,
+            "slabs": [slab.address for slab in self.slabs[first : first + self.ranks_per_node]],
+        }
+
+    def low_latency_common(self, rank: int) -> dict[str, Any]:
+        """Fields of every low-latency call, which all ranks make together."""
+        common = self.common(rank)
+        return {
+            **common,
             "rank": rank,
             "num_ranks": self.num_ranks,
-            "slabs": [slab.address for slab in self.slabs],
+            "first_rank": rank - common["rank"],
+            "num_local_ranks": common["num_ranks"],
         }
 
     def header(self, rank: int) -> Array:
@@ -179,7 +197,7 @@ class Ranks:
     def barrier(self, *, only: Collection[int] | None = None) -> None:
         """On all ranks, or on some, which is then a mistake of the program."""
         for rank in range(self.num_ranks) if only is None else only:
-            kernel = self.load.barrier(self.num_ranks)
+            kernel = self.load.barrier(self.ranks_per_node)
             args = bound(kernel, {"operation": Operation.BARRIER}, self.common(rank))
             self.machine.launch(rank, kernel, args, 1)
         self.epoch += 1

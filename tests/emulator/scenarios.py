@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from ep_rt.cuda import kernels
-from ep_rt.cuda.hang import Report, verdict
+from ep_rt.cuda.hang import Names, Report, verdict
 from ep_rt.cuda.layout import HANG_RECORD
 from ep_rt.errors import CollectiveMismatchError, ConfigError, EpError, PeerTimeoutError
 
@@ -67,6 +67,10 @@ def _low_latency_kernels(load: Kernels, num_ranks: int) -> list[EmulatedKernel]:
     return [*beside, *map(load.small, kernels.low_latency_specs())]
 
 
+def _low_latency_over_network(load: Kernels, num_ranks: int) -> list[EmulatedKernel]:
+    return [load.barrier(num_ranks), *map(load.small, kernels.low_latency_specs(over_network=True))]
+
+
 def _barrier(load: Kernels, num_ranks: int) -> list[EmulatedKernel]:
     return [load.barrier(num_ranks)]
 
@@ -88,6 +92,7 @@ class Scenario:
         dies_midway: the rank without which a program goes on stops at a random step.
         max_grid: blocks of the largest kernel, beside those of the normal mode.
         max_resident: of `Conditions`.
+        ranks_per_node: of `Ranks`.
     """
 
     num_ranks: int
@@ -107,6 +112,7 @@ class Scenario:
     dies_midway: bool = False
     max_grid: int = 0
     max_resident: int = 0
+    ranks_per_node: int = 0
 
     @property
     def is_failing(self) -> bool:
@@ -144,6 +150,7 @@ def _low_latency(
     with_masks: bool = False,
     has_dead: bool = False,
     dies_midway: bool = False,
+    ranks_per_node: int = 0,
     hiddens: Sequence[int] = (8, 40, 128, 256, 520, 640),
     **fields: Any,
 ) -> Scenario:
@@ -155,11 +162,13 @@ def _low_latency(
         with_masks=with_masks,
         has_dead=has_dead,
         dies_midway=dies_midway,
+        over_network=ranks_per_node > 0,
     )
     return Scenario(
         num_ranks=num_ranks,
+        ranks_per_node=ranks_per_node,
         draw=draw,
-        kernels=_low_latency_kernels,
+        kernels=_low_latency_over_network if ranks_per_node else _low_latency_kernels,
         dies_midway=dies_midway,
         max_grid=2 * num_ranks + 5,
         **fields,
@@ -231,6 +240,26 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     ),
     "low-latency-dead-r3": _low_latency(3, 2, 3, dies=True),
     "low-latency-expiring-r2": _low_latency(2, 3, 3, expires=True),
+    "low-latency-nodes-2x1": _low_latency(2, 3, 3, ranks_per_node=1),
+    "low-latency-nodes-2x1-sm80": _low_latency(2, 2, 3, ranks_per_node=1, architecture=800),
+    "low-latency-nodes-2x2": _low_latency(4, 2, 3, ranks_per_node=2, epochs=(0, *_NEAR_WRAP)),
+    "low-latency-nodes-3x1-long": _low_latency(3, 1, 40, ranks_per_node=1, hiddens=(8,)),
+    "low-latency-nodes-1x2": _low_latency(2, 3, 3, ranks_per_node=2),
+    "low-latency-nodes-crowded-2x1": _low_latency(2, 3, 3, ranks_per_node=1, max_resident=5),
+    "low-latency-nodes-masks-3x1": _low_latency(3, 2, 3, ranks_per_node=1, with_masks=True),
+    "low-latency-nodes-masked-3x1": _low_latency(3, 2, 2, ranks_per_node=1, with_masks=True, has_dead=True),
+    "low-latency-nodes-dying-3x1": _low_latency(
+        3, 2, 2, ranks_per_node=1, with_masks=True, has_dead=True, dies_midway=True, max_dead_step=120_000
+    ),
+    "low-latency-nodes-engine-2x1": Scenario(
+        num_ranks=2,
+        ranks_per_node=1,
+        draw=partial(low_latency_cases.draw_engine, num_rounds=3, max_tokens=3, over_network=True),
+        kernels=_low_latency_over_network,
+        max_grid=16,
+    ),
+    "low-latency-nodes-dead-2x2": _low_latency(4, 2, 3, ranks_per_node=2, dies=True),
+    "low-latency-nodes-expiring-2x1": _low_latency(2, 3, 3, ranks_per_node=1, expires=True),
     **{
         f"low-latency-other-{mistake}-r3": Scenario(
             num_ranks=3,
@@ -243,6 +272,24 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     },
     "low-latency-kept-r2": Scenario(
         num_ranks=2, draw=low_latency_cases.draw_kept, kernels=_low_latency_kernels, max_grid=8
+    ),
+    **{
+        f"low-latency-nodes-other-{mistake}-3x1": Scenario(
+            num_ranks=3,
+            ranks_per_node=1,
+            draw=partial(low_latency_cases.draw_mistaken, mistake=mistake, over_network=True),
+            kernels=_low_latency_over_network,
+            max_grid=10,
+            mistake=CollectiveMismatchError if mistake == "call" else ConfigError,
+        )
+        for mistake in ("call", "arguments")
+    },
+    "low-latency-nodes-kept-2x1": Scenario(
+        num_ranks=2,
+        ranks_per_node=1,
+        draw=partial(low_latency_cases.draw_kept, over_network=True),
+        kernels=_low_latency_over_network,
+        max_grid=8,
     ),
     "low-latency-engine-r2": Scenario(
         num_ranks=2,
@@ -342,6 +389,7 @@ class Runner:
             ),
             is_failing=scenario.is_failing,
             max_grid=scenario.max_grid,
+            ranks_per_node=scenario.ranks_per_node,
         )
         scenario.draw(rng, self.ranks)
         return self.ranks
@@ -349,29 +397,45 @@ class Runner:
 
 def _check_blame(ranks: Ranks, dead: int, steps: int) -> None:
     """Whoever gave up names the rank that died, and nobody else."""
-    reports = []
     for rank in range(ranks.num_ranks):
-        record = ranks.header(rank)["hang"]
-        reports.append(None if rank == dead else Report.of(rank, record))
-    for rank, report in enumerate(reports):
-        mine = Report.of(rank, ranks.hangs[rank].array(HANG_RECORD, (1,)))
-        if rank != dead and mine != report:
+        if rank == dead:
+            continue
+        mine = Report.of(0, ranks.hangs[rank].array(HANG_RECORD, (1,)))
+        if mine != Report.of(0, ranks.header(rank)["hang"]):
             text = f"rank {rank} tells its host and its peers different things"
             raise FoundError("record", text, steps=steps)
-        if report is None:
+        if mine is None:
             continue
-        error = verdict(reports, rank=rank, timeout_s=1.0)
+        error = _said_by(ranks, rank, dead)
         if not isinstance(error, PeerTimeoutError) or list(error.peers) != [dead]:
             raise FoundError("record", f"rank {rank} says, with rank {dead} dead: {error}", steps=steps)
 
 
 def _check_mistake(ranks: Ranks, mistake: type[EpError], steps: int) -> None:
     """Every rank has given up, and all say the same."""
-    reports = [Report.of(rank, ranks.header(rank)["hang"]) for rank in range(ranks.num_ranks)]
-    for rank, report in enumerate(reports):
-        error = None if report is None else verdict(reports, rank=rank, timeout_s=1.0)
+    for rank in range(ranks.num_ranks):
+        gave_up = Report.of(0, ranks.header(rank)["hang"]) is not None
+        error = _said_by(ranks, rank) if gave_up else None
         if not isinstance(error, mistake):
             raise FoundError("record", f"rank {rank} says {error}, not {mistake.__name__}", steps=steps)
+
+
+def _said_by(ranks: Ranks, rank: int, dead: int | None = None) -> EpError:
+    """What a rank that gave up raises, as `HangWatch` finds it: it reads the records of its node alone."""
+    first = rank // ranks.ranks_per_node * ranks.ranks_per_node
+    names = Names(tuple(range(first, first + ranks.ranks_per_node)), ranks.num_ranks)
+    farewells, reports = ranks.farewells, []
+
+    def heard(_operation: int) -> list[int]:
+        assert farewells is not None
+        return farewells(rank)
+
+    for peer in names.local:
+        report = None if peer == dead else Report.of(peer - first, ranks.header(peer)["hang"])
+        if report is not None and farewells is not None:
+            report = names.informed(report, heard, rank=rank - first)
+        reports.append(None if report is None else names.of(report))
+    return verdict(reports, rank=rank, timeout_s=1.0, num_ranks=ranks.num_ranks)
 
 
 def replay(name: str, seed: int) -> str:

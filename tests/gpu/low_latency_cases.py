@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 from device_arrays import fetch, overwrite, put
 from host_cases import Case, low_latency_combine_options, random_bits, random_values, same_bits
+from ranks import LOW_LATENCY_OVER_NETWORK
 
 from ep_rt import Buffer, arrays, reference
 
@@ -141,7 +142,7 @@ def check_low_latency(
     if sf is not None and mine.sf is not None:
         assert same_bits(np.ascontiguousarray(sf[where]), mine.sf[where])
 
-    back_options = low_latency_combine_options(rng)
+    back_options = low_latency_combine_options(rng, over_network=LOW_LATENCY_OVER_NETWORK)
     if case.hidden % 128:
         back_options |= {"use_logfmt": False, "use_fp8": False}
     shape = (*mine.src_info.shape, case.hidden)

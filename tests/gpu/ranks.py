@@ -24,6 +24,9 @@ _WITHOUT_NVLINK = 1 if IS_UNDER_MPI and settings().nvlink is False else None
 RANKS_PER_NODE = settings().ranks_per_node or _WITHOUT_NVLINK
 """Set, the ranks of mpirun are on virtual nodes, and all tests go over the network between them. As nodes of
 one rank with ``EP_RT_NVLINK=0``, which is how GPUs without NVLink are served."""
+WITH_PUTS_ALONE = IS_UNDER_MPI and os.environ.get("EP_RT_TEST_LOW_LATENCY") == "puts"
+"""Low-latency calls put to every rank, as to those that stores do not reach."""
+LOW_LATENCY_OVER_NETWORK = bool(RANKS_PER_NODE) or WITH_PUTS_ALONE
 PLACES = ("mpi",) if IS_UNDER_MPI else ("virtual", "gpus")
 GROUP_TIMEOUT_S = 30.0
 _HEAP_BYTES = 512 << 20
@@ -52,7 +55,7 @@ def run_ranks(place: str, fn: Callable[[Group], T], *, num_virtual_ranks: int = 
         group = as_group()
         if group.size > num_devices:
             pytest.skip(f"{group.size} processes wait for each other on {num_devices} GPUs")
-        if RANKS_PER_NODE:
+        if RANKS_PER_NODE or WITH_PUTS_ALONE:
             _open_network(group)
         try:
             return [_on_device(group, group.rank, fn)]

@@ -1,4 +1,8 @@
-"""Low-latency mode on GPUs: against the oracle, split, captured, masked, and under faults."""
+"""Low-latency mode on GPUs: against the oracle, split, captured, masked, and under faults.
+
+With ``EP_RT_RANKS_PER_NODE`` under mpirun all calls go through NVSHMEM's memory, and with
+``EP_RT_TEST_LOW_LATENCY=puts`` by its puts alone.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 from host_cases import low_latency_combine_options, random_values, same_bits
-from ranks import PLACES, device_count, run_ranks
+from ranks import (
+    LOW_LATENCY_OVER_NETWORK,
+    PLACES,
+    RANKS_PER_NODE,
+    WITH_PUTS_ALONE,
+    device_count,
+    run_ranks,
+)
 
 import ep_rt
 from ep_rt import Buffer, Group, as_group, reference
@@ -39,7 +50,12 @@ def run(place: str, body: Callable[[Group], T], *, num_virtual_ranks: int = 4) -
 
 
 def low_latency_buffer(group: Group, **options: Any) -> Any:
-    return cuda_buffer(group, **{"low_latency_mode": True, "num_nvl_bytes": SLAB_BYTES, **options})
+    given = {
+        "low_latency_mode": True,
+        "num_nvl_bytes": SLAB_BYTES,
+        "allow_nvlink_for_low_latency_mode": not WITH_PUTS_ALONE,
+    }
+    return cuda_buffer(group, **{**given, **options})
 
 
 def again_and_again(call: Callable[[], Any]) -> None:
@@ -158,7 +174,7 @@ def test_ten_thousand_rounds(place: str) -> None:
             }
             dispatched = reference.low_latency_dispatch(x, ids, **options)
             mine = dispatched[rank]
-            back_options = low_latency_combine_options(rng)
+            back_options = low_latency_combine_options(rng, over_network=LOW_LATENCY_OVER_NETWORK)
             y = [expert_outputs(rng, (*mine.src_info.shape, hidden)) for _ in dispatched]
             combined = reference.low_latency_combine(y, dispatched, ids, weights, **back_options)[rank]
             if mine.expert_rows is None:
@@ -252,11 +268,20 @@ def test_a_third_call_takes_the_place_of_a_forgotten_hook(place: str) -> None:
     def body(group: Group) -> None:
         with low_latency_buffer(group) as buffer:
             given = put(np.ones((1, 8), BF16)), put(np.zeros((1, 1), np.int64)), 1, group.size
-            outs = [
-                buffer.low_latency_dispatch(*given, use_fp8=False, return_recv_hook=True) for _ in range(3)
-            ]
-            with pytest.raises(ep_rt.HandleError, match="too late"):
+
+            def send() -> Any:
+                return buffer.low_latency_dispatch(*given, use_fp8=False, return_recv_hook=True)
+
+            outs = [send(), send()]
+            if LOW_LATENCY_OVER_NETWORK:
+                with pytest.raises(ep_rt.HandleError, match="after the hook of the first"):
+                    send()
                 outs[0].hook()
+                outs.append(send())
+            else:
+                outs.append(send())
+                with pytest.raises(ep_rt.HandleError, match="too late"):
+                    outs[0].hook()
             with pytest.raises(ep_rt.ConfigError, match="hook"):
                 buffer.low_latency_combine(
                     put(np.ones((1, group.size, 8), BF16)),
@@ -354,7 +379,9 @@ def test_too_many_rows_for_an_expert_fail_on_every_rank(place: str) -> None:
     def body(group: Group) -> None:
         with low_latency_buffer(group) as buffer:
             x, ids = put(np.ones((2, 8), BF16)), put(np.zeros((2, 2), np.int64))
-            with pytest.raises(ep_rt.ConfigError, match="more than num_max"):
+            # Ranks of other nodes hear only that it gave up.
+            expected = (ep_rt.ConfigError, "more than num_max") if not RANKS_PER_NODE else (ep_rt.EpError, "")
+            with pytest.raises(expected[0], match=expected[1]):
                 again_and_again(lambda: buffer.low_latency_dispatch(x, ids, 2, group.size, use_fp8=False))
             buffer.reset()
             check_low_latency(buffer, 1)
@@ -485,7 +512,13 @@ def test_wrong_arguments(place: str) -> None:
             pytest.raises(ep_rt.BackendError, match="low_latency_mode=True"),
         ):
             plain.low_latency_dispatch(x, ids, 1, 8)
-        with low_latency_buffer(group, num_nvl_bytes=8 << 20) as buffer:
+        sizes = {"num_rdma_bytes": 4 << 20} if LOW_LATENCY_OVER_NETWORK else {"num_nvl_bytes": 8 << 20}
+        with low_latency_buffer(group, **sizes) as buffer:
+            if LOW_LATENCY_OVER_NETWORK:
+                out = buffer.low_latency_dispatch(x, ids, 1, group.size, use_fp8=False)
+                y, weights = put(np.ones((1, group.size, 8), BF16)), put(np.ones((1, 1), np.float32))
+                with pytest.raises(ep_rt.ConfigError, match="within one node"):
+                    buffer.low_latency_combine(y, ids, weights, out.handle, reduce="source")
             with pytest.raises(ep_rt.ConfigError, match="num_rdma_bytes"):
                 buffer.low_latency_dispatch(
                     put(np.ones((1, 7168), BF16)), put(np.zeros((1, 1), np.int64)), 512, group.size
