@@ -22,6 +22,7 @@ from .events import EventOverlap
 from .exchange import Group
 from .groups import as_group, run_local
 from .handle import DispatchHandle, LowLatencyHandle
+from .network_options import NetworkOptions
 from .results import Combined, Dispatched, DispatchLayout, LowLatencyCombined, LowLatencyDispatched
 from .topology import Topology
 
@@ -46,6 +47,7 @@ __all__ = [
     "LowLatencyCombined",
     "LowLatencyDispatched",
     "LowLatencyHandle",
+    "NetworkOptions",
     "PeerFailedError",
     "PeerTimeoutError",
     "Topology",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from types import TracebackType
 from typing import Any, ClassVar, Final
 
@@ -24,6 +24,7 @@ from .handle import DispatchHandle, FlatLayout, FlatShape, LowLatencyHandle
 from .host.engine import HostEngine
 from .host.low_latency import HostLowLatency
 from .host.peers import Announcement, Peers, attempt
+from .network_options import NetworkOptions
 from .requests import (
     CombineRequest,
     DispatchRequest,
@@ -101,7 +102,8 @@ class Buffer:
         low_latency_mode: on GPUs, load the kernels of the low-latency calls, which raise without.
         allow_nvlink_for_low_latency_mode: False, for tests: low-latency calls on GPUs go through NVSHMEM to
             every rank, as if each was on a node of its own.
-        num_qps_per_rank, allow_mnnvl, explicitly_destroy: as in DeepEP; every value means the same.
+        num_qps_per_rank: see `NetworkOptions`, whose own value wins.
+        allow_mnnvl, explicitly_destroy: as in DeepEP; every value means the same.
         enable_shrink: in low-latency mode, mask a late rank and go on without it instead of raising. What
             a rank still sends that was late and not lost may spoil rows of later calls: end it.
         backend: "host"; "cuda", over several nodes with NVSHMEM; or "auto": what ``EP_RT_BACKEND`` says, else
@@ -111,6 +113,7 @@ class Buffer:
             ``EP_RT_NVLINK``.
         timeout_s: how long to wait for a peer.
         moe: sizes to check calls against, see `for_moe`.
+        network: settings of NVSHMEM. They count for the first buffer of a process that needs it.
         counts_bytes: on GPUs, use kernels of the normal mode that count what they move over NVLink, for
             `stats`. They are slower, and meant for tests.
 
@@ -130,7 +133,7 @@ class Buffer:
         num_rdma_bytes: int = 0,
         *,
         low_latency_mode: bool = False,
-        num_qps_per_rank: int = 24,
+        num_qps_per_rank: int | None = None,
         allow_nvlink_for_low_latency_mode: bool = True,
         allow_mnnvl: bool = False,
         explicitly_destroy: bool = False,
@@ -139,6 +142,7 @@ class Buffer:
         ranks_per_node: int | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         moe: MoeSizes | None = None,
+        network: NetworkOptions | None = None,
         counts_bytes: bool = False,
     ) -> None:
         if not timeout_s > 0:
@@ -146,8 +150,11 @@ class Buffer:
         self.group = as_group(group)
         self._closed = False
         self._moe = moe
+        self._network_options = network or NetworkOptions()
         peers = Peers(self.group, timeout_s)
-        requested = attempt(lambda: self._check_construction(backend, num_nvl_bytes, num_rdma_bytes))
+        requested = attempt(
+            lambda: self._check_construction(backend, num_nvl_bytes, num_rdma_bytes, num_qps_per_rank)
+        )
         place = backends.gpu_place() if requested in ("auto", "cuda") else None
         announced = peers.agree(
             "Buffer",
@@ -160,6 +167,7 @@ class Buffer:
                     "low_latency_mode": low_latency_mode,
                     "enable_shrink": enable_shrink,
                     "allow_nvlink_for_low_latency_mode": allow_nvlink_for_low_latency_mode,
+                    "network": astuple(self._network_options),
                     "model": None if moe is None else astuple(moe),
                 },
                 payload=(secrets.token_hex(2), place),
@@ -192,6 +200,7 @@ class Buffer:
                 ),
                 timeout_s=timeout_s,
                 remote=self._remote_sizes(int(num_rdma_bytes), low_latency_mode),
+                network=self._network_options,
                 with_low_latency=low_latency_mode,
                 with_nvlink_low_latency=allow_nvlink_for_low_latency_mode,
                 enable_shrink=enable_shrink,
@@ -827,7 +836,12 @@ class Buffer:
             over_network=over_network,
         )
 
-    def _check_construction(self, backend: str, num_nvl_bytes: int, num_rdma_bytes: int) -> str:
+    def _check_construction(
+        self, backend: str, num_nvl_bytes: int, num_rdma_bytes: int, num_qps_per_rank: int | None
+    ) -> str:
+        if num_qps_per_rank is not None and self._network_options.num_qps_per_rank is None:
+            num_qps = integer(num_qps_per_rank, "num_qps_per_rank")
+            self._network_options = replace(self._network_options, num_qps_per_rank=num_qps)
         if min(integer(num_nvl_bytes, "num_nvl_bytes"), integer(num_rdma_bytes, "num_rdma_bytes")) < 0:
             raise ConfigError(
                 f"num_nvl_bytes={num_nvl_bytes} and num_rdma_bytes={num_rdma_bytes} must not be negative"

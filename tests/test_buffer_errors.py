@@ -262,6 +262,14 @@ def test_construction_compares_what_must_agree() -> None:
             Buffer.for_moe(group, hidden=128, **(sizes | {"num_experts": 8 + group.rank}))
         with pytest.raises(ep_rt.ConfigError, match="enable_shrink differs"):
             Buffer(group, enable_shrink=group.rank == 0)
+        with pytest.raises(ep_rt.ConfigError, match="network differs"):
+            Buffer(group, network=ep_rt.NetworkOptions(service_level=group.rank))
+        with pytest.raises(ep_rt.ConfigError, match="network differs"):
+            Buffer(group, num_qps_per_rank=1 + group.rank)
+        with pytest.raises(ep_rt.ConfigError, match="num_qps_per_rank=0 is not within"):
+            Buffer(group, num_qps_per_rank=0)
+        wins = ep_rt.NetworkOptions(num_qps_per_rank=2)
+        Buffer(group, backend="host", network=wins, num_qps_per_rank=1 + group.rank).close()
         with pytest.raises(ep_rt.ConfigError, match="rank 1: backend='gpu'"):
             Buffer(group, backend="gpu" if group.rank else "host")
         with Buffer.for_moe(group, hidden=32, dtype="float32", backend="host", **sizes) as buffer:

@@ -38,6 +38,7 @@ from ep_rt.errors import (
 )
 from ep_rt.exchange import Group
 from ep_rt.groups import run_local, thread_groups
+from ep_rt.network_options import NetworkOptions
 from ep_rt.node_group import NodeGroup
 from ep_rt.requests import integer
 from ep_rt.topology import Topology
@@ -226,7 +227,10 @@ def test_nodes_that_are_not_served() -> None:
 def test_gpus_without_nvlink_hear_what_to_install_and_how_to_do_without(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def absent(*args: object, **kwargs: object) -> None:
+    given = NetworkOptions(service_level=3)
+
+    def absent(*args: object, options: NetworkOptions, **kwargs: object) -> None:
+        assert options is given
         raise on_all_ranks(BackendError("rank 1: NVSHMEM is not installed; install ep-rt[cuda12]"))
 
     monkeypatch.setattr(nvshmem, "Network", absent)
@@ -239,6 +243,7 @@ def test_gpus_without_nvlink_hear_what_to_install_and_how_to_do_without(
                 SimpleNamespace(timeout_s=1.0),  # type: ignore[arg-type]
                 SimpleNamespace(),  # type: ignore[arg-type]
                 RemoteSizes(max_tokens=8, max_record_bytes=1024),
+                given,
                 with_low_latency=False,
                 with_stores=True,
             )

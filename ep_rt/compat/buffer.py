@@ -44,9 +44,10 @@ class Buffer:
         comm: an mpi4py communicator, in place of `group`.
         num_nvl_bytes, num_rdma_bytes, low_latency_mode, enable_shrink: see `ep_rt.Buffer`.
         allow_nvlink_for_low_latency_mode: see `ep_rt.Buffer`.
-        num_qps_per_rank, allow_mnnvl, use_fabric, explicitly_destroy: accepted; every value means the same.
+        num_qps_per_rank: what NVSHMEM is told, as in DeepEP.
+        allow_mnnvl, use_fabric, explicitly_destroy: accepted; every value means the same.
         options: keywords of `ep_rt.Buffer` that DeepEP does not have: ``backend``, ``timeout_s``,
-            ``ranks_per_node``.
+            ``ranks_per_node``, ``network``.
 
     Attributes:
         num_sms: what calls without a `Config` use.

@@ -25,6 +25,7 @@ from ..cuda_arrays import Column, ResultArrays, current_stream
 from ..errors import BackendError, EpError
 from ..exchange import Group
 from ..handle import DispatchHandle, FlatLayout, FlatShape
+from ..network_options import NetworkOptions
 from ..node_group import NodeGroup
 from ..requests import CombineRequest, DispatchRequest, LayoutRequest, Schedule
 from ..results import Combined, Dispatched, DispatchLayout
@@ -124,6 +125,7 @@ class CudaEngine:
 
     Args: see `Domain`; for `enable_shrink`, `CudaLowLatency`; for `counts_bytes`, `Operations`.
         remote: sizes for calls over several nodes, and for low-latency calls over the network.
+        network: settings for those.
         with_low_latency: load the kernels of the low-latency calls.
         with_nvlink_low_latency: else they go over the network on one node, too, and to all ranks.
 
@@ -147,6 +149,7 @@ class CudaEngine:
         num_bytes: int,
         timeout_s: float,
         remote: RemoteSizes,
+        network: NetworkOptions | None = None,
         with_low_latency: bool = False,
         with_nvlink_low_latency: bool = True,
         enable_shrink: bool = False,
@@ -184,6 +187,7 @@ class CudaEngine:
                     domain,
                     self._operations,
                     remote,
+                    network,
                     with_low_latency=is_low_latency_remote,
                     with_stores=with_nvlink_low_latency,
                 )

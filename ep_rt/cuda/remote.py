@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..errors import BackendError, EpError, TopologyError, on_all_ranks
 from ..exchange import Group
+from ..network_options import NetworkOptions
 from ..topology import Topology
 from . import jit, kernels, plan
 from .domain import Domain, together
@@ -41,6 +42,7 @@ class Remote:
         group: of all nodes.
         domain: of this node's ranks.
         operations: of this node.
+        options: see `Network`.
         with_low_latency: load the kernels of the low-latency calls.
         with_stores: in low-latency calls stores go to the ranks that they reach; else NVSHMEM puts to all.
 
@@ -61,6 +63,7 @@ class Remote:
         domain: Domain,
         operations: Operations,
         sizes: RemoteSizes,
+        options: NetworkOptions | None = None,
         *,
         with_low_latency: bool,
         with_stores: bool,
@@ -78,7 +81,9 @@ class Remote:
         rings_bytes = Internode.num_bytes(topology, rings) if has_rings else 0
         areas_bytes = align_up(sizes.low_latency_bytes, OFFSET_UNIT) if with_low_latency else 0
         try:
-            network = Network(group, num_bytes=rings_bytes + areas_bytes, timeout_s=timeout_s)
+            network = Network(
+                group, num_bytes=rings_bytes + areas_bytes, options=options, timeout_s=timeout_s
+            )
         except BackendError as failure:  # of all ranks
             raise on_all_ranks(BackendError(f"{failure}{topology.hint}")) from failure
         self._network = network
