@@ -353,7 +353,10 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::list(int32_t src) const {
     bool is_overfull = false;
     for (int32_t e = threadIdx.x; e < args.num_experts; e += blockDim.x)
         is_overfull |= shared.listed[e] > args.num_max_tokens;
-    if (__syncthreads_or(is_overfull)) return kOverfull;
+    if (__syncthreads_or(is_overfull)) {
+        if (threadIdx.x == 0) atomicOr(&shared.found.missing, 1u << src);
+        return kOverfull;
+    }
     const Reason reason = list_pairs(src);
     if (reason != kNothing) return reason;
     // Those who copy read the routes: a barrier lies behind them.

@@ -147,7 +147,12 @@ def test_a_call_that_is_not_named_contradicts_nobody() -> None:
 def test_too_many_rows_are_said_by_every_rank() -> None:
     reports = [
         report(0, {1: (5, GAVE_UP)}, reason=Reason.CONTRADICTED, operation=Operation.LOW_LATENCY_DISPATCH),
-        report(1, {}, reason=Reason.OVERFULL, operation=Operation.LOW_LATENCY_DISPATCH),
+        report(
+            1,
+            {1: (4, Operation.NO_OPERATION)},
+            reason=Reason.OVERFULL,
+            operation=Operation.LOW_LATENCY_DISPATCH,
+        ),
     ]
     for rank in range(2):
         error = verdict(reports, rank=rank, timeout_s=1.0)

@@ -117,7 +117,8 @@ class Report:
     """What one rank saw when it gave up. Twin of a `HANG_RECORD` that holds something.
 
     Attributes:
-        waits: (expected, seen) signal words by peer, of the peers that had not arrived.
+        waits: (expected, seen) signal words by peer, of the peers that had not arrived, whose arguments
+            differ, or who sent too much.
     """
 
     rank: int
@@ -169,10 +170,10 @@ class Report:
             waits[peer] = expected, signal_word(self.epoch, Operation.GAVE_UP)
             over = [other for other in range(len(farewells)) if farewell.missing >> other & 1]
             absent = expected, signal_word(self.epoch - 1, Operation.NO_OPERATION)
-            if farewell.reason == Reason.DISAGREED:
-                # They differ from that peer: so does this rank, or it differs from them.
-                differing = [peer] if own in over else over
-                return replace(self, reason=Reason.DISAGREED, waits=dict.fromkeys(differing, absent))
+            if farewell.reason in (Reason.DISAGREED, Reason.OVERFULL):
+                if farewell.reason == Reason.DISAGREED and own in over:
+                    over = [peer]  # this rank and that peer differ from each other
+                return replace(self, reason=farewell.reason, waits=dict.fromkeys(over, absent))
             for other in over:
                 if not farewells[other] and other != own:
                     waits.setdefault(other, absent)
@@ -257,12 +258,13 @@ def verdict(
         return CollectiveMismatchError(
             [operation_name(operations[peer]) if peer in operations else None for peer in range(num_ranks)]
         )
-    overfull = ", ".join(str(report.rank) for report in known if report.reason == Reason.OVERFULL)
-    if overfull:
+    senders = {peer for report in known if report.reason == Reason.OVERFULL for peer in report.waits}
+    if senders:
         return on_all_ranks(
             ConfigError(
-                f"rank {overfull} sends more than num_max_dispatch_tokens_per_rank rows to one expert, which "
-                "takes an expert that is repeated in a row of topk_idx"
+                f"rank {', '.join(map(str, sorted(senders)))} sends more than "
+                "num_max_dispatch_tokens_per_rank rows to one expert, which takes an expert that is repeated "
+                "in a row of topk_idx"
             )
         )
     if any(report.epoch == epoch and report.reason == Reason.DISAGREED for report in known):

@@ -233,6 +233,7 @@ def draw_mistaken(
     if mistake == "arguments":
         mode.digests[mistaken] += 1
     if mistake == "rows":
+        ranks.mistaken = mistaken
         ids = [np.full((2, 2), -1) for _ in range(num_ranks)]
         rows = [np.zeros((2, 8), BF16) for _ in range(num_ranks)]
         made = mode.dispatch(rows, ids, is_split=is_split, overfull=mistaken)

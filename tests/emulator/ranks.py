@@ -66,6 +66,7 @@ class Ranks:
         self.ranks_per_node = ranks_per_node or num_ranks
         self.is_failing = is_failing
         self.dead: int | None = None  # that never comes, in programs that go on without it
+        self.mistaken: int | None = None  # which errors must name
         self.farewells: Callable[[int], list[int]] | None = None  # see `HangWatch`, of calls over the network
         self.num_ranks, self.num_blocks, self.load = num_ranks, num_blocks, load
         self.num_places, self.place_bytes = num_places, place_bytes

@@ -282,7 +282,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
             max_grid=10,
             mistake=CollectiveMismatchError if mistake == "call" else ConfigError,
         )
-        for mistake in ("call", "arguments")
+        for mistake in ("call", "arguments", "rows")
     },
     "low-latency-nodes-kept-2x1": Scenario(
         num_ranks=2,
@@ -418,6 +418,8 @@ def _check_mistake(ranks: Ranks, mistake: type[EpError], steps: int) -> None:
         error = _said_by(ranks, rank) if gave_up else None
         if not isinstance(error, mistake):
             raise FoundError("record", f"rank {rank} says {error}, not {mistake.__name__}", steps=steps)
+        if ranks.mistaken is not None and not str(error).startswith(f"rank {ranks.mistaken} "):
+            raise FoundError("record", f"rank {rank} says {error}, of {ranks.mistaken}", steps=steps)
 
 
 def _said_by(ranks: Ranks, rank: int, dead: int | None = None) -> EpError:
