@@ -17,8 +17,11 @@ On GPUs (``--backend cuda``) every token crosses the network at most once for ea
 it, by NVSHMEM, to the rank of the same place there; NVLink does the rest. A combine brings one row per node
 back. On the host backend the same calls go through MPI or threads, and the nodes matter for the counts only.
 
+Some tokens also go through the low-latency calls of decoding: straight to each rank that has an expert of
+them, by stores where these reach, and else by NVSHMEM.
+
 Every rank sends numbers that are exact in bfloat16, so the sums do not depend on their order: each token must
-come back as itself times the number of ranks that it went to.
+come back as itself times the number of ranks that it went to, and of experts in the low-latency calls.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ import ep_rt
 def main(group: ep_rt.Group, options: argparse.Namespace) -> None:
     if options.topk > options.num_experts:
         raise ep_rt.ConfigError(f"--topk {options.topk} of --num-experts {options.num_experts} is impossible")
+    num_decoded = min(options.decode_tokens, options.tokens)
     rng = np.random.default_rng([options.seed, group.rank])
     x = rng.integers(-8, 9, (options.tokens, options.hidden)).astype(BF16)
     scores = rng.random((options.tokens, options.num_experts))
@@ -48,6 +52,7 @@ def main(group: ep_rt.Group, options: argparse.Namespace) -> None:
             hidden=options.hidden,
             num_experts=options.num_experts,
             num_topk=options.topk,
+            low_latency_mode=True,
             backend=place.backend,
         ) as buffer,
     ):
@@ -64,6 +69,13 @@ def main(group: ep_rt.Group, options: argparse.Namespace) -> None:
             sys.exit("num_tokens_per_rdma_rank is wrong")
         is_right = np.array_equal(
             back.astype(np.float32), x.astype(np.float32) * goes.sum(axis=1, keepdims=True)
+        )
+        rows, ids = lib.put(x[:num_decoded]), lib.put(topk_idx[:num_decoded])
+        sent = buffer.low_latency_dispatch(rows, ids, use_fp8=False)
+        ones = lib.put(np.ones((num_decoded, options.topk), np.float32))
+        decoded = lib.fetch(buffer.low_latency_combine(sent.recv_x, ids, ones, sent.handle).combined_x)
+        is_right &= np.array_equal(
+            decoded.astype(np.float32), x[:num_decoded].astype(np.float32) * options.topk
         )
         elsewhere = [rank for rank in range(group.size) if rank not in topology.local_ranks]
         num_rows = int(goes[:, elsewhere].sum())
@@ -88,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
         "hidden": (1024, "numbers per token"),
         "num-experts": (32, "experts, of all ranks together"),
         "topk": (4, "experts per token"),
+        "decode-tokens": (64, "as many of them also go through the low-latency calls"),
     }
     add_sizes(parser, sizes)
     return parser
