@@ -105,7 +105,8 @@ class Buffer:
         num_qps_per_rank: see `NetworkOptions`, whose own value wins.
         allow_mnnvl, explicitly_destroy: as in DeepEP; every value means the same.
         enable_shrink: in low-latency mode, mask a late rank and go on without it instead of raising. What
-            a rank still sends that was late and not lost may spoil rows of later calls: end it.
+            a rank still sends that was late and not lost may spoil rows of later calls: end it. Over several
+            nodes it is for NVSHMEM's transport to bear that a rank is lost, and that was not tried.
         backend: "host"; "cuda", over several nodes with NVSHMEM; or "auto": what ``EP_RT_BACKEND`` says, else
             "cuda" if the ranks are on one host, the current GPU of each is its own, and several nodes of that
             host can be served, else "host". The attribute `backend` tells.
