@@ -161,11 +161,3 @@ def test_too_many_tokens_are_refused() -> None:
             check_normal(buffer, 3)
 
     on_ranks(body)
-
-
-def test_low_latency_calls_need_one_node() -> None:
-    def body(group: Group) -> None:
-        with pytest.raises(ep_rt.BackendError, match="low-latency calls over"):
-            ep_rt.Buffer(group, backend="cuda", low_latency_mode=True)
-
-    on_ranks(body)
