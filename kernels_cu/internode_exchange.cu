@@ -84,9 +84,9 @@ struct InternodeExchange {
         return ((int64_t{at} * args.num_channels + channel) * args.num_slots + slot) * args.slot_bytes;
     }
 
-    // Copies one part of `num` rows, as one block.
+    // Copies one part of `num` rows, as one block: of short rows each vector by itself.
     template <class Vector, class From, class To>
-    __device__ void copy(int32_t num, int32_t bytes, From from, To to) const {
+    __device__ void copy_short(int32_t num, int32_t bytes, From from, To to) const {
         const int32_t per_row = bytes / static_cast<int32_t>(sizeof(Vector)), total = num * per_row;
         for (int32_t first = threadIdx.x; first < total; first += kDepth * kCfg.num_threads) {
             Vector values[kDepth];
@@ -102,12 +102,34 @@ struct InternodeExchange {
             }
         }
     }
+    // Of long ones a stretch by a warp: to work out where each vector belongs takes longer than to move it.
+    template <class From, class To>
+    __device__ void copy_long(int32_t num, int32_t per_row, From from, To to) const {
+        constexpr int32_t kStretch = kDepth * kWarpSize, kNumWarps = kCfg.num_threads / kWarpSize;
+        const int32_t warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+        const int32_t num_stretches = (per_row + kStretch - 1) / kStretch;
+        for (int32_t i = warp; i < num * num_stretches; i += kNumWarps) {
+            const int32_t row = i / num_stretches, first = i % num_stretches * kStretch + lane;
+            const auto* source = reinterpret_cast<const uint4*>(from(row)) + first;
+            auto* target = reinterpret_cast<uint4*>(to(row)) + first;
+            uint4 values[kDepth];
+#pragma unroll
+            for (int32_t v = 0; v < kDepth; ++v)
+                if (first + v * kWarpSize < per_row) values[v] = source[v * kWarpSize];
+#pragma unroll
+            for (int32_t v = 0; v < kDepth; ++v)
+                if (first + v * kWarpSize < per_row) target[v * kWarpSize] = values[v];
+        }
+    }
     template <class From, class To>
     __device__ void copy_section(int32_t num, int32_t bytes, From from, To to) const {
-        if (bytes % static_cast<int32_t>(sizeof(uint4)) == 0)
-            copy<uint4>(num, bytes, from, to);
+        constexpr auto kVector = static_cast<int32_t>(sizeof(uint4));
+        if (bytes % kVector != 0)
+            copy_short<uint32_t>(num, bytes, from, to);
+        else if (bytes < kWarpSize * kVector)
+            copy_short<uint4>(num, bytes, from, to);
         else
-            copy<uint32_t>(num, bytes, from, to);
+            copy_long(num, bytes / kVector, from, to);
     }
 
     __device__ void gather(int32_t at, Stretch rows, uint8_t* slot) const {

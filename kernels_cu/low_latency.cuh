@@ -37,6 +37,9 @@ constexpr int kPieceVectors = 2 * kWarpSize;
 constexpr int kPieceChannels = kPieceVectors * kVectorChannels;
 // Blocks are added until each has this many turns, for all its warps together; then turns.
 constexpr int kTurnsPerBlock = 4;
+// So many puts of a block are made by all its warps, one after the other; more of them by a warp each. Where
+// NVSHMEM copies by itself, a warp alone takes several times as long.
+constexpr int kMaxBlockPuts = 2;
 
 // Blocks that send in so many turns. Turn u is that of block u % num_blocks, so receivers know whose flag
 // says that a piece has landed.
@@ -114,6 +117,16 @@ template <bool kOverNetwork>
 __device__ inline uint32_t reached(const Session<kOverNetwork>& session) {
     const int32_t peer = threadIdx.x % kWarpSize;
     return __ballot_sync(kFullWarp, peer < session.num_ranks() && session.reaches(peer));
+}
+
+// Of the ranks whose bits are set, number `which` behind `rank`.
+__device__ inline int32_t rank_behind(int32_t rank, uint32_t ranks, int32_t which) {
+    const uint32_t behind = rank + 1 < kWarpSize ? ranks >> (rank + 1) << (rank + 1) : 0;
+    const int32_t num_behind = __popc(behind);
+    uint32_t left = which < num_behind ? behind : ranks ^ behind;
+    for (int32_t skipped = which < num_behind ? which : which - num_behind; skipped > 0; --skipped)
+        left &= left - 1;
+    return __ffs(static_cast<int32_t>(left)) - 1;
 }
 
 // Of a block, in shared memory.

@@ -59,6 +59,7 @@ template <LowLatencyCombineCfg kCfg>
 struct LowLatencyCombineShared {
     low_latency::Found found;
     CombineEntry entries[kCfg.num_threads / kWarpSize][kMaxEntries];
+    int32_t num_entries[kCfg.over_network != 0 ? kCfg.num_threads / kWarpSize : 1];  // of rows that are put
 };
 
 template <LowLatencyCombineCfg kCfg>
@@ -123,10 +124,11 @@ struct LowLatencyCombineBlock {
     __device__ void send_weights(int32_t dst) const;
     __device__ Reason send_rows(int32_t block) const;
     __device__ Reason send_turn(int32_t turn) const;
+    __device__ void put_row(int32_t token, int32_t dst, bool is_of_block) const;
     __device__ Reason put_rows(int32_t block) const;
     __device__ Reason gather(int32_t token, int32_t first, int32_t num_sources, uint32_t ranks,
                              int32_t& num_entries) const;
-    __device__ void send_entries(int32_t token, int32_t piece, int32_t num_entries) const;
+    __device__ void send_entries(int32_t token, int32_t piece, int32_t lister, int32_t num_entries) const;
     __device__ void push(int32_t dst, int32_t token, int32_t number, int32_t piece,
                          const uint4 (&vectors)[2]) const;
 

@@ -121,9 +121,9 @@ __device__ void LowLatencyCombineBlock<kCfg>::push(int32_t dst, int32_t token, i
     }
 }
 
-// A piece of the listed rows, summed for each source, or each as it is.
+// A piece of the rows that warp `lister` has listed, summed for each source, or each as it is.
 template <LowLatencyCombineCfg kCfg>
-__device__ void LowLatencyCombineBlock<kCfg>::send_entries(int32_t token, int32_t piece,
+__device__ void LowLatencyCombineBlock<kCfg>::send_entries(int32_t token, int32_t piece, int32_t lister,
                                                            int32_t num_entries) const {
     constexpr int32_t kDepth = 4;
     constexpr auto kElement = rows::kBfloat16;
@@ -134,7 +134,7 @@ __device__ void LowLatencyCombineBlock<kCfg>::send_entries(int32_t token, int32_
 #pragma unroll
         for (int32_t i = 0; i < kDepth; ++i) {
             if (first + i >= num_entries) break;
-            const int64_t row = shared.entries[warp][first + i].row;
+            const int64_t row = shared.entries[lister][first + i].row;
             const auto* from = reinterpret_cast<const uint4*>(args.y + row * args.hidden * 2);
 #pragma unroll
             for (int32_t v = 0; v < 2; ++v) {
@@ -145,7 +145,7 @@ __device__ void LowLatencyCombineBlock<kCfg>::send_entries(int32_t token, int32_
 #pragma unroll
         for (int32_t i = 0; i < kDepth; ++i) {
             if (first + i >= num_entries) break;
-            const CombineEntry entry = shared.entries[warp][first + i];
+            const CombineEntry entry = shared.entries[lister][first + i];
             const int32_t src = entry.what & 0xff;
             if (args.sums_at_source) {
                 push(src, token, (entry.what & ~kLastEntry) >> 8, piece, vectors[i]);
@@ -179,32 +179,65 @@ __device__ Reason LowLatencyCombineBlock<kCfg>::send_turn(int32_t turn) const {
         int32_t num_entries = 0;
         const Reason reason = gather(token, first, min(together, end - first), ranks, num_entries);
         if (reason != kNothing) return reason;
-        send_entries(token, piece, num_entries);
+        send_entries(token, piece, warp, num_entries);
     }
     return kNothing;
 }
 
-// Rows to ranks that stores do not reach: warps take whole ones in turn, by way of the outbox.
+// A row of the outbox, as one warp or as the whole block.
+template <LowLatencyCombineCfg kCfg>
+__device__ void LowLatencyCombineBlock<kCfg>::put_row(int32_t token, int32_t dst, bool is_of_block) const {
+    uint8_t *to = slot(args.rank, token, args.rank), *from = out_slot(dst, token);
+    uint64_t* word = landed(args.rank, token);
+    const int64_t num_bytes = wire::row_bytes<kWire>(args.hidden);
+    const uint64_t value = stamped(session.call.epoch, 1);
+    if (is_of_block)
+        network::put_signal_block(to, from, num_bytes, word, value, dst);
+    else
+        network::put_signal_warp(to, from, num_bytes, word, value, dst);
+}
+
+// Rows to ranks that stores do not reach, by way of the outbox, as one block: each warp looks for a row, all
+// of them make the pieces of what was found, and share the puts; a few are made by the whole block.
 template <LowLatencyCombineCfg kCfg>
 __device__ Reason LowLatencyCombineBlock<kCfg>::put_rows(int32_t block) const {
     const uint32_t ranks = shared.found.ranks & ~low_latency::reached(session);
     if (ranks == 0) return kNothing;
-    const int32_t num_turns = max_tokens * args.num_ranks;
+    const int32_t num_dsts = __popc(ranks), num_turns = max_tokens * num_dsts;
+    const auto token_of = [&](int32_t turn) { return turn / num_dsts; };
+    const auto dst_of = [&](int32_t turn) {
+        return low_latency::rank_behind(args.rank, ranks, turn % num_dsts);
+    };
 #pragma unroll 1
-    for (int32_t turn = block + num_row_blocks * warp; turn < num_turns; turn += num_row_blocks * kNumWarps) {
-        const int32_t token = turn / args.num_ranks, number = turn % args.num_ranks;
-        const int32_t dst = source(args.rank, number);
-        if (!(ranks >> dst & 1)) continue;
+    for (int32_t first = block; first < num_turns; first += num_row_blocks * kNumWarps) {
+        const auto turn_of_warp = [&](int32_t w) { return first + num_row_blocks * w; };
+        const int32_t turn = turn_of_warp(warp);
         int32_t num_entries = 0;
-        const Reason reason = gather(token, number, 1, ranks, num_entries);
+        Reason reason = kNothing;
+        if (turn < num_turns) {
+            const int32_t number = number_of(args.rank, dst_of(turn));
+            reason = gather(token_of(turn), number, 1, ranks, num_entries);
+        }
+        if (lane == 0) shared.num_entries[warp] = num_entries;
+        reason = sync::agree(reason);
         if (reason != kNothing) return reason;
-        if (num_entries == 0) continue;
+        int32_t num_rows = 0;
 #pragma unroll 1
-        for (int32_t piece = 0; piece < num_pieces; ++piece) send_entries(token, piece, num_entries);
-        __syncwarp();
-        network::put_signal_warp(slot(args.rank, token, args.rank), out_slot(dst, token),
-                                 wire::row_bytes<kWire>(args.hidden), landed(args.rank, token),
-                                 stamped(session.call.epoch, 1), dst);
+        for (int32_t w = 0; w < kNumWarps; ++w) {
+            if (shared.num_entries[w] == 0) continue;
+#pragma unroll 1
+            for (int32_t piece = 0; piece < num_pieces; ++piece)
+                if ((num_rows * num_pieces + piece) % kNumWarps == warp)
+                    send_entries(token_of(turn_of_warp(w)), piece, w, shared.num_entries[w]);
+            ++num_rows;
+        }
+        __syncthreads();
+        const bool is_of_block = num_rows <= low_latency::kMaxBlockPuts;
+#pragma unroll 1
+        for (int32_t w = 0; w < kNumWarps; ++w)
+            if (shared.num_entries[w] != 0 && (is_of_block || w == warp))
+                put_row(token_of(turn_of_warp(w)), dst_of(turn_of_warp(w)), is_of_block);
+        __syncthreads();  // all have read what there is
     }
     return kNothing;
 }

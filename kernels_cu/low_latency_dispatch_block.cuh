@@ -69,6 +69,8 @@ struct LowLatencyDispatchShared {
     uint64_t arrived_ns[kPeers];                        // when that was known
     int32_t counts[kMaxLocalRanks * kMaxLocalExperts];  // [src][expert]: pairs for our experts
     int16_t experts[kStretch];                          // of one source: of ours, -1 for others
+    uint32_t
+        wanted[kCfg.over_network != 0 ? kCfg.num_threads / kWarpSize : 1];  // ranks, of a row that is put
     union {
         int32_t listed[kMaxLocalRanks * kMaxLocalExperts];  // pairs of one source for all experts
         struct {
@@ -178,6 +180,7 @@ struct LowLatencyDispatchBlock {
     __device__ Cast cast(const Piece& current, int32_t piece) const;
     __device__ void store(const Cast& from, int32_t piece, uint8_t* row, uint32_t* scales) const;
     __device__ Reason send_rows(int32_t block, int32_t num_blocks, Piece next) const;
+    __device__ void put_row(int32_t token, int32_t dst, bool is_of_block) const;
     __device__ void put_rows(int32_t block, int32_t num_blocks, uint32_t ranks) const;
 
     // Receive phase.

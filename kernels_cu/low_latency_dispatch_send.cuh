@@ -199,37 +199,61 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::send_rows(int32_t block, int32_
     return kNothing;
 }
 
-// Rows to those of `ranks`, which stores do not reach: warps take whole ones in turn, by way of the outbox.
+// A row of the outbox, and its scale factors, as one warp or as the whole block.
+template <LowLatencyDispatchCfg kCfg>
+__device__ void LowLatencyDispatchBlock<kCfg>::put_row(int32_t token, int32_t dst, bool is_of_block) const {
+    const auto put = [&](void* to, const void* from, int64_t num_bytes, Landing what) {
+        uint64_t* word = landed(what, args.rank, token);
+        const uint64_t value = stamped(session.call.epoch, 1);
+        if (is_of_block)
+            network::put_signal_block(to, from, num_bytes, word, value, dst);
+        else
+            network::put_signal_warp(to, from, num_bytes, word, value, dst);
+    };
+    put(row(args.rank, args.rank, token), out_row(token), row_bytes(), kRow);
+    if constexpr (kQuantizes)
+        put(scales(args.rank, args.rank, token), out_scales(token), int64_t{4} * scale_words(), kScales);
+}
+
+// Rows to those of `ranks`, which stores do not reach, by way of the outbox, as one block: each warp looks at
+// a token, all of them make the pieces of what was found, and share the puts; a few are made by the whole
+// block.
 template <LowLatencyDispatchCfg kCfg>
 __device__ void LowLatencyDispatchBlock<kCfg>::put_rows(int32_t block, int32_t num_blocks,
                                                         uint32_t ranks) const {
     if (ranks == 0) return;
-    const uint64_t word = stamped(session.call.epoch, 1);
 #pragma unroll 1
-    for (int32_t token = block + num_blocks * warp; token < args.num_tokens;
-         token += num_blocks * kNumWarps) {
-        Piece next = load_piece(token * num_pieces);
-        const uint32_t wanted = destinations(next) & ranks;
-        if (wanted == 0) continue;
+    for (int32_t first = block; first < args.num_tokens; first += num_blocks * kNumWarps) {
+        const auto token_of_warp = [&](int32_t w) { return first + num_blocks * w; };
+        const uint32_t wanted = destinations(load_piece(token_of_warp(warp) * num_pieces)) & ranks;
+        if (lane == 0) shared.wanted[warp] = wanted;
+        __syncthreads();
+        int32_t num_rows = 0, num_puts = 0;
 #pragma unroll 1
-        for (int32_t piece = 0; piece < num_pieces; ++piece) {
-            const Piece current = next;
-            if (piece + 1 < num_pieces) next = load_piece(token * num_pieces + piece + 1);
-            store(cast(current, piece), piece, out_row(token), out_scales(token));
+        for (int32_t w = 0; w < kNumWarps; ++w) {
+            if (shared.wanted[w] == 0) continue;
+            const int32_t token = token_of_warp(w);
+#pragma unroll 1
+            for (int32_t piece = 0; piece < num_pieces; ++piece)
+                if ((num_rows * num_pieces + piece) % kNumWarps == warp)
+                    store(cast(load_piece(token * num_pieces + piece), piece), piece, out_row(token),
+                          out_scales(token));
+            ++num_rows;
+            num_puts += __popc(shared.wanted[w]);
         }
-        __syncwarp();
+        __syncthreads();
+        const bool is_of_block = num_puts <= low_latency::kMaxBlockPuts;
+        int32_t number = 0;
 #pragma unroll 1
-        for (int32_t d = 1; d < args.num_ranks; ++d) {
-            const int32_t dst =
-                args.rank + d < args.num_ranks ? args.rank + d : args.rank + d - args.num_ranks;
-            if (!(wanted >> dst & 1)) continue;
-            network::put_signal_warp(row(args.rank, args.rank, token), out_row(token), row_bytes(),
-                                     landed(kRow, args.rank, token), word, dst);
-            if constexpr (kQuantizes)
-                network::put_signal_warp(scales(args.rank, args.rank, token), out_scales(token),
-                                         int64_t{4} * scale_words(), landed(kScales, args.rank, token), word,
-                                         dst);
+        for (int32_t w = 0; w < kNumWarps; ++w) {
+            const int32_t num_dsts = __popc(shared.wanted[w]);
+#pragma unroll 1
+            for (int32_t which = 0; which < num_dsts; ++which, ++number)
+                if (is_of_block || number % kNumWarps == warp)
+                    put_row(token_of_warp(w), low_latency::rank_behind(args.rank, shared.wanted[w], which),
+                            is_of_block);
         }
+        __syncthreads();  // all have read what is wanted
     }
 }
 
