@@ -42,7 +42,7 @@ struct InternodeExchangeArgs {
 
 template <InternodeExchangeCfg kCfg>
 struct InternodeExchange {
-    static constexpr int kDepth = 8;  // loads of a thread that are on their way together
+    static constexpr int kDepth = 4;  // loads of a thread that are on their way together
 
     const InternodeExchangeArgs<kCfg>& args;
     const internode::Session& session;

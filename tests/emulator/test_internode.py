@@ -29,15 +29,17 @@ def drawn(
     *,
     num_layers: int = 2,
     max_tokens: int = 9,
+    vectors: tuple[int, int] = (1, 5),
+    slot_bytes: int = 256,
     sources: Path = KERNELS_CU,
     is_virtual: bool = False,
 ) -> Exchanges:
     rng = np.random.default_rng(seed)
     load = Kernels(sources=sources)
-    exchanges = Exchanges(num_nodes, num_local_ranks, load, slot_bytes=256, is_virtual=is_virtual)
+    exchanges = Exchanges(num_nodes, num_local_ranks, load, slot_bytes=slot_bytes, is_virtual=is_virtual)
     num_ranks = num_nodes * num_local_ranks
     for _ in range(num_layers):
-        hidden = 4 * int(rng.integers(1, 5))
+        hidden = 4 * int(rng.integers(*vectors))
         exchanges.layer(Layer.draw(rng, num_ranks, hidden=hidden, max_tokens=max_tokens), rng)
     return exchanges
 
@@ -49,6 +51,16 @@ def test_rows_cross_and_come_back(num_nodes: int, num_local_ranks: int, is_virtu
         exchanges = drawn(num_nodes, num_local_ranks, drawing, is_virtual=is_virtual)
         for seed in range(NUM_SEEDS):
             exchanges.machine.run(seed, orders_queue_pairs=bool(seed % 2))
+            assert not exchanges.has_failed
+
+
+# Warps copy long rows in stretches of 256 vectors.
+@pytest.mark.parametrize("vectors", [(32, 40), (250, 280)])
+def test_long_rows_cross_and_come_back(vectors: tuple[int, int]) -> None:
+    for drawing in range(3):
+        exchanges = drawn(2, 1, drawing, max_tokens=5, vectors=vectors, slot_bytes=10 << 10, is_virtual=True)
+        for seed in range(NUM_SEEDS):
+            exchanges.machine.run(seed)
             assert not exchanges.has_failed
 
 
