@@ -6,6 +6,7 @@ Twin of what `kernels_cu/low_latency.cuh` and `wire.cuh` say of turns and slots.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Final
 
 from ..errors import ConfigError
@@ -129,51 +130,39 @@ class AreaLayout:
     @classmethod
     def of(cls, shape: AreaShape) -> AreaLayout:
         num_ranks, num_max_tokens, hidden = shape.num_ranks, shape.num_max_tokens, shape.hidden
+        with_puts = int(shape.over_network)
         pairs_bytes = align_up(8 * num_ranks * shape.num_pairs, OFFSET_UNIT)
         ids_bytes = align_up(8 * num_ranks * -(-shape.num_pairs // 2), OFFSET_UNIT)
-        landed_bytes = align_up(8 * num_ranks * num_max_tokens, OFFSET_UNIT) if shape.over_network else 0
+        landed_bytes = with_puts * align_up(8 * num_ranks * num_max_tokens, OFFSET_UNIT)
         dispatch_sizes = (
             ids_bytes,
             pairs_bytes,
-            align_up(2 * landed_bytes, OFFSET_UNIT),
+            2 * landed_bytes,
             _rows_bytes(num_ranks * num_max_tokens, hidden),
-            *(
-                (ids_bytes, pairs_bytes, _rows_bytes(num_max_tokens, hidden))
-                if shape.over_network
-                else (0, 0, 0)
-            ),
+            with_puts * ids_bytes,
+            with_puts * pairs_bytes,
+            with_puts * _rows_bytes(num_max_tokens, hidden),
         )
-        num_slots = num_max_tokens * shape.num_slots
-        out_slots = num_max_tokens * num_ranks
+        num_slots, num_out_slots = num_max_tokens * shape.num_slots, num_max_tokens * num_ranks
         combine_sizes = (
             pairs_bytes,
             landed_bytes,
             align_up(num_slots * slot_bytes(hidden), OFFSET_UNIT),
-            *(
-                (pairs_bytes, align_up(out_slots * slot_bytes(hidden), OFFSET_UNIT))
-                if shape.over_network
-                else (0, 0)
-            ),
+            with_puts * pairs_bytes,
+            with_puts * align_up(num_out_slots * slot_bytes(hidden), OFFSET_UNIT),
         )
         at = align_up(LOW_LATENCY_AREA.itemsize, OFFSET_UNIT)
         dispatches, combines = [], []
         for _ in range(FIRST_COMBINE_ZONE):
-            ends = _ends(at, dispatch_sizes if shape.is_main else (0,) * len(dispatch_sizes))
+            sizes = [int(shape.is_main) * size for size in dispatch_sizes]
+            ends = list(accumulate(sizes, initial=at))
             dispatches.append(DispatchZone(*ends[:5], *ends[4:]))
             at = ends[-1]
         for _ in range(FIRST_COMBINE_ZONE):
-            ends = _ends(at, combine_sizes)
+            ends = list(accumulate(combine_sizes, initial=at))
             combines.append(CombineZone(*ends[:4], *ends[3:]))
             at = ends[-1]
         return cls((dispatches[0], dispatches[1]), (combines[0], combines[1]), at)
-
-
-def _ends(at: int, sizes: tuple[int, ...]) -> list[int]:
-    """Where parts of these sizes begin, one behind the other from `at` on, and where the last one ends."""
-    ends = [at]
-    for size in sizes:
-        ends.append(ends[-1] + size)
-    return ends
 
 
 def _rows_bytes(num_rows: int, hidden: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Final
 
 from ..errors import ConfigError
@@ -160,17 +161,13 @@ class Parts:
 
     @classmethod
     def of(cls, num_bytes: Sequence[int]) -> Parts:
-        ends = [0]
-        for each in num_bytes:
-            ends.append(ends[-1] + align_up(each, _RECORD_ALIGN))
-        return cls(tuple(num_bytes), tuple(ends[:-1]), ends[-1])
+        *offsets, end = accumulate((align_up(each, _RECORD_ALIGN) for each in num_bytes), initial=0)
+        return cls(tuple(num_bytes), tuple(offsets), end)
 
     def places(self, num_rows: int) -> tuple[int, ...]:
         """Where each part of so many rows lies in memory that holds them, and where it ends."""
-        ends = [0]
-        for each in self.num_bytes:
-            ends.append(ends[-1] + align_up(each * num_rows, OFFSET_UNIT))
-        return tuple(ends)
+        sizes = (align_up(each * num_rows, OFFSET_UNIT) for each in self.num_bytes)
+        return tuple(accumulate(sizes, initial=0))
 
 
 # On two H200 channels of warps, with slots for two rows, had half the speed of these. A slot is a message on
