@@ -1,7 +1,7 @@
 """Bytes that dispatch and combine move, by rank and by kind of link, from the expert ids of all ranks. Pure.
 
-Counted are rows with what belongs to them, as the kernels' own counters have
-them (`Buffer.stats`): no control words, no copies within a rank, and every row is taken to fit.
+Counted are rows with what belongs to them, as the kernels' own counters have them (`Buffer.stats`): no
+control words, no copies within a rank, and every row is taken to fit.
 
 Network    a token crosses once for each other node that it goes to, to the rank of the same local index
            there, in a record padded as `Parts` says. A combine sends as many back.
@@ -105,9 +105,7 @@ class Routes:
         """
         num_ranks = len(topk_idx)
         num_local_experts = local_experts(num_experts, num_ranks)
-        if ranks_per_node < 1 or num_ranks % ranks_per_node:
-            raise ConfigError(f"{num_ranks} ranks cannot be divided into nodes of {ranks_per_node}")
-        num_nodes = num_ranks // ranks_per_node
+        num_nodes = num_nodes_of(num_ranks, ranks_per_node)
         to_rank = np.zeros((num_ranks, num_ranks), np.int64)
         to_node = np.zeros((num_ranks, num_nodes), np.int64)
         for rank, ids in enumerate(topk_idx):
@@ -142,6 +140,10 @@ class Routes:
         np.fill_diagonal(rows, 0)
         return rows
 
+    def plan(self, operation: str, row: ReceivedRow) -> Plan:
+        """Of an operation of bench: a dispatch or a combine, whichever its name begins with."""
+        return self.combine(row) if operation.startswith("combine") else self.dispatch(row)
+
     def dispatch(self, row: ReceivedRow, *, given: ReceivedRow | None = None) -> Plan:
         """Of rows as they are received.
 
@@ -165,6 +167,17 @@ class Routes:
         return Plan(
             Flow(np.where(is_here, 0, self.to_rank), record_bytes(row)), Flow(nvlink_rows, row.total_bytes)
         )
+
+
+def num_nodes_of(num_ranks: int, ranks_per_node: int) -> int:
+    """Of so many ranks.
+
+    Raises:
+        ConfigError: they would not all have as many ranks.
+    """
+    if ranks_per_node < 1 or num_ranks % ranks_per_node:
+        raise ConfigError(f"{num_ranks} ranks cannot be divided into nodes of {ranks_per_node}")
+    return num_ranks // ranks_per_node
 
 
 def record_bytes(row: ReceivedRow) -> int:

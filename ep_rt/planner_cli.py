@@ -13,8 +13,7 @@ from .bench.options import Options as Workload
 from .bench.options import add_workload, positive, workload_of
 from .bench.run import routing_of
 from .bench.workload import ELEMENTS
-from .errors import ConfigError
-from .planner import Flow, Plan, Routes
+from .planner import Flow, Plan, Routes, num_nodes_of
 from .requests import local_experts
 
 OPERATIONS: Final = ("dispatch", "dispatch-cached", "combine")
@@ -81,8 +80,7 @@ def options_of(parsed: argparse.Namespace) -> Options:
         ConfigError: they do not go together.
     """
     local_experts(parsed.experts, parsed.ranks)
-    if parsed.ranks % parsed.ranks_per_node:
-        raise ConfigError(f"{parsed.ranks} ranks cannot be divided into nodes of {parsed.ranks_per_node}")
+    num_nodes_of(parsed.ranks, parsed.ranks_per_node)
     return Options(
         workload=workload_of(parsed),
         num_ranks=parsed.ranks,
@@ -124,8 +122,8 @@ def report(options: Options) -> Iterator[str]:
                 if operation not in work.operations_of(name, "cuda"):
                     continue
                 row = element.received_row(operation, work.hidden, work.num_topk)
-                two = routes.combine(row) if operation == "combine" else routes.dispatch(row)
-                cells = "".join(_cells(plan, options) for plan in (two, routes.direct(row)))
+                plans = routes.plan(operation, row), routes.direct(row)
+                cells = "".join(_cells(plan, options) for plan in plans)
                 yield f"{num_tokens:>6} {name:<6}{operation:<16}{cells}"
 
 

@@ -179,7 +179,7 @@ class Routing:
         """What an operation must move."""
         routes = Routes.of(self.topk_idx, num_experts=self.num_experts, ranks_per_node=ranks_per_node)
         row = element.received_row(operation, hidden, self.topk_idx[0].shape[1])
-        return routes.combine(row) if operation.startswith("combine") else routes.dispatch(row)
+        return routes.plan(operation, row)
 
     @staticmethod
     def _gathered(arrays: list[Array], src_rank: Array, src_token: Array) -> Array:
