@@ -204,25 +204,30 @@ def draw_dispatch(rng: np.random.Generator, ranks: Ranks) -> None:
     normal.dispatch(ranks, x, expected, ids=ids, num_experts=ranks.num_ranks, places=[0] * ranks.num_ranks)
 
 
+def draw_small(rng: np.random.Generator, ranks: Ranks, *, hidden: int, over_network: bool) -> LowLatency:
+    """Calls of few tokens, one expert for each rank and one block of a kind, without masks."""
+    shape = AreaShape(
+        num_ranks=ranks.num_ranks,
+        num_max_tokens=2,
+        hidden=hidden,
+        num_experts=ranks.num_ranks,
+        num_topk=2,
+        over_network=over_network,
+    )
+    reached = draw_reached(rng, ranks) if over_network else None
+    return LowLatency(ranks, shape, with_masks=False, num_blocks=1, reached=reached)
+
+
 def draw_mistaken(
     rng: np.random.Generator, ranks: Ranks, *, mistake: str, over_network: bool = False
 ) -> None:
     """A round, then a dispatch in which a rank makes another call, has other arguments or sends too much."""
     num_ranks = ranks.num_ranks
-    shape = AreaShape(
-        num_ranks=num_ranks,
-        num_max_tokens=2,
-        hidden=8,
-        num_experts=num_ranks,
-        num_topk=2,
-        over_network=over_network,
-    )
-    reached = draw_reached(rng, ranks) if over_network else None
-    mode = LowLatency(ranks, shape, with_masks=False, num_blocks=1, reached=reached)
+    mode = draw_small(rng, ranks, hidden=8, over_network=over_network)
 
     def dispatch(**options: Any) -> Dispatched:
         counts = [int(n) for n in rng.integers(1, 3, num_ranks)]
-        ids = [draw_ids(rng, shape, n, np.int64) for n in counts]
+        ids = [draw_ids(rng, mode.shape, n, np.int64) for n in counts]
         return mode.dispatch([np.zeros((n, 8), BF16) for n in counts], ids, **options)
 
     first = dispatch(layout=("expert", "rank")[rng.integers(2)])
@@ -241,7 +246,7 @@ def draw_mistaken(
         made = dispatch(is_split=is_split)
     if mistake == "call" and over_network:
         others, mode.elsewhere = mode.elsewhere, frozenset(range(num_ranks)) - mode.elsewhere
-        rows = [np.zeros((*each.src_info.shape, shape.hidden), BF16) for each in first.expected]
+        rows = [np.zeros((*each.src_info.shape, mode.shape.hidden), BF16) for each in first.expected]
         mode.combine(rows, first, first.ids, [np.ones(each.shape, np.float32) for each in first.ids])
         mode.elsewhere = others
     elif mistake == "call":
@@ -255,20 +260,11 @@ def draw_mistaken(
 def draw_kept(rng: np.random.Generator, ranks: Ranks, *, over_network: bool = False) -> None:
     """Results that stay where they landed, read while the next dispatch is sent and before it is received."""
     num_ranks = ranks.num_ranks
-    shape = AreaShape(
-        num_ranks=num_ranks,
-        num_max_tokens=2,
-        hidden=64,
-        num_experts=num_ranks,
-        num_topk=2,
-        over_network=over_network,
-    )
-    reached = draw_reached(rng, ranks) if over_network else None
-    mode = LowLatency(ranks, shape, with_masks=False, num_blocks=1, reached=reached)
+    mode = draw_small(rng, ranks, hidden=64, over_network=over_network)
 
     def dispatch(**options: Any) -> Dispatched:
-        ids = [draw_ids(rng, shape, 2, np.int64) for _ in range(num_ranks)]
-        x = [rng.standard_normal((2, shape.hidden)).astype(BF16) for _ in ids]
+        ids = [draw_ids(rng, mode.shape, 2, np.int64) for _ in range(num_ranks)]
+        x = [rng.standard_normal((2, mode.shape.hidden)).astype(BF16) for _ in ids]
         return mode.dispatch(x, ids, layout="rank", **options)
 
     for _ in range(2):
