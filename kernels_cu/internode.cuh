@@ -85,36 +85,26 @@ __device__ inline void tell(const Session& session, uint64_t* word, uint64_t val
 // several blocks one does. The record names nodes. Ranks of this node hear of it as from any call that is
 // given up, those of other nodes by a word that nothing else writes.
 __device__ inline void leave(const Session& session, Reason reason, uint64_t phase, uint32_t missing) {
-    if (reason == kLeft) return;
-    __shared__ bool is_first;
-    if (threadIdx.x == 0) is_first = ptx::atom_add_acq_rel_gpu(&session.state->leaving, 1) == 0;
-    __syncthreads();
-    if (!is_first) return;
+    if (reason == kLeft || !sync::is_first_to_leave(&session.state->leaving)) return;
     const Place& place = session.place;
     const int32_t at = threadIdx.x;
-    if (at < place.num_nodes) {
-        const bool has_arrived = (missing >> at & 1) == 0;
+    const bool is_node = at < place.num_nodes, has_arrived = is_node && (missing >> at & 1) == 0;
+    uint64_t seen = session.word;
+    if (is_node) {
         const uint64_t farewell = ptx::ld_relaxed_sys(&session.area->farewells[at]);
         const uint64_t doing = ptx::ld_relaxed_sys(&session.area->doing[at]);
-        uint64_t seen = doing;
+        seen = doing;
         if (sync::arrival_of(doing, session.word) != sync::Arrival::kContradicted) {
             // A rank that entered this call, but got no further, has completed the one before.
             if (doing == session.word) seen = signal_word(session.epoch - 1, kNoOperation);
             if (farewell != 0) seen = signal_word(session.epoch, kGaveUp);
         }
-        sync::fill_hang(&session.own()->hang, phase, session.word, seen, has_arrived);
-        sync::fill_hang(session.host_hang, phase, session.word, seen, has_arrived);
     }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        ptx::st_relaxed_sys(&session.own()->failed, 1);
-        ptx::st_release_sys(&session.own()->hang.reason, reason);
-        ptx::st_release_sys(&session.host_hang->reason, reason);
-    }
-    __syncthreads();
+    sync::record_hang(session.own(), session.host_hang, reason, phase, session.word, is_node, seen,
+                      has_arrived);
     if (at < place.num_local_ranks)
         ptx::st_release_sys(&session.header(at)->signals[place.rank], signal_word(session.epoch, kGaveUp));
-    if (at < place.num_nodes && at != place.node)
+    if (is_node && at != place.node)
         network::set_signal(&session.area->farewells[place.node],
                             farewell_word(missing, reason, session.word), place.peer(at));
 }

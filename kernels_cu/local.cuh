@@ -70,9 +70,7 @@ __device__ inline void leave(const Call& call, HangRecord* host_hang, Reason rea
     constexpr bool kAwaitedNobody = true;
     sync::fill_hang(&call.header->hang, phase, word, word, kAwaitedNobody);
     sync::fill_hang(host_hang, phase, word, word, kAwaitedNobody);
-    ptx::st_relaxed_sys(&call.header->failed, 1);
-    ptx::st_release_sys(&call.header->hang.reason, reason);
-    ptx::st_release_sys(&host_hang->reason, reason);
+    sync::release_hang(call.header, host_hang, reason);
 }
 
 // Ends the call, as one block. The last block advances the count of calls.

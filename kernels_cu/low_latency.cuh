@@ -474,34 +474,22 @@ __device__ inline void leave(const Session<kOverNetwork>& session, Reason reason
     if constexpr (!kOverNetwork) {
         sync::leave(call, reason, phase, [&](int32_t peer) { return !(missing >> peer & 1); });
     } else {
-        if (reason == kLeft) return;
-        __shared__ bool is_first;
-        if (threadIdx.x == 0) is_first = ptx::atom_add_acq_rel_gpu(&call.workspace->leaving, 1) == 0;
-        __syncthreads();
-        if (!is_first) return;
+        if (reason == kLeft || !sync::is_first_to_leave(&call.workspace->leaving)) return;
         const int32_t peer = threadIdx.x;
-        const bool is_peer = peer < session.num_ranks();
-        SlabHeader* own = call.header(call.rank);
+        const bool is_peer = peer < session.num_ranks(), has_arrived = is_peer && (missing >> peer & 1) == 0;
+        uint64_t seen = call.word;
         if (is_peer) {
-            const bool has_arrived = (missing >> peer & 1) == 0;
             const uint64_t entered = ptx::ld_relaxed_sys(session.signal(peer));
-            uint64_t seen = entered;
+            seen = entered;
             if (sync::arrival_of(entered, call.word) != sync::Arrival::kContradicted) {
                 // A rank that entered this call, but got no further, has completed the one before.
                 if (entered == call.word) seen = signal_word(call.epoch - 1, kNoOperation);
                 if (!session.is_beside(peer) && ptx::ld_relaxed_sys(&session.own()->farewells[peer]) != 0)
                     seen = signal_word(call.epoch, kGaveUp);
             }
-            sync::fill_hang(&own->hang, phase, call.word, seen, has_arrived);
-            sync::fill_hang(call.host_hang, phase, call.word, seen, has_arrived);
         }
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            ptx::st_relaxed_sys(&own->failed, 1);
-            ptx::st_release_sys(&own->hang.reason, reason);
-            ptx::st_release_sys(&call.host_hang->reason, reason);
-        }
-        __syncthreads();
+        sync::record_hang(call.header(call.rank), call.host_hang, reason, phase, call.word, is_peer, seen,
+                          has_arrived);
         if (!is_peer) return;
         if (session.is_beside(peer))
             ptx::st_release_sys(&call.header(session.local(peer))->signals[call.rank],

@@ -55,23 +55,40 @@ __device__ inline void fill_hang(HangRecord* hang, uint64_t phase, uint64_t expe
     }
 }
 
-// Leaves a call that cannot be completed, as one block with one thread per peer. The record goes to this
-// rank's host and to its slab, where the peers' hosts find it; only then are the peers told, so whoever hears
-// of it can read why. The epoch stays, and `failed` keeps kernels already queued, and graph replays, from
-// reusing it.
-__device__ inline void give_up(SlabHeader* own, HangRecord* host_hang, uint64_t* peer_signal, Reason reason,
-                               uint64_t phase, uint64_t expected, uint64_t seen, bool has_arrived) {
-    if (peer_signal != nullptr) {
+// Whether this is the first block to leave a call; the same answer for all its threads. A barrier.
+__device__ inline bool is_first_to_leave(uint64_t* leaving) {
+    __shared__ bool is_first;
+    if (threadIdx.x == 0) is_first = ptx::atom_add_acq_rel_gpu(leaving, 1) == 0;
+    __syncthreads();
+    return is_first;
+}
+
+// Completes both records, as one thread: whoever finds the reason there can read all of them.
+__device__ inline void release_hang(SlabHeader* own, HangRecord* host_hang, Reason reason) {
+    ptx::st_relaxed_sys(&own->failed, 1);
+    ptx::st_release_sys(&own->hang.reason, reason);
+    ptx::st_release_sys(&host_hang->reason, reason);
+}
+
+// Records, as one block, why it leaves a call that cannot be completed. Threads that have a peer say what
+// they waited for, as to fill_hang. The record goes to this rank's host and to its slab, where the peers'
+// hosts find it; only behind this may the peers be told, so whoever hears of it can read why. The epoch
+// stays, and `failed` keeps kernels already queued, and graph replays, from reusing it. A barrier.
+__device__ inline void record_hang(SlabHeader* own, HangRecord* host_hang, Reason reason, uint64_t phase,
+                                   uint64_t expected, bool has_peer, uint64_t seen, bool has_arrived) {
+    if (has_peer) {
         fill_hang(&own->hang, phase, expected, seen, has_arrived);
         fill_hang(host_hang, phase, expected, seen, has_arrived);
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-        ptx::st_relaxed_sys(&own->failed, 1);
-        ptx::st_release_sys(&own->hang.reason, reason);
-        ptx::st_release_sys(&host_hang->reason, reason);
-    }
+    if (threadIdx.x == 0) release_hang(own, host_hang, reason);
     __syncthreads();
+}
+
+// Leaves such a call where all peers are in this NVLink domain. `peer_signal`: nullptr for threads with none.
+__device__ inline void give_up(SlabHeader* own, HangRecord* host_hang, uint64_t* peer_signal, Reason reason,
+                               uint64_t phase, uint64_t expected, uint64_t seen, bool has_arrived) {
+    record_hang(own, host_hang, reason, phase, expected, peer_signal != nullptr, seen, has_arrived);
     if (peer_signal != nullptr)
         ptx::st_release_sys(peer_signal, signal_word(signal_epoch(expected), kGaveUp));
 }
@@ -182,11 +199,7 @@ __device__ inline Reason wait_for_words(const Call& call, int32_t num_words, Wor
 // `has_arrived(peer)` says whether this block heard what it waited for from a peer.
 template <class HasArrived>
 __device__ inline void leave(const Call& call, Reason reason, uint64_t phase, HasArrived has_arrived) {
-    if (reason == kLeft) return;
-    __shared__ bool is_first;
-    if (threadIdx.x == 0) is_first = ptx::atom_add_acq_rel_gpu(&call.workspace->leaving, 1) == 0;
-    __syncthreads();
-    if (!is_first) return;
+    if (reason == kLeft || !is_first_to_leave(&call.workspace->leaving)) return;
     const int32_t peer = threadIdx.x;
     uint64_t* signal = nullptr;
     uint64_t seen = call.word;

@@ -77,7 +77,7 @@ SYNC: Final = (
     Mutation(
         "a queued call goes on after one that was given up",
         "sync.cuh",
-        "        ptx::st_relaxed_sys(&own->failed, 1);\n",
+        "    ptx::st_relaxed_sys(&own->failed, 1);\n",
         "",
         "expiring-r2-sm90",
         64,
@@ -107,8 +107,8 @@ SYNC: Final = (
     Mutation(
         "peers are told before the record is complete",
         "sync.cuh",
-        "        ptx::st_release_sys(&own->hang.reason, reason);\n",
-        "        ptx::st_relaxed_sys(&own->hang.reason, 0);\n",
+        "    ptx::st_release_sys(&own->hang.reason, reason);\n",
+        "    ptx::st_relaxed_sys(&own->hang.reason, 0);\n",
         "dead-r2-sm90",
     ),
     Mutation(
