@@ -12,6 +12,8 @@ OPERATIONS: Final = ("dispatch", "dispatch-cached", "dispatch-exact", "combine",
 
 LOW_LATENCY: Final = ("ll-dispatch", "ll-dispatch-packed", "ll-dispatch-split", "ll-combine", "ll-pair")
 
+LIBRARIES: Final = ("nccl",)
+
 _EPILOG: Final = """\
 operations:
   dispatch         with num_worst_tokens for the worst case: the host waits for nothing
@@ -56,7 +58,7 @@ class Options:
     num_ranks: int = 0  # 0: the processes of the launcher, else as many threads as fit the machine
     is_virtual: bool = False
     with_puts: bool = False
-    compare: str = "none"
+    compare: tuple[str, ...] = ()
     json: str = ""
     plot: str = ""
     is_first_call: bool = False
@@ -113,7 +115,11 @@ def add_parser(commands: Any) -> None:
     )
     what.add_argument("--repeat", type=positive, default=_DEFAULTS.repeat, help="readings of each time")
     what.add_argument(
-        "--compare", choices=("none", "nccl"), default="none", help="the same rows through another library"
+        "--compare",
+        nargs="+",
+        choices=("none", *LIBRARIES),
+        default=("none",),
+        help="the same rows through other libraries",
     )
     what.add_argument(
         "--first-call",
@@ -194,7 +200,7 @@ def options_of(parsed: argparse.Namespace) -> Options:
         num_ranks=parsed.ranks,
         is_virtual=parsed.virtual,
         with_puts=parsed.puts,
-        compare=parsed.compare,
+        compare=tuple(name for name in LIBRARIES if name in parsed.compare),
         json=parsed.json,
         plot=parsed.plot,
         is_first_call=parsed.first_call,

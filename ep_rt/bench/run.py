@@ -5,17 +5,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Final, TextIO
 
 from ..errors import ConfigError, EpError, on_all_ranks
 from ..exchange import Group
 from ..groups import as_group
-from . import first_call, machine, nccl, plot, report, wire
+from . import first_call, machine, plot, report, wire
 from .check import CheckError, check_against_reference, check_call
 from .console import Console, say
 from .layer import Layer, open_buffer
+from .library import Library, Packed
 from .low_latency import LowLatencyLayer, open_low_latency_buffer
 from .measure import CudaTimer, HostTimer, Times, open_timer
+from .nccl import Nccl
 from .options import Options
 from .places import CudaPlace, Place, on_every_rank
 from .report import Reading, Report, Result
@@ -23,6 +25,8 @@ from .workload import BF16, ELEMENTS, Element, Routing
 
 CHECK_FAILED = 1
 CANNOT_RUN = 2
+
+LIBRARY_TYPES: Final[dict[str, type[Library]]] = {library.option: library for library in (Nccl,)}
 
 
 def main(options: Options, arguments: Sequence[str]) -> int:
@@ -80,8 +84,8 @@ def _on_rank(group: Group, place: Place, options: Options) -> Report | None:
                     _measure_low_latency(group, place, timer, element, routing, found, console)
         if isinstance(timer, CudaTimer):
             timer.close()
-        if options.compare == "nccl":
-            _compare(group, place, routings, found, console)
+        for name in options.compare:
+            _compare(LIBRARY_TYPES[name], group, place, routings, found, console)
         console.lines(report.footer(found))
     return found if group.rank == 0 else None
 
@@ -185,32 +189,37 @@ def _measure_calls(
 
 
 def _compare(
-    group: Group, place: Place, routings: dict[int, Routing], found: Report, console: Console
+    library_type: type[Library],
+    group: Group,
+    place: Place,
+    routings: dict[int, Routing],
+    found: Report,
+    console: Console,
 ) -> None:
-    # On every rank the same: all are placed alike.
-    absence = nccl.absence(place)
+    """The same rows through another library."""
+    absence = library_type.absence(place)
     if absence is not None or not isinstance(place, CudaPlace):
-        found.notes.append(f"not compared with NCCL: {absence}")
+        found.notes.append(f"not compared with {library_type.label}: {absence}")
         return
     options = found.options
-    library = nccl.Nccl(group, place, options.repeat)
-    console.lines(
-        ["", f"NCCL {library.version} all-to-all of packed rows; op: on the stream", report.COLUMNS]
-    )
+    library = library_type(group, place, options.repeat)
+    console.lines(["", library.title, report.COLUMNS])
+    if library.note is not None:
+        found.notes.append(library.note)
     for num_tokens, routing in routings.items():
         operations = [("dispatch", ELEMENTS[name]) for name in options.dtypes]
         operations += [("combine", BF16)] if BF16.name in options.dtypes else []
         for operation, element in operations:
             if operation == "dispatch":
-                times = library.dispatch(element, options.hidden, routing)
+                packed = Packed.dispatch(element, options.hidden, routing, group.rank)
             else:
-                times = library.combine(options.hidden, routing)
+                packed = Packed.combine(options.hidden, routing, group.rank)
             result = Result.of(
-                _gathered(group, times),
+                _gathered(group, library.measure(packed)),
                 element=element.name,
                 num_tokens=num_tokens,
                 num_sms=None,
-                operation=f"nccl-{operation}",
+                operation=f"{library.option}-{operation}",
                 row_bytes=element.row_bytes(options.hidden),
                 traffic=routing.traffic(),
             )
