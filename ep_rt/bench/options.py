@@ -12,7 +12,7 @@ OPERATIONS: Final = ("dispatch", "dispatch-cached", "dispatch-exact", "combine",
 
 LOW_LATENCY: Final = ("ll-dispatch", "ll-dispatch-packed", "ll-dispatch-split", "ll-combine", "ll-pair")
 
-LIBRARIES: Final = ("nccl",)
+LIBRARIES: Final = ("nccl", "jax")
 
 _EPILOG: Final = """\
 operations:
@@ -34,6 +34,7 @@ differs, 2 if the benchmark cannot run.
 
 examples:
   mpirun -n 8 python -m ep_rt bench --sms 16 24 --dtype both --json figures.json
+  mpirun -n 2 python -m ep_rt bench --compare nccl jax
   python -m ep_rt bench --ranks 8 --virtual --tokens 128     eight ranks on one GPU
   python -m ep_rt bench --backend host --ranks 3 --tokens 64 no GPU needed
 """
@@ -119,7 +120,8 @@ def add_parser(commands: Any) -> None:
         nargs="+",
         choices=("none", *LIBRARIES),
         default=("none",),
-        help="the same rows through other libraries",
+        help="the same rows, packed already and not summed, through NCCL's all-to-all or JAX's "
+        "ragged_all_to_all; processes with a GPU each",
     )
     what.add_argument(
         "--first-call",

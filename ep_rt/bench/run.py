@@ -20,13 +20,14 @@ from .measure import CudaTimer, HostTimer, Times, open_timer
 from .nccl import Nccl
 from .options import Options
 from .places import CudaPlace, Place, on_every_rank
+from .ragged import Ragged
 from .report import Reading, Report, Result
 from .workload import BF16, ELEMENTS, Element, Routing
 
 CHECK_FAILED = 1
 CANNOT_RUN = 2
 
-LIBRARY_TYPES: Final[dict[str, type[Library]]] = {library.option: library for library in (Nccl,)}
+LIBRARY_TYPES: Final[dict[str, type[Library]]] = {library.option: library for library in (Nccl, Ragged)}
 
 
 def main(options: Options, arguments: Sequence[str]) -> int:

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import MpiRun
 from ranks import IS_UNDER_MPI, PLACES, device_count
 
 from ep_rt.__main__ import main
-from ep_rt.bench.options import OPERATIONS
+from ep_rt.bench.options import LIBRARIES, OPERATIONS
 from ep_rt.groups import as_group
 
 pytestmark = pytest.mark.gpu
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]
 SMALL = ["bench", "--backend=cuda", "--tokens", "8", "96", "--hidden=512", "--experts=64", "--topk=4"]
 SMALL += ["--dtype=both", "--sms", "4", "8", "--repeat=2"]
+COMPARED = [("dispatch", "bf16"), ("dispatch", "fp8"), ("combine", "bf16")]
 
 
 def run_bench(place: str, path: Path, *arguments: str) -> None:
@@ -61,3 +63,33 @@ def test_every_operation_is_checked_and_timed(place: str, tmp_path: Path) -> Non
     assert read["barrier_us"]["median"] > 0
     num_ranks = len(read["barrier_us"]["ranks"])
     assert num_ranks == 1 or read["wire_limit_best_gbps"] > 1
+
+
+@pytest.mark.skipif(IS_UNDER_MPI, reason="starts ranks of its own")
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_other_libraries_are_checked_and_timed(library: str, mpirun: MpiRun, tmp_path: Path) -> None:
+    """Each in processes of its own: JAX starts once in the life of one."""
+    num_ranks = min(device_count(), 8)
+    if num_ranks < 2:
+        pytest.skip("needs two GPUs")
+    path = tmp_path / "figures.json"
+    code = "import sys; from ep_rt.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    arguments = [*SMALL, "--operations", "dispatch", "--compare", library, "--json", str(path)]
+    done = mpirun(num_ranks, code, *arguments, timeout_s=280)
+    assert done.returncode == 0, done.stdout
+    read = json.loads(path.read_text())
+    absence = [note for note in read["notes"] if note.startswith("not compared with")]
+    if absence:
+        pytest.skip(absence[0])
+    found = [entry for entry in read["results"] if entry["operation"].startswith(f"{library}-")]
+    moved = [(f"{library}-{name}", dtype) for name, dtype in COMPARED]
+    assert [(entry["tokens"], entry["operation"], entry["dtype"]) for entry in found] == [
+        (num_tokens, *each) for num_tokens in (8, 96) for each in moved
+    ]
+    for entry in found:
+        assert len(entry["op_us"]["ranks"]) == num_ranks
+        assert entry["op_us"]["median"] > 0
+        assert entry["call_us"]["min"] > 0
+        assert entry["kernel_us"] is None
+        # A program that does not do all of its calls would be faster than the links.
+        assert entry["limit_share"] < 1.5
