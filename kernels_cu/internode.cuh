@@ -28,6 +28,7 @@ struct Session {
     Place place;
     uint8_t* const* slabs;  // of the node
     HangRecord* host_hang;
+    Workspace* workspace;
     NetworkArea* area;
     NetworkState* state;
     uint64_t epoch, word, deadline_ns;
@@ -85,7 +86,7 @@ __device__ inline void tell(const Session& session, uint64_t* word, uint64_t val
 // several blocks one does. The record names nodes. Ranks of this node hear of it as from any call that is
 // given up, those of other nodes by a word that nothing else writes.
 __device__ inline void leave(const Session& session, Reason reason, uint64_t phase, uint32_t missing) {
-    if (reason == kLeft || !sync::is_first_to_leave(&session.state->leaving)) return;
+    if (reason == kLeft || !sync::is_first_to_leave(&session.workspace->leaving)) return;
     const Place& place = session.place;
     const int32_t at = threadIdx.x;
     const bool is_node = at < place.num_nodes, has_arrived = is_node && (missing >> at & 1) == 0;

@@ -4,6 +4,9 @@
 //            and, at the same place, in the receiver's inbox. A channel carries an equal stretch of the rows
 //            for a node, in chunks that fill a slot; the receiver knows from the counts which rows those are,
 //            so no row has a header. Rows go on to their place at once, and the slot is free again.
+// Passes     what goes beside the rows of a dispatch goes ahead of them, in chunks of its own: the layout
+//            within the node needs it. The dispatch runs at the same time as this kernel: it is told how much
+//            of that has come, and takes rows in the order in which they land.
 // Credits    chunk k of a ring is put in slot k % num_slots once the receiver has said that it took chunk
 //            k - num_slots out of it, which also means that the outbox has been read. Every slot has its own
 //            words: so no two stores to one of them are under way.
@@ -12,6 +15,9 @@
 // Order      the block's stores into the outbox, barrier, put with signal; acquire of the signal by one
 //            thread, barrier, loads from the inbox, barrier, credit. Where stores reach the peer, as over
 //            NVLink or PCIe, rows go straight to its inbox: stores, barrier, release.sys of the word.
+//            A row is announced to the dispatch behind its stores: proxy fence, for bulk loads; barrier;
+//            fence and relaxed word. Epoch and counters of the call are read before a block says that it has
+//            begun; the dispatch advances them when all blocks have.
 // Counted    the sender adds up the records of its chunks, either way; not the words beside them. A record is
 //            padded to 16 bytes behind each part, and only a put carries that.
 // Launch     an even number of blocks, all resident: the first half send, the others receive.
@@ -26,16 +32,19 @@ struct InternodeExchangeCfg {
 template <InternodeExchangeCfg kCfg>
 struct InternodeExchangeArgs {
     HangRecord* hang;
+    Workspace* workspace;
     NetworkArea* area;
     NetworkState* state;
     const NetworkPlan* plan;
     const int32_t* lists;  // [num_nodes, num_tokens], see internode_layout.cu; nullptr: the way back
+    uint64_t* order;       // of the way out: which tokens have landed, in that order, stamped
     uint8_t *outbox, *inbox;
     uint64_t timeout_ns;
     int32_t rank, num_ranks;  // of the node
     int32_t node, num_nodes, num_tokens;
     int32_t num_channels, num_slots, slot_bytes;
-    int32_t num_sections, record_bytes;
+    int32_t num_ahead, num_sections;  // sections; of the first pass
+    int32_t ahead_bytes, row_bytes;   // of a record of the first pass, of the second
     Section sections[kMaxSections];
     uint8_t* slabs[kMaxLocalRanks];
 };
@@ -46,6 +55,12 @@ struct InternodeExchange {
 
     const InternodeExchangeArgs<kCfg>& args;
     const internode::Session& session;
+    bool is_ahead;  // in the first pass
+    int32_t set;    // of the workspace's counters
+
+    __device__ int32_t first_section() const { return is_ahead ? 0 : args.num_ahead; }
+    __device__ int32_t last_section() const { return is_ahead ? args.num_ahead : args.num_sections; }
+    __device__ int32_t record_bytes() const { return is_ahead ? args.ahead_bytes : args.row_bytes; }
 
     // Rows [first, end) of those for a node, or from it, that chunk `chunk` of a channel carries in this
     // call.
@@ -56,7 +71,7 @@ struct InternodeExchange {
         return static_cast<int32_t>(int64_t{count} * channel / args.num_channels);
     }
     __device__ Stretch stretch(int32_t count, int32_t channel, int32_t chunk) const {
-        const int32_t per_chunk = args.slot_bytes / args.record_bytes, last = begin(count, channel + 1);
+        const int32_t per_chunk = args.slot_bytes / record_bytes(), last = begin(count, channel + 1);
         const int64_t first = begin(count, channel) + int64_t{chunk} * per_chunk;
         return {static_cast<int32_t>(min(int64_t{last}, first)),
                 static_cast<int32_t>(min(int64_t{last}, first + per_chunk))};
@@ -133,20 +148,20 @@ struct InternodeExchange {
     }
 
     __device__ void gather(int32_t at, Stretch rows, uint8_t* slot) const {
-        for (int32_t s = 0; s < args.num_sections; ++s) {
+        for (int32_t s = first_section(); s < last_section(); ++s) {
             const Section& section = args.sections[s];
             copy_section(
                 rows.end - rows.first, section.bytes,
                 [&](int32_t i) { return section.source + source(at, rows.first + i) * section.bytes; },
-                [&](int32_t i) { return slot + int64_t{i} * args.record_bytes + section.offset; });
+                [&](int32_t i) { return slot + int64_t{i} * record_bytes() + section.offset; });
         }
     }
     __device__ void scatter(int32_t at, Stretch rows, const uint8_t* slot) const {
-        for (int32_t s = 0; s < args.num_sections; ++s) {
+        for (int32_t s = first_section(); s < last_section(); ++s) {
             const Section& section = args.sections[s];
             copy_section(
                 rows.end - rows.first, section.bytes,
-                [&](int32_t i) { return slot + int64_t{i} * args.record_bytes + section.offset; },
+                [&](int32_t i) { return slot + int64_t{i} * record_bytes() + section.offset; },
                 [&](int32_t i) { return section.target + target(at, rows.first + i) * section.bytes; });
         }
     }
@@ -197,11 +212,29 @@ struct InternodeExchange {
         __syncthreads();  // all have read how many there were
         for (int32_t at = threadIdx.x; at < args.num_nodes; at += blockDim.x) {
             if (at == args.node) continue;
-            const int32_t per_chunk = args.slot_bytes / args.record_bytes;
+            const int32_t per_chunk = args.slot_bytes / record_bytes();
             const int32_t num_rows = begin(count(at), channel + 1) - begin(count(at), channel);
             ring.chunks[at][channel] += (num_rows + per_chunk - 1) / per_chunk;
         }
+        __syncthreads();  // the next pass begins there
         return kNothing;
+    }
+
+    // Tells the dispatch what has landed, as one block behind a barrier.
+    __device__ void announce(int32_t at, Stretch rows) const {
+        if (threadIdx.x >= kWarpSize) return;
+        Workspace* workspace = args.workspace;
+        const uint64_t num_rows = rows.end - rows.first;
+        uint64_t first = 0;
+        if (threadIdx.x == 0)
+            first = ptx::atom_add_acq_rel_gpu(is_ahead ? &workspace->announced[set] : &workspace->landed[set],
+                                              num_rows);
+        if (is_ahead) return;
+        first = __shfl_sync(kFullWarp, first, 0);
+        __threadfence();
+        for (uint64_t i = threadIdx.x; i < num_rows; i += kWarpSize)
+            ptx::st_relaxed_gpu(&args.order[first + i],
+                                stamped(session.epoch, target(at, rows.first + static_cast<int32_t>(i))));
     }
 
     __device__ Reason send(int32_t channel, uint32_t& missing) const {
@@ -210,7 +243,7 @@ struct InternodeExchange {
             channel, ring, missing, [&](int32_t at) { return send_count(at); },
             [&](int32_t at, Stretch rows, int32_t slot, uint64_t number) {
                 const int32_t peer = session.place.peer(at);
-                const int64_t num_bytes = int64_t{rows.end - rows.first} * args.record_bytes;
+                const int64_t num_bytes = int64_t{rows.end - rows.first} * record_bytes();
                 if (threadIdx.x == 0) atomicAdd(&args.state->sent_bytes[at], num_bytes);
                 uint8_t* to = args.inbox + slot_offset(args.node, channel, slot);
                 uint64_t* landed = &args.area->landed[args.node][channel][slot];
@@ -234,7 +267,11 @@ struct InternodeExchange {
             channel, ring, missing, [&](int32_t at) { return recv_count(at); },
             [&](int32_t at, Stretch rows, int32_t slot, uint64_t number) {
                 scatter(at, rows, args.inbox + slot_offset(at, channel, slot));
+#ifdef EP_HAS_TMA
+                if (!is_back()) ptx::fence_proxy_async();
+#endif
                 __syncthreads();
+                if (!is_back()) announce(at, rows);
                 if (threadIdx.x == 0)
                     internode::tell(session, &args.area->freed[args.node][channel][slot], number, at);
             });
@@ -249,20 +286,29 @@ __device__ void internode_exchange(const InternodeExchangeArgs<kCfg>& args) {
     internode::Session session{.place = {args.node, args.num_nodes, args.rank, args.num_ranks},
                                .slabs = args.slabs,
                                .host_hang = args.hang,
+                               .workspace = args.workspace,
                                .area = args.area,
                                .state = args.state};
-    const InternodeExchange<kCfg> exchange{.args = args, .session = session};
+    InternodeExchange<kCfg> exchange{
+        .args = args, .session = session, .set = static_cast<int32_t>(args.workspace->calls & 1)};
     const bool is_back = exchange.is_back();
     // The way out comes before the call within the node, the way back after it.
     const uint64_t epoch = session.own()->epoch + (is_back ? 0 : 1);
     if (!internode::begin(session, epoch, is_back ? kCombine : kDispatch, args.timeout_ns)) return;
+    if (!is_back && threadIdx.x == 0) ptx::atom_add_acq_rel_gpu(&args.workspace->begun[exchange.set], 1);
+#ifdef EP_HAS_TMA
+    ptx::launch_dependents();
+#endif
     const int32_t num_each = gridDim.x / 2;
     const bool sends = blockIdx.x < num_each;
     Reason reason = kNothing;
     uint32_t missing = 0;
-    for (int32_t channel = blockIdx.x % num_each; channel < args.num_channels && reason == kNothing;
-         channel += num_each)
-        reason = sends ? exchange.send(channel, missing) : exchange.receive(channel, missing);
+    for (int32_t pass = args.num_ahead > 0 ? 0 : 1; pass < 2; ++pass) {
+        exchange.is_ahead = pass == 0;
+        for (int32_t channel = blockIdx.x % num_each; channel < args.num_channels && reason == kNothing;
+             channel += num_each)
+            reason = sends ? exchange.send(channel, missing) : exchange.receive(channel, missing);
+    }
     if (reason != kNothing) internode::leave(session, reason, is_back ? kReturning : kComing, missing);
 }
 

@@ -18,6 +18,7 @@ struct InternodeLayoutCfg {
 template <InternodeLayoutCfg kCfg>
 struct InternodeLayoutArgs {
     HangRecord* hang;
+    Workspace* workspace;
     NetworkArea* area;
     NetworkState* state;
     NetworkPlan* plan;
@@ -191,6 +192,7 @@ __device__ void internode_layout(const InternodeLayoutArgs<kCfg>& args) {
     internode::Session session{.place = {args.node, args.num_nodes, args.rank, args.num_ranks},
                                .slabs = args.slabs,
                                .host_hang = args.hang,
+                               .workspace = args.workspace,
                                .area = args.area,
                                .state = args.state};
     if (!internode::begin(session, session.own()->epoch + 1, kDispatch, args.timeout_ns)) return;

@@ -14,6 +14,9 @@
 //            Rows are in the order of all ranks of all nodes: segment, then source rank, then token. Counts
 //            are offered by segment, and known before the layout is: block 0 offers them first of all. There
 //            are always expert ids, those of all nodes; the experts of this one count from first_expert.
+//            Tokens of other nodes may still be on their way, see internode_exchange.cu: this kernel waits
+//            for them, and ends after the exchange. Whoever waits for a peer here waits longer than the
+//            exchange does, which knows the node that is late.
 // Overfull   rows that do not fit are not sent. All ranks see it in the same matrix.
 // Bad ids    an expert id outside 0 .. num_experts - 1 is treated as -1: none.
 // Launch     any number of blocks up to kMaxBlocks, all resident; from sm_90 on dynamic shared memory for the
@@ -265,7 +268,7 @@ __device__ Reason DispatchBlock<kCfg>::report() const {
 }
 
 template <IntranodeDispatchCfg kCfg>
-__device__ void intranode_dispatch(const IntranodeDispatchArgs<kCfg>& args) {
+__device__ void dispatch_within_node(const IntranodeDispatchArgs<kCfg>& args) {
     using Block = DispatchBlock<kCfg>;
     static_assert(kCfg.num_threads % kWarpSize == 0 && kCfg.num_threads <= 1024);
     static_assert(Block::kOtherWarps >= 2);  // of block 0, one reports
@@ -278,7 +281,8 @@ __device__ void intranode_dispatch(const IntranodeDispatchArgs<kCfg>& args) {
                     .host_hang = args.hang,
                     .rank = args.rank,
                     .num_ranks = args.num_ranks};
-    if (!sync::enter(call, kDispatch, args.timeout_ns)) return;
+    const uint64_t grace_ns = kCfg.segmented ? args.timeout_ns / 4 : 0;
+    if (!sync::enter(call, kDispatch, args.timeout_ns + grace_ns)) return;
 
     const int32_t num_tokens = num_tokens_of<kCfg.segmented != 0>(args);
     const int32_t slice = (num_tokens + gridDim.x - 1) / gridDim.x;
@@ -320,6 +324,9 @@ __device__ void intranode_dispatch(const IntranodeDispatchArgs<kCfg>& args) {
     __syncthreads();
 
     Reason reason = kNothing;
+    if constexpr (kCfg.segmented)
+        if (args.waits_for_announced) reason = block.await_announced();
+    if (reason != kNothing) return;
     if (block.is_redundant) {
         block.lay_out_alone();
     } else if (!args.is_cached) {
@@ -335,6 +342,7 @@ __device__ void intranode_dispatch(const IntranodeDispatchArgs<kCfg>& args) {
     }
     if (is_data_warp) {
         sender.send();
+        if (sender.has_left) reason = kLeft;
     } else if (block.is_reporter()) {
         reason = block.report();
     } else {
@@ -347,7 +355,22 @@ __device__ void intranode_dispatch(const IntranodeDispatchArgs<kCfg>& args) {
     reason = sync::agree(reason);
     if (reason != kNothing)
         return sync::leave(call, reason, kReport, [&](int32_t peer) { return block.has_experts(peer); });
+    if constexpr (kCfg.segmented) {
+        uint64_t seen;
+        const auto num_begun = static_cast<uint64_t>(args.num_exchange_blocks);
+        if (threadIdx.x == 0)
+            block.await_exchange(&call.workspace->begun[call.set], seen,
+                                 [&](uint64_t value) { return value >= num_begun; });
+    }
     sync::finish(call, kLanding);
+}
+
+template <IntranodeDispatchCfg kCfg>
+__device__ void intranode_dispatch(const IntranodeDispatchArgs<kCfg>& args) {
+    dispatch_within_node(args);
+#ifdef EP_HAS_TMA
+    if constexpr (kCfg.segmented) ptx::wait_for_prerequisites();
+#endif
 }
 
 }  // namespace ep

@@ -46,7 +46,10 @@ struct IntranodeDispatchArgs {
     const uint8_t* landed_sf;
     const uint8_t* landed_topk_idx;
     const float* landed_topk_weights;
-    int32_t first_expert;  // of this node: ids count from the first expert of all nodes
+    const uint64_t* order;        // stamped: the tokens of other segments, as they land
+    int32_t first_expert;         // of this node: ids count from the first expert of all nodes
+    int32_t waits_for_announced;  // ids, weights and scale factors of those tokens may be on their way
+    int32_t num_exchange_blocks;  // of the exchange that brings them; 0: it has ended
 };
 
 template <bool kSegmented>
@@ -157,6 +160,45 @@ struct DispatchBlock {
             token -= begin;
         }
         return {args.x, args.sf, args.topk_idx, args.topk_weights, token};
+    }
+
+    // Over several nodes. Waits, as one thread, for a word of the exchange that runs beside this kernel, and
+    // acquires it. False when the call is given up, as it is in time if the exchange waits in vain.
+    template <class IsThere>
+    __device__ bool await_exchange(const uint64_t* word, uint64_t& seen, IsThere is_there) const {
+        for (uint32_t polls = 1; !is_there(seen = ptx::ld_relaxed_gpu(word)); ++polls)
+            if (polls % 64 == 0 && call.has_failed()) return false;
+        ptx::ld_acquire_gpu(word);
+        return true;
+    }
+    // As one block, for all but the rows. A barrier.
+    __device__ Reason await_announced() const {
+        const SegmentIndex& index = shared.segments.index;
+        const auto num_landed = static_cast<uint64_t>(num_tokens() - (index.own_end - index.own_begin));
+        uint64_t seen;
+        const bool is_there =
+            threadIdx.x > 0 || await_exchange(&call.workspace->announced[call.set], seen,
+                                              [&](uint64_t value) { return value >= num_landed; });
+        return sync::agree(is_there ? kNothing : kLeft);
+    }
+
+    // In which order rows are sent: this rank's own first, then others as they land. As one warp; -1 when the
+    // call is given up.
+    __device__ __forceinline__ int32_t token_at(int32_t place) const {
+        if constexpr (kCfg.segmented) {
+            const int32_t begin = shared.segments.index.own_begin;
+            const int32_t num_own = shared.segments.index.own_end - begin;
+            if (place < num_own) return begin + place;
+            int32_t landed = -1;
+            uint64_t seen;
+            if (lane == 0 && await_exchange(&args.order[place - num_own], seen,
+                                            [&](uint64_t word) { return is_stamped(word, call.epoch); }))
+                landed = static_cast<int32_t>(static_cast<uint32_t>(seen));
+            __syncwarp();  // what one lane acquired, all lanes may read
+            landed = __shfl_sync(kFullWarp, landed, 0);
+            return landed < begin ? landed : landed + num_own;
+        }
+        return place;
     }
 
     // Of this node. -1: none, also for an id that does not exist, or belongs to another node.

@@ -38,6 +38,7 @@ struct RowSender {
     int32_t x_row_bytes, pieces_per_row, destination;
     uint32_t num_pieces, ticket;
     typename Block::Sections to;  // known once the offers are
+    bool has_left = false;        // the call was given up while a row was awaited
     Tally<kCfg.counts != 0> tally;
 
     __device__ explicit RowSender(const Block& block) : block(block) {
@@ -114,9 +115,14 @@ struct RowSender {
 template <IntranodeDispatchCfg kCfg>
 __device__ __forceinline__ void RowSender<kCfg>::load(int slot, uint32_t piece) {
     offset[slot] = -1;
-    if (piece >= num_pieces) return;
-    token[slot] = piece / pieces_per_row;
-    offset[slot] = static_cast<int32_t>(piece - token[slot] * pieces_per_row) * kPieceBytes;
+    if (piece >= num_pieces || has_left) return;
+    const auto place = static_cast<int32_t>(piece / pieces_per_row);
+    token[slot] = block.token_at(place);
+    if constexpr (kCfg.segmented) {
+        has_left = token[slot] < 0;
+        if (has_left) return;
+    }
+    offset[slot] = static_cast<int32_t>(piece - place * pieces_per_row) * kPieceBytes;
     if (block.lane != 0) return;
     uint64_t* loaded = &block.shared.loaded[block.warp][slot];
     const int32_t num_bytes = bytes_at(offset[slot]), sf_row_bytes = block.args.sf_row_bytes;
@@ -141,7 +147,7 @@ __device__ __forceinline__ void RowSender<kCfg>::fetch(int slot) {
         __syncwarp();
     }
     load(slot, piece);
-    row[slot] = piece < num_pieces ? block.row_of(token[slot], destination) : -1;
+    row[slot] = offset[slot] < 0 ? -1 : block.row_of(token[slot], destination);
 }
 
 template <IntranodeDispatchCfg kCfg>
@@ -264,8 +270,13 @@ __device__ void RowSender<kCfg>::send() {
         const uint32_t piece = __shfl_sync(kFullWarp, ticket, 0);
         if (piece >= num_pieces) break;
         ticket = sync::take_ticket(block.call, block.lane);
-        const int32_t token = piece / pieces_per_row;
-        const int32_t at = static_cast<int32_t>(piece - token * pieces_per_row) * kPieceBytes;
+        const auto place = static_cast<int32_t>(piece / pieces_per_row);
+        const int32_t token = block.token_at(place);
+        if constexpr (kCfg.segmented) {
+            has_left = token < 0;
+            if (has_left) break;
+        }
+        const int32_t at = static_cast<int32_t>(piece - place * pieces_per_row) * kPieceBytes;
         const int32_t num_vectors = bytes_at(at) / rows::kVectorBytes;
         const auto* from = reinterpret_cast<const uint4*>(x(token, at)) + block.lane;
         uint4 values[kVectors];

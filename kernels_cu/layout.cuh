@@ -168,7 +168,10 @@ struct Workspace {
     uint64_t block_counts[kMaxBlocks][kMaxLocalRanks];  // stamped
     uint32_t expert_counts[2][kMaxLocalRanks * kMaxLocalExperts];
     uint64_t staged[2][kMaxChunks];  // warps that have copied their part of a chunk
-    uint64_t peer_bytes;             // see tally.cuh; only grows
+    // Of the exchange that a dispatch over several nodes runs beside: its blocks that have begun, tokens of
+    // other nodes of which everything but the row has landed, and those whose row has.
+    uint64_t begun[2], announced[2], landed[2];
+    uint64_t peer_bytes;  // see tally.cuh; only grows
 };
 
 // Of one rank's kernels that wait for no other rank, one at a time. Counters come in two sets, as above.
@@ -269,8 +272,7 @@ struct NetworkArea {
 
 // Of one rank, in its own memory. Chunks of a ring are counted from 1, over all calls.
 struct NetworkState {
-    uint64_t calls;    // layouts so far
-    uint64_t leaving;  // 1: a block is giving a call up; cleared by reset alone
+    uint64_t calls;  // layouts so far
     uint64_t sent[kMaxNodes][kMaxChannels], received[kMaxNodes][kMaxChannels];
     uint64_t sent_bytes[kMaxNodes];  // of records, to each node; only grows
 };

@@ -152,6 +152,18 @@ __device__ __forceinline__ uint32_t cvt_rn_satfinite_e4m3x2_f32(float low, float
 #endif
 
 #ifdef EP_HAS_TMA
+// Lets the kernel behind this one on the stream start, if it was launched to, once every block has come here
+// or ended. Orders nothing.
+__device__ __forceinline__ void launch_dependents() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// Waits until the kernel before this one has ended, and sees what it stored. Nothing to wait for where this
+// one was not launched to start before that.
+__device__ __forceinline__ void wait_for_prerequisites() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

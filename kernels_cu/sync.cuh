@@ -130,6 +130,7 @@ __device__ inline bool enter(Call& call, uint64_t operation, uint64_t timeout_ns
             call.workspace->tickets[idle] = 0;
             call.workspace->arrived[idle] = 0;
             call.workspace->finished[idle] = 0;
+            call.workspace->begun[idle] = call.workspace->announced[idle] = call.workspace->landed[idle] = 0;
         }
         for (int32_t i = threadIdx.x; i < kMaxLocalRanks * kMaxLocalExperts; i += blockDim.x)
             call.workspace->expert_counts[idle][i] = 0;

@@ -50,6 +50,12 @@ def test_parts_of_a_row() -> None:
     assert parts.offsets == (0, 48, 48, 64)
     assert parts.record_bytes == 80
     assert parts.places(10) == (0, 512, 512, 768, 1024)
+    ahead = plan.Parts.of((48, 0, 12, 12), num_ahead=3)
+    assert ahead.num_bytes == parts.num_bytes
+    assert ahead.offsets == (0, 0, 0, 16)
+    assert (ahead.row_bytes, ahead.ahead_bytes) == (48, 32)
+    assert ahead.record_bytes == parts.record_bytes
+    assert ahead.places(10) == parts.places(10)
 
 
 @pytest.mark.parametrize("num_nodes", [2, 8, 32])

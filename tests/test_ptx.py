@@ -33,6 +33,8 @@ INSTRUCTIONS = {
     "cvt_rn_f16x2_f32": ["cvt.rn.f16x2.f32"],
     "cvt_rn_bf16x2_f32": ["cvt.rn.bf16x2.f32"],
     "cvt_rn_satfinite_e4m3x2_f32": ["cvt.rn.satfinite.e4m3x2.f32"],
+    "launch_dependents": ["griddepcontrol.launch_dependents"],
+    "wait_for_prerequisites": ["griddepcontrol.wait"],
     "fence_proxy_async": ["fence.proxy.async"],
     "fence_proxy_async_shared": ["fence.proxy.async.shared::cta"],
     "mbarrier_init": ["mbarrier.init.shared::cta.b64"],

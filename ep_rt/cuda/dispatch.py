@@ -391,13 +391,16 @@ class Dispatch:
         internode, bringing, args = self._internode, found.bringing, found.launch.args
         assert internode is not None
         assert bringing is not None
-        crossing, landed = internode.bring(
+        brought = internode.bring(
             bringing, crossing, pointers[:4], call, num_sms=found.num_sms, digest=digest
         )
-        args.segments = crossing.segments
-        args.landed_x, args.landed_sf, args.landed_topk_idx, args.landed_topk_weights = landed
+        args.segments = brought.crossing.segments
+        args.landed_x, args.landed_sf, args.landed_topk_idx, args.landed_topk_weights = brought.landed
+        args.order = internode.order
         args.first_expert = internode.node * bringing.num_node_experts
-        return crossing
+        args.waits_for_announced = bringing.parts.ahead_bytes > 0
+        args.num_exchange_blocks = brought.num_blocks
+        return brought.crossing
 
     def _as_it_landed(
         self, found: _Plan, call: Call, lease: Lease, capacity: int, num_rows: int

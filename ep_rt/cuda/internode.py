@@ -1,15 +1,16 @@
 """The network's part of the two-level mode on one rank: what crosses, memory for it, and launches.
 
 A dispatch over several nodes is that of one node over a longer list of tokens: a rank's own ones, and those
-that came from the ranks of the same local index on the other nodes. `Internode` brings them, and on the way
-back takes each node's sum of a token to where it came from.
+that came from the ranks of the same local index on the other nodes. `Internode` brings them, while that
+dispatch already sends on what has come, and on the way back takes each node's sum of a token to where it came
+from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -18,7 +19,6 @@ from ..errors import ConfigError, TopologyError, on_all_ranks
 from ..topology import Topology
 from . import kernels, plan
 from .domain import Call, Domain
-from .hang import timeout_ns
 from .heap import Block, Workspace
 from .inputs import itemsize, row_bytes
 from .kernels import ELEMENTS
@@ -89,6 +89,20 @@ class Bringing:
 
 
 @dataclass(frozen=True, slots=True)
+class Brought:
+    """Tokens of other nodes that come, or have come, for a dispatch within this node.
+
+    Attributes:
+        landed: where the parts of them lie, in the order of `Bringing.parts`.
+        num_blocks: of the exchange that brings them.
+    """
+
+    crossing: Crossing
+    landed: tuple[int, ...]
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class Returning:
     """The way back for combines of certain shapes, of rows and their weights."""
 
@@ -111,10 +125,12 @@ class Internode:
         network: over all nodes.
         memory: `num_bytes` of it.
         domain: of this node's ranks.
+        common: fields of every collective kernel of the domain.
         rings: see `plan.rings`.
         max_tokens: of any rank in one call.
 
     Attributes:
+        order: which tokens of other nodes have landed, as they do; words, stamped with the call.
         num_nodes, node: of all, and this one.
         num_ranks: of all nodes.
 
@@ -128,6 +144,7 @@ class Internode:
         memory: SymmetricMemory,
         topology: Topology,
         domain: Domain,
+        common: Mapping[str, Any],
         rings: plan.Rings,
         *,
         max_tokens: int,
@@ -141,16 +158,14 @@ class Internode:
         self._memory = memory
         self._area = self._memory.pointer
         self._state = Workspace(NETWORK_STATE.itemsize)
+        self._order = Workspace(8 * (self.num_nodes - 1) * max_tokens)
+        self.order = self._order.pointer
         self._common = {
-            "hang": domain.watch.record_pointer,
+            **common,
             "area": self._area,
             "state": self._state.pointer,
-            "timeout_ns": timeout_ns(domain.timeout_s),
-            "rank": domain.group.rank,
-            "num_ranks": domain.group.size,
             "node": self.node,
             "num_nodes": self.num_nodes,
-            "slabs": domain.slab.pointers,
         }
         self._rings_fields = {
             "outbox": self._area + _AREA_BYTES,
@@ -205,6 +220,7 @@ class Internode:
         """Forget what was under way, while no rank has any work; see `HangWatch.reset`."""
         self._network.settle()
         self._state.reset()
+        self._order.reset()
         self._network.clear(self._memory, _AREA_BYTES)
 
     def list_capacity(self, num_tokens: int) -> int:
@@ -231,7 +247,7 @@ class Internode:
                 f"{num_tokens} tokens; across nodes a rank dispatches at most {self.max_tokens} in a call: "
                 "give num_max_tokens_per_rank to Buffer.for_moe"
             )
-        parts = Parts.of([row_bytes(view) for view in views])
+        parts = Parts.of([row_bytes(view) for view in views], num_ahead=3)
         ids = views[2]
         layout = None
         if not is_cached:
@@ -260,8 +276,8 @@ class Internode:
         *,
         num_sms: int,
         digest: int,
-    ) -> tuple[Crossing, tuple[int, ...]]:
-        """Enqueue the way out. Addresses of the parts of what comes from the other nodes.
+    ) -> Brought:
+        """Enqueue the way out. The dispatch within the node must be enqueued next.
 
         Args:
             crossing: of the handle; None for a new one.
@@ -274,9 +290,12 @@ class Internode:
         landed = domain.heap.take(places[-1], is_capturing=call.is_capturing)
         call.temporaries.append(landed)
         targets = tuple(landed.pointer + place for place in places[:-1])
-        found.exchange.args.lists = crossing.lists  # never set on the way back
-        self._launch_exchange(found.exchange, parts, crossing, pointers, targets, call.stream, num_sms)
-        return crossing, targets
+        # Never set on the way back.
+        found.exchange.args.lists, found.exchange.args.order = crossing.lists, self.order
+        num_blocks = self._launch_exchange(
+            found.exchange, parts, crossing, pointers, targets, call.stream, num_sms
+        )
+        return Brought(crossing, targets, num_blocks)
 
     def _lay_out(self, found: Bringing, pointers: Sequence[int], call: Call, *, digest: int) -> Crossing:
         num_tokens = found.num_tokens
@@ -305,7 +324,7 @@ class Internode:
             self._sum[element],
             plan.SUM_BLOCKS_PER_SM * self._domain.max_blocks,
             {
-                "header": self._common["slabs"][self._domain.group.rank],  # type: ignore[index]
+                "header": self._common["slabs"][self._domain.group.rank],
                 "num_tokens": num_tokens,
                 "row_bytes": row_bytes(x),
                 "num_topk": num_topk,
@@ -359,7 +378,7 @@ class Internode:
         return bind(
             self._exchange,
             plan.EXCHANGE_BLOCKS_PER_SM * self._domain.max_blocks,
-            {"num_tokens": num_tokens, "record_bytes": parts.record_bytes},
+            {"num_tokens": num_tokens, "ahead_bytes": parts.ahead_bytes, "row_bytes": parts.row_bytes},
             self._rings_fields,
             self._common,
         )
@@ -373,23 +392,22 @@ class Internode:
         targets: Sequence[int],
         stream: int,
         num_sms: int,
-    ) -> None:
+    ) -> int:
+        """Returns the number of its blocks."""
         args = launch.args
         args.plan = crossing.plan
-        number = 0
-        for source, target, num_bytes, offset in zip(
-            sources, targets, parts.num_bytes, parts.offsets, strict=True
-        ):
-            if num_bytes == 0:
-                continue
-            section = args.sections[number]
+        given = list(zip(sources, targets, parts.num_bytes, parts.offsets, strict=True))
+        first = len(given) - parts.num_ahead
+        ahead, rows = ([part for part in some if part[2]] for some in (given[first:], given[:first]))
+        assert len(ahead) + len(rows) <= MAX_SECTIONS
+        for section, (source, target, num_bytes, offset) in zip(args.sections, ahead + rows, strict=False):
             section.source, section.target = source, target
             section.bytes, section.offset = num_bytes, offset
-            number += 1
-        assert number <= MAX_SECTIONS
-        args.num_sections = number
+        args.num_ahead, args.num_sections = len(ahead), len(ahead) + len(rows)
         most = min(num_sms, self._domain.max_blocks) * plan.EXCHANGE_BLOCKS_PER_SM // 2
-        launch(stream, 2 * min(self._rings.num_channels, most))
+        num_blocks = 2 * min(self._rings.num_channels, most)
+        launch(stream, num_blocks)
+        return num_blocks
 
 
 def _lists_bytes(num_tokens: int, num_nodes: int) -> int:

@@ -160,6 +160,7 @@ class KernelSpec:
         shared_bytes_sm80: before.
         blocks_per_sm: that are to be resident together, which bounds their registers.
         uses_network: it includes network.cuh, is linked with NVSHMEM, and runs once NVSHMEM is initialised.
+        starts_early: from Hopper on it runs beside the kernel before it on its stream, and ends after it.
     """
 
     source: str
@@ -170,6 +171,7 @@ class KernelSpec:
     shared_bytes_sm80: int = 0
     blocks_per_sm: int = 1
     uses_network: bool = False
+    starts_early: bool = False
 
     @property
     def max_registers(self) -> int:
@@ -264,11 +266,13 @@ def intranode_dispatch(
                 *_ints("fill_rows", "max_redundant_tokens"),
                 ("slabs", "<u8", (MAX_LOCAL_RANKS,)),
                 *_pointers("segments", "landed_x", "landed_sf", "landed_topk_idx", "landed_topk_weights"),
-                *_ints("first_expert"),
+                *_pointers("order"),
+                *_ints("first_expert", "waits_for_announced", "num_exchange_blocks"),
             ],
             align=True,
         ),
         shared_bytes=stages.shared_bytes,
+        starts_early=segmented,
     )
 
 
@@ -529,8 +533,8 @@ def internode_layout() -> KernelSpec:
         cfg=InternodeLayoutCfg(num_threads=1024),
         args=np.dtype(
             [
-                *_pointers("hang", "area", "state", "plan", "topk_idx", "is_token_in_rank", "lists"),
-                *_pointers("positions"),
+                *_pointers("hang", "workspace", "area", "state", "plan", "topk_idx", "is_token_in_rank"),
+                *_pointers("lists", "positions"),
                 ("timeout_ns", "<u8"),
                 ("digest", "<u4"),
                 *_ints("rank", "num_ranks", "node", "num_nodes", "num_tokens", "num_topk", "num_experts"),
@@ -551,10 +555,11 @@ def internode_exchange() -> KernelSpec:
         cfg=InternodeExchangeCfg(num_threads=256),
         args=np.dtype(
             [
-                *_pointers("hang", "area", "state", "plan", "lists", "outbox", "inbox"),
+                *_pointers("hang", "workspace", "area", "state", "plan", "lists", "order", "outbox", "inbox"),
                 ("timeout_ns", "<u8"),
                 *_ints("rank", "num_ranks", "node", "num_nodes", "num_tokens"),
-                *_ints("num_channels", "num_slots", "slot_bytes", "num_sections", "record_bytes"),
+                *_ints("num_channels", "num_slots", "slot_bytes"),
+                *_ints("num_ahead", "num_sections", "ahead_bytes", "row_bytes"),
                 ("sections", SECTION, (MAX_SECTIONS,)),
                 ("slabs", "<u8", (MAX_LOCAL_RANKS,)),
             ],

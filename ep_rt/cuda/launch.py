@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -19,6 +19,7 @@ from .layout import Struct
 _UNASKED_SHARED_BYTES: Final = 48 << 10
 
 _INVALID_CONTEXT: Final = 201
+_EARLY_DRIVER: Final = 12030  # from there on graphs can hold launches that start early
 
 
 class ModuleOwner(Protocol):
@@ -51,6 +52,11 @@ class Kernel:
         self.device: int = cupy.cuda.runtime.getDevice()
         make_context_current()
         capability = _capability()
+        self.starts_early = (
+            spec.starts_early
+            and capability >= (9, 0)
+            and cupy.cuda.runtime.driverGetVersion() >= _EARLY_DRIVER
+        )
         self.architecture = jit.architecture(capability)
         self.shared_bytes = spec.shared_bytes if capability >= (9, 0) else spec.shared_bytes_sm80
         path = jit.cubin(spec, self.architecture, cache_dir=cache_dir)
@@ -104,9 +110,11 @@ class Launch:
         self._function = kernel.function
         self._after_grid = (1, 1, kernel.spec.cfg.num_threads, 1, 1, kernel.shared_bytes)
         self._params_address = self._params.ctypes.data
-        # Not that of cuda.bindings, which makes an object of every result and of every handle it is given.
-        self._launch_kernel = driver.launchKernel
         self._error = driver.CUDADriverError
+        # Not that of cuda.bindings, which makes an object of every result and of every handle it is given.
+        self._launch_kernel: Callable[..., Any] = driver.launchKernel
+        if kernel.starts_early:
+            self._launch_kernel = _early_launch(self._error)
         self._name = kernel.spec.name
 
     def saved(self) -> bytes:
@@ -142,6 +150,31 @@ class Launch:
                 self._launch_kernel(*where)
             except self._error as again:
                 raise DeviceError(f"launching {self._name}: {again}") from again
+
+
+def _early_launch(error: Callable[[int], Exception]) -> Callable[..., None]:
+    """What CuPy's ``launchKernel`` does, for a kernel that may start before the one in front of it ends.
+
+    A programmatic dependent launch: CUDA C++ Programming Guide.
+    """
+    from cuda.bindings import driver
+
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config = driver.CUlaunchConfig()
+    config.attrs, config.numAttrs = [attribute], 1
+
+    def launch(function: int, *where: int) -> None:
+        config.gridDimX, config.gridDimY, config.gridDimZ = where[:3]
+        config.blockDimX, config.blockDimY, config.blockDimZ = where[3:6]
+        config.sharedMemBytes = where[6]
+        config.hStream = driver.CUstream(where[7])
+        (status,) = driver.cuLaunchKernelEx(config, driver.CUfunction(function), *where[8:])
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise error(int(status))
+
+    return launch
 
 
 def current_architecture() -> str:

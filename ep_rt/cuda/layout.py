@@ -166,6 +166,9 @@ WORKSPACE: Final[Struct] = np.dtype(
         ("block_counts", "<u8", (MAX_BLOCKS, MAX_LOCAL_RANKS)),
         ("expert_counts", "<u4", (2, MAX_LOCAL_RANKS * MAX_LOCAL_EXPERTS)),
         ("staged", "<u8", (2, MAX_CHUNKS)),
+        ("begun", "<u8", (2,)),
+        ("announced", "<u8", (2,)),
+        ("landed", "<u8", (2,)),
         ("peer_bytes", "<u8"),
     ],
     align=True,
@@ -247,7 +250,6 @@ NETWORK_AREA: Final[Struct] = np.dtype(
 NETWORK_STATE: Final[Struct] = np.dtype(
     [
         ("calls", "<u8"),
-        ("leaving", "<u8"),
         ("sent", "<u8", (MAX_NODES, MAX_CHANNELS)),
         ("received", "<u8", (MAX_NODES, MAX_CHANNELS)),
         ("sent_bytes", "<u8", (MAX_NODES,)),

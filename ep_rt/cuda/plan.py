@@ -151,18 +151,29 @@ class Parts:
     """What belongs to a row on the network: bytes of each part, 0 where it is absent, and where it lies.
 
     Attributes:
-        offsets: within a record.
-        record_bytes: of a row with everything.
+        offsets: within the record of those that travel together.
+        num_ahead: the last parts, which go ahead of the others, in records of their own.
+        ahead_bytes, row_bytes: of a record of those, and of the others.
     """
 
     num_bytes: tuple[int, ...]
     offsets: tuple[int, ...]
-    record_bytes: int
+    num_ahead: int
+    ahead_bytes: int
+    row_bytes: int
 
     @classmethod
-    def of(cls, num_bytes: Sequence[int]) -> Parts:
-        *offsets, end = accumulate((align_up(each, _RECORD_ALIGN) for each in num_bytes), initial=0)
-        return cls(tuple(num_bytes), tuple(offsets), end)
+    def of(cls, num_bytes: Sequence[int], *, num_ahead: int = 0) -> Parts:
+        sizes = [align_up(each, _RECORD_ALIGN) for each in num_bytes]
+        first = len(sizes) - num_ahead
+        *offsets, row_bytes = accumulate(sizes[:first], initial=0)
+        *ahead, ahead_bytes = accumulate(sizes[first:], initial=0)
+        return cls(tuple(num_bytes), (*offsets, *ahead), num_ahead, ahead_bytes, row_bytes)
+
+    @property
+    def record_bytes(self) -> int:
+        """Of a row with everything."""
+        return self.ahead_bytes + self.row_bytes
 
     def places(self, num_rows: int) -> tuple[int, ...]:
         """Where each part of so many rows lies in memory that holds them, and where it ends."""

@@ -104,7 +104,13 @@ class Remote:
                 jit.prepare(specs, current_architecture())
                 if rings_memory is not None:
                     self.internode = Internode(
-                        network, rings_memory, topology, domain, rings, max_tokens=sizes.max_tokens
+                        network,
+                        rings_memory,
+                        topology,
+                        domain,
+                        operations.common,
+                        rings,
+                        max_tokens=sizes.max_tokens,
                     )
                 if self.places is not None:
                     self.low_latency = LowLatencyKernels(

@@ -18,6 +18,7 @@ from ep_rt.cuda.layout import (
     NETWORK_STATE,
     PAYLOAD_OFFSET,
     SLAB_HEADER,
+    WORKSPACE,
     Operation,
     align_up,
     field_offset,
@@ -30,6 +31,7 @@ from .runtime import Kind
 
 NUM_CHANNELS = 3
 NUM_SLOTS = 2
+MAX_LANDED = 64
 ELEMENT = "float32"
 
 
@@ -96,6 +98,8 @@ class Exchanges:
         self.outboxes = each(ring_bytes, "outbox", Kind.SYMMETRIC)
         self.inboxes = each(ring_bytes, "inbox", Kind.SYMMETRIC)
         self.states = each(NETWORK_STATE.itemsize, "network state")
+        self.workspaces = each(WORKSPACE.itemsize, "workspace")
+        self.orders = each(8 * MAX_LANDED, "order")
         self.hangs = each(HANG_RECORD.itemsize, "hang record")
         self.epoch = 0
 
@@ -115,6 +119,7 @@ class Exchanges:
         node = rank // self.num_local_ranks
         return {
             "hang": self.hangs[rank].address,
+            "workspace": self.workspaces[rank].address,
             "area": self.areas[rank].address,
             "state": self.states[rank].address,
             "timeout_ns": self.machine.conditions.timeout_ns,
@@ -183,13 +188,18 @@ class Exchanges:
         row_bytes, idx_bytes = 4 * hidden, 8 * num_topk
         self._send(
             rank,
-            common | {"lists": lists},
-            [(given["x"], landed_x, row_bytes), (given["ids"], landed_ids, idx_bytes)],
+            common | {"lists": lists, "order": self.orders[rank].address},
+            [(given["ids"], landed_ids, idx_bytes), (given["x"], landed_x, row_bytes)],
             "landed",
+            num_ahead=1,
         )
+        self._expect_announced(rank, len(landed_x))
         # What the dispatch and the combine within the node do to the epoch.
         epoch = machine.put(rank, np.array([self.epoch + 2], np.uint64), "epoch")
         machine.copy(rank, self.slabs[rank].address + field_offset(SLAB_HEADER, "epoch"), epoch, 8)
+        counters = [field_offset(WORKSPACE, name) for name in ("begun", "announced", "landed")]
+        cleared = machine.allocate(rank, 48, "zeros").address
+        machine.copy(rank, self.workspaces[rank].address + min(counters), cleared, 48)
         here = np.concatenate(made[rank])
         back = np.concatenate(
             [made[other * size + local][node][: int(goes[rank][:, other].sum())] for other in others]
@@ -243,11 +253,19 @@ class Exchanges:
         self._expect(out_weights, np.where(has_term, total, np.float32(0))[:, :num_topk])
 
     def _send(
-        self, rank: int, fields: dict[str, Any], parts: list[tuple[int, Array, int]], name: str
+        self,
+        rank: int,
+        fields: dict[str, Any],
+        parts: list[tuple[int, Array, int]],
+        name: str,
+        *,
+        num_ahead: int = 0,
     ) -> list[int]:
         """One step over the network. `parts`: where from, what must land here, bytes of a row."""
-        machine, targets, sections, offset = self.machine, [], [], 0
-        for source, expected, num_bytes in parts:
+        machine, targets, sections, offset, ahead_bytes = self.machine, [], [], 0, 0
+        for number, (source, expected, num_bytes) in enumerate(parts):
+            if num_ahead and number == num_ahead:
+                ahead_bytes, offset = offset, 0
             memory = machine.allocate(rank, max(1, expected.nbytes), name)
             self._expect(memory, expected)
             targets.append(memory.address)
@@ -263,14 +281,30 @@ class Exchanges:
                 "num_channels": NUM_CHANNELS,
                 "num_slots": NUM_SLOTS,
                 "slot_bytes": self.slot_bytes,
+                "num_ahead": num_ahead,
                 "num_sections": len(sections),
-                "record_bytes": offset,
+                "ahead_bytes": ahead_bytes,
+                "row_bytes": offset,
                 "sections": sections,
             },
             fields,
         )
         machine.launch(rank, kernel, args, 2 * NUM_CHANNELS)
         return targets
+
+    def _expect_announced(self, rank: int, num_landed: int) -> None:
+        """Enqueue a look at what the dispatch within the node would be told."""
+        order = self.machine.allocate(rank, 8 * MAX_LANDED, "order as it was")
+        self.machine.copy(rank, order.address, self.orders[rank].address, 8 * MAX_LANDED)
+        epoch = self.epoch + 1
+
+        def check() -> str | None:
+            words = order.array(np.uint64)[:num_landed]
+            if self.has_failed or sorted(words.tolist()) == [epoch << 32 | row for row in range(num_landed)]:
+                return None
+            return f"rank {rank} was told {words} of {num_landed} tokens"
+
+        self.machine.checks.append(check)
 
     def _expect(self, memory: Memory, expected: Array) -> None:
         raw = np.ascontiguousarray(expected).reshape(-1).view(np.uint8)

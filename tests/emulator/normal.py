@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from ep_rt import reference
 from ep_rt.cuda.digest import along
 from ep_rt.cuda.handle import RESULT_OFFSET, SEND_PLAN_OFFSET, SEND_ROW_OFFSET, routing_bytes
@@ -19,7 +21,7 @@ from ep_rt.cuda.plan import scratch_bytes
 
 from .kernels import bound, host_reads
 from .machine import Array, Memory
-from .ranks import Ranks
+from .ranks import Ranks, stamped
 from .segments import SegmentList
 
 
@@ -116,6 +118,7 @@ def dispatch(
                     None if lists is None else lists[rank],
                 ),
                 "segments": segments[rank] if segments else 0,
+                "order": 0 if lists is None else _order(ranks, rank, lists[rank]),
                 "first_expert": 0 if lists is None else lists[rank].node * num_experts,
                 "is_token_in_rank": _input(
                     ranks, rank, None if in_rank is None else in_rank[rank], "in_rank"
@@ -163,6 +166,13 @@ def dispatch(
         segments=segments,
     )
     return made, landed
+
+
+def _order(ranks: Ranks, rank: int, tokens: SegmentList) -> int:
+    """What an exchange has left behind: all tokens of other nodes have landed, the last one first."""
+    num_landed = tokens.first[-1] - len(tokens.tokens[tokens.node])
+    words = [stamped(ranks.epoch, token) for token in reversed(range(num_landed))]
+    return ranks.machine.put(rank, np.array(words, np.uint64), "order")
 
 
 def _input(ranks: Ranks, rank: int, array: Array | None, name: str) -> int:

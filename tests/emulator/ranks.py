@@ -27,7 +27,7 @@ from .runtime import Kind
 MAX_STAGERS: Final = 2  # blocks of a combine, besides those that sum
 
 
-def _stamped(epoch: int, value: int) -> int:
+def stamped(epoch: int, value: int) -> int:
     """Twin of `stamped` in layout.cuh."""
     return (epoch << 32 | value) & 0xFFFFFFFFFFFFFFFF
 
@@ -93,7 +93,7 @@ class Ranks:
             header["signals"] = signal_word(epoch, Operation.NO_OPERATION)
             self._leave_words(slab, epoch)
         for workspace in self.workspaces:
-            workspace.array(WORKSPACE, (1,))["block_counts"] = _stamped(epoch, 7)
+            workspace.array(WORKSPACE, (1,))["block_counts"] = stamped(epoch, 7)
         self.epoch = epoch
 
     @staticmethod
@@ -106,9 +106,9 @@ class Ranks:
                 continue
             for part in ("dispatch", "combine"):
                 for name in exchange.dtype[part].base.names or ():
-                    exchange[part][name][0, parity] = _stamped(last, 7)
-            exchange["expert_counts"][0, parity] = _stamped(last, 7)
-            exchange["segment_counts"][0, parity] = _stamped(last, 7)
+                    exchange[part][name][0, parity] = stamped(last, 7)
+            exchange["expert_counts"][0, parity] = stamped(last, 7)
+            exchange["segment_counts"][0, parity] = stamped(last, 7)
         exchange["arrivals"] = signal_word(epoch, Operation.BARRIER)
 
     def common(self, rank: int) -> dict[str, Any]:

@@ -140,8 +140,8 @@ MUTATIONS = (
     Mutation(
         "frees a slot that others still read",
         "internode_exchange.cu",
-        "scatter(at, rows, args.inbox + slot_offset(at, channel, slot));\n                __syncthreads();",
-        "scatter(at, rows, args.inbox + slot_offset(at, channel, slot));",
+        "                __syncthreads();\n                if (!is_back()) announce(at, rows);",
+        "                if (!is_back()) announce(at, rows);",
         "",
     ),
     Mutation(

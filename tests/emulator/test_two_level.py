@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from ep_rt.cuda.layout import SLAB_HEADER
+
 from .kernels import Kernels
+from .machine import FoundError
+from .planting import Mutation, sources_with
 from .support import needs_emulator
 from .two_level import TwoLevel
 
@@ -27,3 +33,111 @@ def test_layers_equal_the_oracle(
         ranks.compare_bytes()
         for seed in range(4):
             ranks.machine.run(seed)
+
+
+@pytest.mark.parametrize("dead_rank", [0, 3])
+@pytest.mark.parametrize("architecture", [900, 800])
+def test_a_rank_that_stops_ends_the_exchange_and_the_dispatch_beside_it(
+    dead_rank: int, architecture: int
+) -> None:
+    ranks = TwoLevel(2, 2, Kernels(architecture=architecture), is_virtual=True)
+    ranks.layer(np.random.default_rng(1), max_tokens=8)
+    ranks.machine.checks.clear()
+    num_failed = 0
+    for seed in range(24):
+        # What is enqueued behind a call that is given up may read results that peers still store.
+        ranks.machine.run(seed, dead_rank=dead_rank, dead_step=1500 * seed, finds_races=False)
+        failed = [
+            bool(slab.array(SLAB_HEADER, (1,))["failed"][0])
+            for rank, slab in enumerate(ranks.slabs)
+            if rank != dead_rank
+        ]
+        # A rank alone may have completed everything before.
+        num_failed += all(failed)
+        assert all(failed) or seed >= 8
+    assert num_failed > 8
+
+
+MUTATIONS = (
+    Mutation(
+        "ids are read before they have come",
+        "intranode_dispatch.cu",
+        "if (args.waits_for_announced) reason = block.await_announced();",
+        "",
+        "",
+    ),
+    Mutation(
+        "a row is read before it has landed",
+        "intranode_dispatch_block.cuh",
+        "if (lane == 0 && await_exchange(",
+        "landed = place - num_own;\n            if (false && await_exchange(",
+        "",
+    ),
+    Mutation(
+        "what has landed is not acquired",
+        "intranode_dispatch_block.cuh",
+        "call.has_failed()) return false;\n        ptx::ld_acquire_gpu(word);\n",
+        "call.has_failed()) return false;\n",
+        "",
+    ),
+    Mutation(
+        "rows of the own segment are taken for others",
+        "intranode_dispatch_block.cuh",
+        "return landed < begin ? landed : landed + num_own;",
+        "return landed;",
+        "",
+    ),
+    Mutation(
+        "a row is announced before all threads have stored it",
+        "internode_exchange.cu",
+        "                __syncthreads();\n                if (!is_back()) announce(at, rows);",
+        "                if (!is_back()) announce(at, rows);\n                __syncthreads();",
+        "",
+    ),
+    Mutation(
+        "bulk loads of a row may come before its stores",
+        "internode_exchange.cu",
+        "                if (!is_back()) ptx::fence_proxy_async();\n",
+        "",
+        "",
+    ),
+    Mutation(
+        "a row is announced by the word alone",
+        "internode_exchange.cu",
+        "        __threadfence();\n        for (uint64_t i",
+        "        for (uint64_t i",
+        "",
+    ),
+    Mutation(
+        "counters of the call before are added to",
+        "sync.cuh",
+        "call.workspace->begun[idle] = call.workspace->announced[idle] = call.workspace->landed[idle] = 0;",
+        "",
+        "",
+    ),
+    Mutation(
+        "the call ends before the exchange has begun",
+        "intranode_dispatch.cu",
+        "[&](uint64_t value) { return value >= num_begun; }",
+        "[&](uint64_t) { return true; }",
+        "",
+    ),
+)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_planted_bugs_are_found(mutation: Mutation) -> None:
+    with sources_with(mutation) as sources, pytest.raises(FoundError):
+        _run_all(sources)
+
+
+def _run_all(sources: Path) -> None:
+    for drawing in range(6):
+        rng = np.random.default_rng(drawing)
+        ranks = TwoLevel(2, 1, Kernels(sources=sources), is_virtual=bool(drawing % 2))
+        for _ in range(2):
+            ranks.layer(rng, max_tokens=8)
+        for seed in range(8):
+            ranks.machine.run(seed)
+            if any(slab.array(SLAB_HEADER, (1,))["failed"][0] for slab in ranks.slabs):
+                raise FoundError("record", "a rank gave up")

@@ -5,7 +5,9 @@ The network's part is enqueued by the product's host side, the part within a nod
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,25 +47,50 @@ RINGS = Rings(num_channels=2, num_slots=2, slot_bytes=512)
 class _Launch:
     """Stands for `launch.Launch`."""
 
-    def __init__(self, machine: Machine, rank: int, kernel: EmulatedKernel, args: Array, most: int) -> None:
-        self._where = machine, rank, kernel
+    def __init__(self, machine: Machine, kernel: EmulatedKernel, args: Array, most: int) -> None:
+        self._where = machine, kernel
         self._given, self._most = args, most
         self.args: Any = launch.fields_type(kernel.spec.args).from_address(args.ctypes.data)
 
     def __call__(self, stream: int, num_blocks: int | None = None) -> None:
-        machine, rank, kernel = self._where
-        machine.launch(rank, kernel, self._given, min(num_blocks or self._most, self._most))
+        machine, kernel = self._where
+        machine.launch(stream, kernel, self._given, min(num_blocks or self._most, self._most))
+
+
+class _Beside:
+    """A launch of the exchange. On the way out on a stream of its own, so that a dispatch runs beside it.
+
+    Attributes:
+        done: the event of its end.
+    """
+
+    def __init__(self, launch: _Launch, machine: Machine, rank: int, events: Iterator[int]) -> None:
+        self._launch, self._machine, self._rank = launch, machine, rank
+        self.args, self.ready, self.done = launch.args, next(events), next(events)
+
+    def __call__(self, stream: int, num_blocks: int | None = None) -> None:
+        if not self.args.lists:
+            return self._launch(stream, num_blocks)
+        self._machine.record(stream, self.ready)
+        beside = len(self._machine.streams) // 2 + self._rank
+        self._machine.wait(beside, self.ready)
+        self._launch(beside, num_blocks)
+        self._machine.record(beside, self.done)
 
 
 class _Kernel:
     """Stands for `launch.Kernel`."""
 
-    def __init__(self, machine: Machine, rank: int, kernel: EmulatedKernel) -> None:
-        self._where = machine, rank, kernel
+    def __init__(self, machine: Machine, rank: int, kernel: EmulatedKernel, events: Iterator[int]) -> None:
+        self._where = machine, rank, kernel, events
         self.spec = kernel.spec
 
-    def bind(self, args: Array, *, num_blocks: int) -> _Launch:
-        return _Launch(*self._where, args, num_blocks)
+    def bind(self, args: Array, *, num_blocks: int) -> _Launch | _Beside:
+        machine, rank, kernel, events = self._where
+        launch = _Launch(machine, kernel, args, num_blocks)
+        if kernel.spec.function != "internode_exchange":
+            return launch
+        return _Beside(launch, machine, rank, events)
 
 
 def _values(rng: np.random.Generator, shape: tuple[int, int], dtype: DTypeLike) -> Array:
@@ -136,7 +163,8 @@ class TwoLevel:
         self.machine = machine = Machine(
             len(self.ranks),
             [*self.dispatches, self.combine, *network],
-            [(rank, most_blocks) for rank in self.ranks],
+            # The second stream of each is for exchanges that run beside a dispatch.
+            [(rank, most_blocks) for _ in range(2) for rank in self.ranks],
             ranks_per_node=domain,
             # Counts of ranks that are not there are copied, too.
             conditions=Conditions(checks_uninitialised=False),
@@ -154,6 +182,7 @@ class TwoLevel:
         )
         self.states = each(NETWORK_STATE.itemsize, "network state")
         self.internodes = []
+        events = count()
         for rank in self.ranks:
             made = object.__new__(Internode)
             made._domain = SimpleNamespace(  # type: ignore[assignment]
@@ -167,6 +196,7 @@ class TwoLevel:
             )
             made.num_nodes, made.node, made.num_ranks = num_nodes, rank // num_local_ranks, len(self.ranks)
             made.max_tokens, made._rings = MAX_TOKENS, RINGS
+            made.order = machine.allocate(rank, 8 * (num_nodes - 1) * MAX_TOKENS, "order").address
             made._common = {
                 **self.common(rank),
                 "area": areas[rank].address,
@@ -181,7 +211,7 @@ class TwoLevel:
                 "num_slots": RINGS.num_slots,
                 "slot_bytes": RINGS.slot_bytes,
             }
-            layout, exchange, total = (_Kernel(machine, rank, kernel) for kernel in network)
+            layout, exchange, total = (_Kernel(machine, rank, kernel, events) for kernel in network)
             made._layout, made._exchange, made._sum = layout, exchange, {self.element.name: total}  # type: ignore[assignment, dict-item]
             self.internodes.append(made)
         self.num_calls = 0
@@ -296,7 +326,7 @@ class TwoLevel:
         combined: reference.Combined,
     ) -> None:
         machine, internode, (y, given, bias) = self.machine, self.internodes[rank], back
-        call: Any = SimpleNamespace(stream=0, is_capturing=False, temporaries=[])
+        call: Any = SimpleNamespace(stream=rank, is_capturing=False, temporaries=[])
         base = self.slabs[rank].address + PAYLOAD_OFFSET
         weights_at = align_up(y.nbytes, OFFSET_UNIT)
         assert weights_at + given.nbytes <= PLACE_BYTES
@@ -368,7 +398,7 @@ class TwoLevel:
         parts = (x, sf, ids, weights)
         views = [None if each is None else arrays.view(each, name="x") for each in parts]
         pointers = [0 if each is None else self._put(rank, each) for each in parts]
-        call: Any = SimpleNamespace(stream=0, is_capturing=False, temporaries=[])
+        call: Any = SimpleNamespace(stream=rank, is_capturing=False, temporaries=[])
         found = internode.bringing(
             views, num_tokens=len(x), num_experts=num_experts, is_cached=earlier is not None
         )
@@ -382,9 +412,8 @@ class TwoLevel:
             }
         else:
             routed = earlier[1]
-        crossing, landed = internode.bring(
-            found, earlier and earlier[0], pointers, call, num_sms=NUM_BLOCKS, digest=7
-        )
+        brought = internode.bring(found, earlier and earlier[0], pointers, call, num_sms=NUM_BLOCKS, digest=7)
+        crossing = brought.crossing
         scratch = machine.allocate(rank, scratch_bytes(routed["num_tokens"]), "scratch").address
         told = machine.allocate(rank, DISPATCH_RESULT.itemsize, "result")
         row = ReceivedRow(
@@ -402,9 +431,12 @@ class TwoLevel:
                 kernel,
                 {
                     **dict(zip(_OWN, pointers, strict=True)),
-                    **{f"landed_{name}": at for name, at in zip(_OWN, landed, strict=True)},
+                    **{f"landed_{name}": at for name, at in zip(_OWN, brought.landed, strict=True)},
                     "segments": crossing.segments,
+                    "order": internode.order,
                     "first_expert": internode.node * found.num_node_experts,
+                    "waits_for_announced": found.parts.ahead_bytes > 0,
+                    "num_exchange_blocks": brought.num_blocks,
                     "result": told.address,
                     "masks": scratch + 4 * MAX_LOCAL_RANKS * routed["num_tokens"],
                     "send_token": scratch,
@@ -425,6 +457,8 @@ class TwoLevel:
             ),
             NUM_BLOCKS,
         )
+        exchange: Any = found.exchange
+        machine.wait(rank, exchange.done)
         at, base = row.layout(room), self.slabs[rank].address + PAYLOAD_OFFSET
         self._compare("recv_x", rank, base + at.x, sent.recv_x)
         if sent.recv_sf is not None:

@@ -77,6 +77,9 @@ __device__ __forceinline__ uint32_t cvt_rn_satfinite_e4m3x2_f32(float low, float
 #endif
 
 #ifdef EP_HAS_TMA
+// What may run at the same time, and what waits for its end, is up to the streams.
+__device__ __forceinline__ void launch_dependents() {}
+__device__ __forceinline__ void wait_for_prerequisites() {}
 __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
     return static_cast<uint32_t>(reinterpret_cast<uint64_t>(pointer));
 }
