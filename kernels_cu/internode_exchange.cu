@@ -1,12 +1,13 @@
 // Rows to and from the ranks of the same local index on the other nodes, with what belongs to each row.
 //
 // Rings      between two ranks there is a ring for each channel and direction: slots in the sender's outbox
-//            and, at the same place, in the receiver's inbox. A channel carries an equal stretch of the rows
-//            for a node, in chunks that fill a slot; the receiver knows from the counts which rows those are,
-//            so no row has a header. Rows go on to their place at once, and the slot is free again.
+//            and, at the same place, in the receiver's inbox. Rows for a node go in chunks, dealt to the
+//            channels in turn; the receiver knows from the counts which rows those are, so no row has a
+//            header. Rows go on to their place at once, and the slot is free again.
 // Passes     what goes beside the rows of a dispatch goes ahead of them, in chunks of its own: the layout
 //            within the node needs it. The dispatch runs at the same time as this kernel: it is told how much
-//            of that has come, and takes rows in the order in which they land.
+//            of that has come, and takes rows in the order in which they land. On the way back the combine
+//            runs at the same time, and a chunk is sent when all pieces of its rows are counted.
 // Credits    chunk k of a ring is put in slot k % num_slots once the receiver has said that it took chunk
 //            k - num_slots out of it, which also means that the outbox has been read. Every slot has its own
 //            words: so no two stores to one of them are under way.
@@ -38,6 +39,7 @@ struct InternodeExchangeArgs {
     const NetworkPlan* plan;
     const int32_t* lists;  // [num_nodes, num_tokens], see internode_layout.cu; nullptr: the way back
     uint64_t* order;       // of the way out: which tokens have landed, in that order, stamped
+    uint64_t* progress;    // of the way back, see IntranodeCombineArgs; left as zeros
     uint8_t *outbox, *inbox;
     uint64_t timeout_ns;
     int32_t rank, num_ranks;  // of the node
@@ -67,14 +69,18 @@ struct InternodeExchange {
     struct Stretch {
         int32_t first, end;
     };
-    __device__ int32_t begin(int32_t count, int32_t channel) const {
-        return static_cast<int32_t>(int64_t{count} * channel / args.num_channels);
+    __device__ int32_t rows_per_chunk(int32_t count) const {
+        return chunk_rows(count, args.num_channels, args.slot_bytes / record_bytes());
     }
     __device__ Stretch stretch(int32_t count, int32_t channel, int32_t chunk) const {
-        const int32_t per_chunk = args.slot_bytes / record_bytes(), last = begin(count, channel + 1);
-        const int64_t first = begin(count, channel) + int64_t{chunk} * per_chunk;
-        return {static_cast<int32_t>(min(int64_t{last}, first)),
-                static_cast<int32_t>(min(int64_t{last}, first + per_chunk))};
+        const int64_t per_chunk = rows_per_chunk(count);
+        const int64_t first = (int64_t{chunk} * args.num_channels + channel) * per_chunk;
+        return {static_cast<int32_t>(min(int64_t{count}, first)),
+                static_cast<int32_t>(min(int64_t{count}, first + per_chunk))};
+    }
+    __device__ int32_t num_chunks(int32_t count, int32_t channel) const {
+        const int32_t per_chunk = rows_per_chunk(count), num_all = (count + per_chunk - 1) / per_chunk;
+        return (num_all - channel + args.num_channels - 1) / args.num_channels;
     }
 
     __device__ bool is_back() const { return args.lists == nullptr; }
@@ -175,10 +181,11 @@ struct InternodeExchange {
     };
 
     // As one block: `step(at, rows, slot, number)` for the chunks of a channel, those of all nodes in turn,
-    // each once its slot's word has come. `missing`: the nodes whose word had not when it gave up.
-    template <class Count, class Step>
+    // each once its slot's word has come, and what every thread awaits besides. `missing`: the nodes whose
+    // word had not when it gave up.
+    template <class Count, class Await, class Step>
     __device__ Reason each_chunk(int32_t channel, const Ring& ring, uint32_t& missing, Count count,
-                                 Step step) const {
+                                 Await await, Step step) const {
         const auto word_of = [&](int32_t at, uint64_t number) {
             return &ring.words[at][channel][number % args.num_slots];
         };
@@ -193,6 +200,7 @@ struct InternodeExchange {
                 Reason reason = kNothing;
                 if (threadIdx.x == 0 && number > ring.slack)
                     reason = internode::await_signal(session, word_of(at, number), number - ring.slack, at);
+                if (reason == kNothing) reason = await(at, rows);
                 reason = sync::agree(reason);
                 if (reason == kNothing) {
                     step(at, rows, static_cast<int32_t>(number % args.num_slots), number);
@@ -212,9 +220,7 @@ struct InternodeExchange {
         __syncthreads();  // all have read how many there were
         for (int32_t at = threadIdx.x; at < args.num_nodes; at += blockDim.x) {
             if (at == args.node) continue;
-            const int32_t per_chunk = args.slot_bytes / record_bytes();
-            const int32_t num_rows = begin(count(at), channel + 1) - begin(count(at), channel);
-            ring.chunks[at][channel] += (num_rows + per_chunk - 1) / per_chunk;
+            ring.chunks[at][channel] += num_chunks(count(at), channel);
         }
         __syncthreads();  // the next pass begins there
         return kNothing;
@@ -237,10 +243,26 @@ struct InternodeExchange {
                                 stamped(session.epoch, target(at, rows.first + static_cast<int32_t>(i))));
     }
 
+    // Waits, as one thread of those that share them, until rows for a node are summed. Nobody counts them any
+    // more then, so the counters are ready for the next call.
+    __device__ Reason await_sums(int32_t at, Stretch rows) const {
+        const auto pieces = static_cast<uint64_t>(args.workspace->pieces_per_row);
+        for (int32_t i = rows.first + static_cast<int32_t>(threadIdx.x); i < rows.end; i += blockDim.x) {
+            uint64_t* counted = &args.progress[args.plan->landed_first[at] + i];
+            uint64_t seen;
+            if (!sync::await_beside(session.own(), counted, seen,
+                                    [&](uint64_t value) { return value >= pieces; }))
+                return kLeft;
+            ptx::st_relaxed_gpu(counted, 0);
+        }
+        return kNothing;
+    }
+
     __device__ Reason send(int32_t channel, uint32_t& missing) const {
         const Ring ring{args.state->sent, args.area->freed, static_cast<uint64_t>(args.num_slots)};
         return each_chunk(
             channel, ring, missing, [&](int32_t at) { return send_count(at); },
+            [&](int32_t at, Stretch rows) { return is_back() ? await_sums(at, rows) : kNothing; },
             [&](int32_t at, Stretch rows, int32_t slot, uint64_t number) {
                 const int32_t peer = session.place.peer(at);
                 const int64_t num_bytes = int64_t{rows.end - rows.first} * record_bytes();
@@ -265,6 +287,7 @@ struct InternodeExchange {
         const Ring ring{args.state->received, args.area->landed, 0};
         return each_chunk(
             channel, ring, missing, [&](int32_t at) { return recv_count(at); },
+            [](int32_t, Stretch) { return kNothing; },
             [&](int32_t at, Stretch rows, int32_t slot, uint64_t number) {
                 scatter(at, rows, args.inbox + slot_offset(at, channel, slot));
 #ifdef EP_HAS_TMA
@@ -278,8 +301,29 @@ struct InternodeExchange {
     }
 };
 
+// On the way back: waits, as one block, until the combine beside this kernel has begun, and has summed the
+// weights. Then `word` is its returning_word. False when the call was given up. A barrier.
 template <InternodeExchangeCfg kCfg>
-__device__ void internode_exchange(const InternodeExchangeArgs<kCfg>& args) {
+__device__ bool await_combine(const InternodeExchangeArgs<kCfg>& args, const SlabHeader* own,
+                              uint64_t& word) {
+    __shared__ uint64_t begun;
+    bool has_failed = false;
+    if (threadIdx.x == 0) {
+        const Workspace& workspace = *args.workspace;
+        uint64_t announced;
+        has_failed = !sync::await_beside(own, &workspace.returning, begun, [](uint64_t value) {
+            return value != 0;
+        }) || !sync::await_beside(own, &workspace.announced[begun & 1], announced, [&](uint64_t value) {
+            return value >= static_cast<uint64_t>(workspace.num_weight_warps);
+        });
+    }
+    if (__syncthreads_or(has_failed)) return false;
+    word = begun;
+    return true;
+}
+
+template <InternodeExchangeCfg kCfg>
+__device__ void exchange_with_nodes(const InternodeExchangeArgs<kCfg>& args) {
     static_assert(kCfg.num_threads % kWarpSize == 0 && kCfg.num_threads >= kMaxNodes);
     // Before and after all phases of the calls within the node.
     constexpr uint64_t kComing = 0, kReturning = 9;
@@ -289,12 +333,20 @@ __device__ void internode_exchange(const InternodeExchangeArgs<kCfg>& args) {
                                .workspace = args.workspace,
                                .area = args.area,
                                .state = args.state};
-    InternodeExchange<kCfg> exchange{
-        .args = args, .session = session, .set = static_cast<int32_t>(args.workspace->calls & 1)};
+    InternodeExchange<kCfg> exchange{.args = args, .session = session};
     const bool is_back = exchange.is_back();
-    // The way out comes before the call within the node, the way back after it.
-    const uint64_t epoch = session.own()->epoch + (is_back ? 0 : 1);
-    if (!internode::begin(session, epoch, is_back ? kCombine : kDispatch, args.timeout_ns)) return;
+    uint64_t epoch, grace_ns = 0;
+    if (is_back) {
+        uint64_t word;
+        if (!await_combine(args, session.own(), word)) return;
+        epoch = word >> 1;
+        exchange.set = static_cast<int32_t>(word & 1);
+        grace_ns = args.timeout_ns / 4;  // a rank that is late within a node is named there first
+    } else {
+        epoch = session.own()->epoch + 1;  // of the dispatch, which has not ended
+        exchange.set = static_cast<int32_t>(args.workspace->calls & 1);
+    }
+    if (!internode::begin(session, epoch, is_back ? kCombine : kDispatch, args.timeout_ns + grace_ns)) return;
     if (!is_back && threadIdx.x == 0) ptx::atom_add_acq_rel_gpu(&args.workspace->begun[exchange.set], 1);
 #ifdef EP_HAS_TMA
     ptx::launch_dependents();
@@ -310,6 +362,14 @@ __device__ void internode_exchange(const InternodeExchangeArgs<kCfg>& args) {
             reason = sends ? exchange.send(channel, missing) : exchange.receive(channel, missing);
     }
     if (reason != kNothing) internode::leave(session, reason, is_back ? kReturning : kComing, missing);
+}
+
+template <InternodeExchangeCfg kCfg>
+__device__ void internode_exchange(const InternodeExchangeArgs<kCfg>& args) {
+    exchange_with_nodes(args);
+#ifdef EP_HAS_TMA
+    if (args.lists == nullptr) ptx::wait_for_prerequisites();
+#endif
 }
 
 }  // namespace ep

@@ -16,6 +16,7 @@ struct InternodeSumCfg {
 template <InternodeSumCfg kCfg>
 struct InternodeSumArgs {
     const SlabHeader* header;  // of this rank's slab
+    Workspace* workspace;
     const NetworkPlan* plan;
     const int32_t* positions;  // [num_tokens, num_nodes], see internode_layout.cu
     const uint8_t* here;       // rows of all segments, summed over the ranks of this node
@@ -43,6 +44,7 @@ template <InternodeSumCfg kCfg>
 __device__ void internode_sum(const InternodeSumArgs<kCfg>& args) {
     // Rows of a call that was given up are not there.
     if (ptx::ld_relaxed_gpu(&args.header->failed) != 0) return;
+    if (blockIdx.x == 0 && threadIdx.x == 0) args.workspace->returning = 0;  // the exchange has ended
     constexpr int kDepth = 4;  // vectors of a lane that are on their way together, for each term
     const int32_t lane = static_cast<int32_t>(threadIdx.x) % kWarpSize;
     const int32_t per_row = args.row_bytes / rows::kVectorBytes;

@@ -10,6 +10,8 @@
 //            next token. Tokens are taken in order, and their rows lie in order.
 // Segmented  of several nodes, the ranks of one sum the tokens of their lists: see `Segments`. Rows are in
 //            the slab always, and there are no biases: y, bias, num_rows and num_stagers are not looked at.
+//            The exchange that takes sums back may run at the same time: tokens of other nodes come first,
+//            and each piece of theirs is counted behind its stores: __syncwarp, acq_rel add.
 // Sum        float32, left to right: the rows in ascending rank, bias 0, bias 1; one rounding at the end. It
 //            starts from its first term, so that a -0.0 stays; a token without any term is +0.0.
 // Order      rows were written by earlier kernels of their rank's stream; the offer is a release.sys store
@@ -182,6 +184,9 @@ struct Pieces {
 
     uint32_t staged;  // chunks of the rows of this lane's term that are acquired
     Reason reason;    // why there are no more; kNothing: all are done
+    // Pieces of tokens of other nodes that are stored, and not counted yet; of the i-th, its token in lane i.
+    static constexpr int32_t kCountedTogether = 4;
+    int32_t num_stored = 0, stored = 0;
     Tally<kCfg.counts != 0> tally;
 
     __device__ Pieces(const CombineBlock<kCfg>& block, int32_t ticket) : block(block), ticket(ticket) {
@@ -206,6 +211,21 @@ struct Pieces {
                 ? next_place.token
                 : block.args.send_row[static_cast<int64_t>(next_place.token) * kMaxLocalRanks + block.lane];
         if constexpr (kCfg.segmented) next_row = block.row_of(next_place.token, next_row, block.lane);
+    }
+
+    // The whole warp, once it has stored a piece.
+    __device__ __forceinline__ void keep(int32_t kept) {
+        if constexpr (kCfg.segmented) {
+            const int32_t landed = block.shared.segments.index.landed(block.place_of(kept).token);
+            if (landed < 0) return;
+            if (block.lane == num_stored) stored = landed;
+            if (++num_stored == kCountedTogether) count();
+        }
+    }
+    __device__ void count() {
+        __syncwarp();
+        if (block.lane < num_stored) ptx::atom_add_acq_rel_gpu(&block.args.progress[stored], 1);
+        num_stored = 0;
     }
 
     // Whether a term is a row of another rank.
@@ -264,6 +284,7 @@ __device__ __forceinline__ int32_t load_next(Pieces<kCfg>& pieces, uint8_t* stag
             typename CombineBlock<kCfg>::Sum zero;
             CombineBlock<kCfg>::start(zero, 0.0f);
             pieces.block.store(pieces.piece, zero);
+            pieces.keep(pieces.piece);
         }
     }
     const int32_t term = __ffs(pieces.pending) - 1;
@@ -308,6 +329,7 @@ __device__ Reason CombineBlock<kCfg>::sum_rows(int32_t ticket, uint8_t* ring, ui
         if (lane == s) completes = refilled;
         if (completed >= 0) {
             store(completed, sum);
+            pieces.keep(completed);
             start(sum);
         }
         if (++s == kCfg.num_stages) {
@@ -315,6 +337,7 @@ __device__ Reason CombineBlock<kCfg>::sum_rows(int32_t ticket, uint8_t* ring, ui
             parity ^= 1;
         }
     }
+    if constexpr (kCfg.segmented) pieces.count();
     pieces.tally.keep(args.workspace);
     return pieces.reason;
 }
@@ -348,7 +371,9 @@ __device__ Reason CombineBlock<kCfg>::sum_rows(int32_t ticket, uint8_t*, uint64_
                 if (from[term] != nullptr) rows::add<kCfg.element>(sum, vectors[term]);
             ptx::st_stream(out + i, rows::rounded<kCfg.element>(sum));
         }
+        pieces.keep(pieces.piece);
     }
+    if constexpr (kCfg.segmented) pieces.count();
     pieces.tally.keep(args.workspace);
     return pieces.reason;
 }
@@ -370,6 +395,16 @@ __device__ void intranode_combine(const IntranodeCombineArgs<kCfg>& args) {
                     .rank = args.rank,
                     .num_ranks = args.num_ranks};
     if (!sync::enter(call, kCombine, args.timeout_ns)) return;
+    if constexpr (kCfg.segmented) {
+        if (blockIdx.x == 0 && threadIdx.x == 0) {
+            args.workspace->pieces_per_row = (args.row_bytes + kCfg.stage_bytes - 1) / kCfg.stage_bytes;
+            args.workspace->num_weight_warps = args.num_topk > 0 ? gridDim.x * Block::kWeightWarps : 0;
+            ptx::st_release_gpu(&args.workspace->returning, returning_word(call.epoch, call.set));
+        }
+#ifdef EP_HAS_TMA
+        ptx::launch_dependents();
+#endif
+    }
 
     const Block block{.args = args,
                       .call = call,
@@ -379,6 +414,7 @@ __device__ void intranode_combine(const IntranodeCombineArgs<kCfg>& args) {
     if (blockIdx.x == 0) block.offer();
     if constexpr (kCfg.segmented) {  // a barrier of read_offers goes before the first use
         shared.segments.index.load(*args.segments);
+        shared.segments.others.load(*args.segments);
         for (int32_t i = threadIdx.x; i < args.segments->num * kMaxLocalRanks; i += kCfg.num_threads)
             shared.segments.base[i / kMaxLocalRanks][i % kMaxLocalRanks] =
                 args.send_plan->segment_base[i / kMaxLocalRanks][i % kMaxLocalRanks];
@@ -407,6 +443,8 @@ __device__ void intranode_combine(const IntranodeCombineArgs<kCfg>& args) {
     if (has_weights) {
         block.sum_weights();
         __syncwarp();
+        if (kCfg.segmented && block.lane == 0)
+            ptx::atom_add_acq_rel_gpu(&args.workspace->announced[call.set], 1);
         ticket = block.take_ticket();
     }
     reason = sync::agree(block.sum_rows(ticket, ring, loaded[block.warp]));

@@ -28,7 +28,10 @@ struct IntranodeCombineArgs {
     int32_t rank, num_ranks, num_tokens, num_rows, row_bytes, num_topk;  // num_topk 0: no weights
     int32_t num_pullers, num_stagers;                                    // blocks; num_stagers 0 without y
     uint8_t* slabs[kMaxLocalRanks];
-    const Segments* segments;  // with kCfg.segmented alone: those of the dispatch
+    // With kCfg.segmented alone: those of the dispatch, and for each token of another node the pieces of its
+    // row that are summed.
+    const Segments* segments;
+    uint64_t* progress;
 };
 
 // Terms of a sum by number, in the order of addition: ranks, then biases. Lane i looks after term i.
@@ -46,6 +49,7 @@ struct CombineSegments {};
 template <>
 struct CombineSegments<true> {
     SegmentIndex index;
+    Rotation others;
     int32_t base[kMaxNodes][kMaxLocalRanks];  // as in SendPlan
 };
 
@@ -97,9 +101,20 @@ struct CombineBlock {
     __device__ int32_t num_tokens() const { return num_tokens_of<kCfg.segmented != 0>(args); }
     __device__ int32_t num_pieces() const { return num_tokens() * pieces_per_row(); }
     __device__ Place place_of(int32_t piece) const {
-        const int32_t token = piece / pieces_per_row();
-        const int32_t offset = (piece - token * pieces_per_row()) * kCfg.stage_bytes;
-        return {token, offset, min(kCfg.stage_bytes, args.row_bytes - offset)};
+        const int32_t number = piece / pieces_per_row();
+        const int32_t offset = (piece - number * pieces_per_row()) * kCfg.stage_bytes;
+        return {token_at(number), offset, min(kCfg.stage_bytes, args.row_bytes - offset)};
+    }
+    // In which order tokens are summed: those of other nodes first, whose sums must travel.
+    __device__ __forceinline__ int32_t token_at(int32_t number) const {
+        if constexpr (kCfg.segmented) {
+            const SegmentIndex& index = shared.segments.index;
+            const int32_t num_others = num_tokens() - (index.own_end - index.own_begin);
+            if (number >= num_others) return index.own_begin + number - num_others;
+            const int2 found = shared.segments.others.at(number);
+            return index.first[found.x] + found.y;
+        }
+        return number;
     }
     __device__ uint8_t* out_of(const Place& place) const {
         return args.out + static_cast<int64_t>(place.token) * args.row_bytes + place.offset;

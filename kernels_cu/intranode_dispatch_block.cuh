@@ -162,14 +162,10 @@ struct DispatchBlock {
         return {args.x, args.sf, args.topk_idx, args.topk_weights, token};
     }
 
-    // Over several nodes. Waits, as one thread, for a word of the exchange that runs beside this kernel, and
-    // acquires it. False when the call is given up, as it is in time if the exchange waits in vain.
+    // Over several nodes, as one thread: for a word of the exchange.
     template <class IsThere>
     __device__ bool await_exchange(const uint64_t* word, uint64_t& seen, IsThere is_there) const {
-        for (uint32_t polls = 1; !is_there(seen = ptx::ld_relaxed_gpu(word)); ++polls)
-            if (polls % 64 == 0 && call.has_failed()) return false;
-        ptx::ld_acquire_gpu(word);
-        return true;
+        return sync::await_beside(call.header(call.rank), word, seen, is_there);
     }
     // As one block, for all but the rows. A barrier.
     __device__ Reason await_announced() const {

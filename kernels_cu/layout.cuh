@@ -169,10 +169,20 @@ struct Workspace {
     uint32_t expert_counts[2][kMaxLocalRanks * kMaxLocalExperts];
     uint64_t staged[2][kMaxChunks];  // warps that have copied their part of a chunk
     // Of the exchange that a dispatch over several nodes runs beside: its blocks that have begun, tokens of
-    // other nodes of which everything but the row has landed, and those whose row has.
+    // other nodes of which everything but the row has landed, and those whose row has. Of a combine: warps
+    // that have summed their part of the weights are `announced`.
     uint64_t begun[2], announced[2], landed[2];
+    // Of a combine over several nodes: see returning_word, 0 for none; pieces of each row, and warps that sum
+    // weights, which are stored before that.
+    uint64_t returning;
+    int32_t pieces_per_row, num_weight_warps;
     uint64_t peer_bytes;  // see tally.cuh; only grows
 };
+
+// For the exchange that runs beside a combine: its epoch, and which set of counters.
+__host__ __device__ constexpr uint64_t returning_word(uint64_t epoch, int32_t set) {
+    return epoch << 1 | static_cast<uint64_t>(set);
+}
 
 // Of one rank's kernels that wait for no other rank, one at a time. Counters come in two sets, as above.
 struct LocalWorkspace {
@@ -247,6 +257,13 @@ struct Segments {
 
 constexpr int kMaxChannels = 32;  // rings between two ranks in one direction
 constexpr int kMaxSlots = 8;      // of a ring
+
+// Rows of a chunk where `count` cross, and a slot holds `max_rows`: chunk c goes through channel
+// c % num_channels.
+__host__ __device__ constexpr int32_t chunk_rows(int32_t count, int32_t num_channels, int32_t max_rows) {
+    const int32_t share = (count + num_channels - 1) / num_channels;
+    return share < 1 ? 1 : share < max_rows ? share : max_rows;
+}
 
 // The farewell of a rank that gave up the call of a signal word over the nodes, or ranks, whose bits are set.
 __host__ __device__ constexpr uint64_t farewell_word(uint32_t missing, Reason reason, uint64_t word) {

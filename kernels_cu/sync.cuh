@@ -171,6 +171,17 @@ __device__ inline Reason poll(const Call& call, const uint64_t* word, int32_t pe
     return kNothing;
 }
 
+// Waits, as one thread, for a word of another kernel of this rank that runs beside this one, and acquires it.
+// False when the call is given up, as it is in time if that kernel waits in vain.
+template <class IsThere>
+__device__ inline bool await_beside(const SlabHeader* own, const uint64_t* word, uint64_t& seen,
+                                    IsThere is_there) {
+    for (uint32_t polls = 1; !is_there(seen = ptx::ld_relaxed_gpu(word)); ++polls)
+        if (polls % 64 == 0 && ptx::ld_relaxed_gpu(&own->failed) != 0) return false;
+    ptx::ld_acquire_gpu(word);
+    return true;
+}
+
 constexpr bool kAcquiring = true, kStamped = false;  // kStamped: the words say all there is to know
 
 // Waits, as one block, until each of `num_words` words satisfies `is_there(word)`. Acquires what was released

@@ -244,7 +244,8 @@ class Combine:
         places = returning.here_places
         block = self._domain.heap.take(places[-1], is_capturing=call.is_capturing)
         call.temporaries.append(block)
-        args.segments = handle.crossing.segments
+        assert self._internode is not None
+        args.segments, args.progress = handle.crossing.segments, self._internode.progress
         return block.pointer + places[0], block.pointer + places[1]
 
     def _collapse(

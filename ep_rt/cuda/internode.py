@@ -131,6 +131,7 @@ class Internode:
 
     Attributes:
         order: which tokens of other nodes have landed, as they do; words, stamped with the call.
+        progress: what a combine within this node has summed of each of them.
         num_nodes, node: of all, and this one.
         num_ranks: of all nodes.
 
@@ -159,7 +160,8 @@ class Internode:
         self._area = self._memory.pointer
         self._state = Workspace(NETWORK_STATE.itemsize)
         self._order = Workspace(8 * (self.num_nodes - 1) * max_tokens)
-        self.order = self._order.pointer
+        self._progress = Workspace(8 * (self.num_nodes - 1) * max_tokens)
+        self.order, self.progress = self._order.pointer, self._progress.pointer
         self._common = {
             **common,
             "area": self._area,
@@ -221,6 +223,7 @@ class Internode:
         self._network.settle()
         self._state.reset()
         self._order.reset()
+        self._progress.reset()
         self._network.clear(self._memory, _AREA_BYTES)
 
     def list_capacity(self, num_tokens: int) -> int:
@@ -265,7 +268,8 @@ class Internode:
                 self._common,
             )
         num_node_experts = num_experts // self.num_nodes
-        return Bringing(layout, self._bind_exchange(parts, num_tokens), parts, num_tokens, num_node_experts)
+        exchange = self._bind_exchange(parts, num_tokens, is_back=False)
+        return Bringing(layout, exchange, parts, num_tokens, num_node_experts)
 
     def bring(
         self,
@@ -290,8 +294,7 @@ class Internode:
         landed = domain.heap.take(places[-1], is_capturing=call.is_capturing)
         call.temporaries.append(landed)
         targets = tuple(landed.pointer + place for place in places[:-1])
-        # Never set on the way back.
-        found.exchange.args.lists, found.exchange.args.order = crossing.lists, self.order
+        found.exchange.args.lists = crossing.lists  # never set on the way back
         num_blocks = self._launch_exchange(
             found.exchange, parts, crossing, pointers, targets, call.stream, num_sms
         )
@@ -331,7 +334,7 @@ class Internode:
             },
             self._common,
         )
-        exchange = self._bind_exchange(parts, num_tokens)
+        exchange = self._bind_exchange(parts, num_tokens, is_back=True)
         return Returning(exchange, total, parts, num_tokens, self.list_capacity(num_tokens))
 
     def take_back(
@@ -345,7 +348,7 @@ class Internode:
         *,
         num_sms: int,
     ) -> None:
-        """Enqueue the way back, and the sum of what comes.
+        """Enqueue the way back, and the sum of what comes. The combine within the node was enqueued last.
 
         Args:
             here: this node's sums of all tokens of the list, and of their weights.
@@ -369,7 +372,7 @@ class Internode:
 
     # Both.
 
-    def _bind_exchange(self, parts: Parts, num_tokens: int) -> Launch:
+    def _bind_exchange(self, parts: Parts, num_tokens: int, *, is_back: bool) -> Launch:
         if parts.record_bytes > self._rings.slot_bytes:
             raise ConfigError(
                 f"a row takes {parts.record_bytes} bytes on the network, a slot has "
@@ -378,9 +381,16 @@ class Internode:
         return bind(
             self._exchange,
             plan.EXCHANGE_BLOCKS_PER_SM * self._domain.max_blocks,
-            {"num_tokens": num_tokens, "ahead_bytes": parts.ahead_bytes, "row_bytes": parts.row_bytes},
+            {
+                "num_tokens": num_tokens,
+                "ahead_bytes": parts.ahead_bytes,
+                "row_bytes": parts.row_bytes,
+                "order": self.order,
+                "progress": self.progress,
+            },
             self._rings_fields,
             self._common,
+            starts_early=is_back,  # beside the combine within the node
         )
 
     def _launch_exchange(

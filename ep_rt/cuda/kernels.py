@@ -160,7 +160,6 @@ class KernelSpec:
         shared_bytes_sm80: before.
         blocks_per_sm: that are to be resident together, which bounds their registers.
         uses_network: it includes network.cuh, is linked with NVSHMEM, and runs once NVSHMEM is initialised.
-        starts_early: from Hopper on it runs beside the kernel before it on its stream, and ends after it.
     """
 
     source: str
@@ -171,7 +170,6 @@ class KernelSpec:
     shared_bytes_sm80: int = 0
     blocks_per_sm: int = 1
     uses_network: bool = False
-    starts_early: bool = False
 
     @property
     def max_registers(self) -> int:
@@ -272,7 +270,6 @@ def intranode_dispatch(
             align=True,
         ),
         shared_bytes=stages.shared_bytes,
-        starts_early=segmented,
     )
 
 
@@ -308,7 +305,7 @@ def intranode_combine(element: str, *, segmented: bool = False, counts: bool = F
                 *_ints("rank", "num_ranks", "num_tokens", "num_rows", "row_bytes", "num_topk"),
                 *_ints("num_pullers", "num_stagers"),
                 ("slabs", "<u8", (MAX_LOCAL_RANKS,)),
-                *_pointers("segments"),
+                *_pointers("segments", "progress"),
             ],
             align=True,
         ),
@@ -555,7 +552,8 @@ def internode_exchange() -> KernelSpec:
         cfg=InternodeExchangeCfg(num_threads=256),
         args=np.dtype(
             [
-                *_pointers("hang", "workspace", "area", "state", "plan", "lists", "order", "outbox", "inbox"),
+                *_pointers("hang", "workspace", "area", "state", "plan", "lists", "order", "progress"),
+                *_pointers("outbox", "inbox"),
                 ("timeout_ns", "<u8"),
                 *_ints("rank", "num_ranks", "node", "num_nodes", "num_tokens"),
                 *_ints("num_channels", "num_slots", "slot_bytes"),
@@ -578,8 +576,8 @@ def internode_sum(element: str) -> KernelSpec:
         cfg=InternodeSumCfg(num_threads=256, element=ELEMENTS.index(element)),
         args=np.dtype(
             [
-                *_pointers("header", "plan", "positions", "here", "returned", "here_weights"),
-                *_pointers("returned_weights"),
+                *_pointers("header", "workspace", "plan", "positions", "here", "returned"),
+                *_pointers("here_weights", "returned_weights"),
                 ("bias", "<u8", (2,)),
                 *_pointers("out", "out_weights"),
                 *_ints("node", "num_nodes", "num_tokens", "row_bytes", "num_topk"),

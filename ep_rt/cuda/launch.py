@@ -36,6 +36,7 @@ class Kernel:
 
     Attributes:
         max_resident_blocks: blocks that run at the same time on an otherwise idle device.
+        can_start_early: launches may run beside the kernel before them on the stream.
 
     Raises:
         CompileError, BackendError: see `jit.cubin`.
@@ -52,11 +53,7 @@ class Kernel:
         self.device: int = cupy.cuda.runtime.getDevice()
         make_context_current()
         capability = _capability()
-        self.starts_early = (
-            spec.starts_early
-            and capability >= (9, 0)
-            and cupy.cuda.runtime.driverGetVersion() >= _EARLY_DRIVER
-        )
+        self.can_start_early = capability >= (9, 0) and cupy.cuda.runtime.driverGetVersion() >= _EARLY_DRIVER
         self.architecture = jit.architecture(capability)
         self.shared_bytes = spec.shared_bytes if capability >= (9, 0) else spec.shared_bytes_sm80
         path = jit.cubin(spec, self.architecture, cache_dir=cache_dir)
@@ -74,11 +71,13 @@ class Kernel:
         )
         self.max_resident_blocks = int(per_sm) * int(cupy.cuda.Device().attributes["MultiProcessorCount"])
 
-    def bind(self, args: NDArray[Any], *, num_blocks: int) -> Launch:
+    def bind(self, args: NDArray[Any], *, num_blocks: int, starts_early: bool = False) -> Launch:
         """Fix the place of the arguments and the most blocks.
 
         Args:
             args: from `pack`. Changing it in place changes later launches, not those enqueued.
+            starts_early: from Hopper on it runs beside the kernel before it on its stream, as soon as that
+                one lets it, and ends after it, for which the kernel waits itself.
 
         Raises:
             DeviceError: `num_blocks` cannot all be resident, which kernels that wait need; the grid is never
@@ -90,7 +89,8 @@ class Kernel:
                 f"{self.spec.name}: {num_blocks} blocks cannot run at once on device {self.device}, "
                 f"which holds {limit}"
             )
-        return Launch(self, args, self._fields.from_address(args.ctypes.data), num_blocks)
+        fields = self._fields.from_address(args.ctypes.data)
+        return Launch(self, args, fields, num_blocks, starts_early=starts_early and self.can_start_early)
 
 
 class Launch:
@@ -100,7 +100,9 @@ class Launch:
         args: the fields of the argument struct, to be assigned to before a call. Pointers are integers.
     """
 
-    def __init__(self, kernel: Kernel, args: NDArray[Any], fields: Any, num_blocks: int) -> None:
+    def __init__(
+        self, kernel: Kernel, args: NDArray[Any], fields: Any, num_blocks: int, *, starts_early: bool = False
+    ) -> None:
         from cupy.cuda import driver
 
         self._keep_alive = (kernel, args)
@@ -113,7 +115,7 @@ class Launch:
         self._error = driver.CUDADriverError
         # Not that of cuda.bindings, which makes an object of every result and of every handle it is given.
         self._launch_kernel: Callable[..., Any] = driver.launchKernel
-        if kernel.starts_early:
+        if starts_early:
             self._launch_kernel = _early_launch(self._error)
         self._name = kernel.spec.name
 
@@ -210,14 +212,14 @@ def pack(struct: Struct, **values: Any) -> NDArray[Any]:
     return record
 
 
-def bind(kernel: Kernel, num_blocks: int, *fields: Mapping[str, Any]) -> Launch:
+def bind(kernel: Kernel, num_blocks: int, *fields: Mapping[str, Any], starts_early: bool = False) -> Launch:
     """A launch whose arguments are the first of `fields` that names them, and zero where none does."""
     args = kernel.spec.args
     values: dict[str, Any] = {}
     for name in args.names or ():
         absent = () if args[name].shape else 0
         values[name] = next((each[name] for each in fields if name in each), absent)
-    return kernel.bind(pack(args, **values), num_blocks=num_blocks)
+    return kernel.bind(pack(args, **values), num_blocks=num_blocks, starts_early=starts_early)
 
 
 def fields_type(struct: Struct) -> Any:

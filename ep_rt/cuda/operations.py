@@ -54,6 +54,7 @@ class Operations:
             "num_ranks": num_ranks,
             "slabs": slabs,
         }
+        self._is_segmented = segmented
         flags = {"segmented": segmented, "counts": counts}
         self._dispatch = [
             Kernel(kernels.intranode_dispatch(quantizes=each, **flags)) for each in (False, True)
@@ -64,7 +65,9 @@ class Operations:
 
     def dispatch(self, *, quantizes: bool, **fields: int) -> Launch:
         """Of intranode_dispatch.cu."""
-        return bind(self._dispatch[quantizes], self._max_blocks, fields, self.common)
+        # Over several nodes beside the exchange that brings tokens.
+        kernel, is_early = self._dispatch[quantizes], self._is_segmented
+        return bind(kernel, self._max_blocks, fields, self.common, starts_early=is_early)
 
     def combine(self, element: str, **fields: int) -> Launch:
         """Of intranode_combine.cu, for rows of one of `ELEMENTS`."""

@@ -100,6 +100,7 @@ class Exchanges:
         self.states = each(NETWORK_STATE.itemsize, "network state")
         self.workspaces = each(WORKSPACE.itemsize, "workspace")
         self.orders = each(8 * MAX_LANDED, "order")
+        self.progress = each(8 * MAX_LANDED, "progress")
         self.hangs = each(HANG_RECORD.itemsize, "hang record")
         self.epoch = 0
 
@@ -120,6 +121,7 @@ class Exchanges:
         return {
             "hang": self.hangs[rank].address,
             "workspace": self.workspaces[rank].address,
+            "progress": self.progress[rank].address,
             "area": self.areas[rank].address,
             "state": self.states[rank].address,
             "timeout_ns": self.machine.conditions.timeout_ns,
@@ -197,9 +199,12 @@ class Exchanges:
         # What the dispatch and the combine within the node do to the epoch.
         epoch = machine.put(rank, np.array([self.epoch + 2], np.uint64), "epoch")
         machine.copy(rank, self.slabs[rank].address + field_offset(SLAB_HEADER, "epoch"), epoch, 8)
-        counters = [field_offset(WORKSPACE, name) for name in ("begun", "announced", "landed")]
-        cleared = machine.allocate(rank, 48, "zeros").address
-        machine.copy(rank, self.workspaces[rank].address + min(counters), cleared, 48)
+        workspace = np.zeros(1, WORKSPACE)
+        workspace["returning"], workspace["pieces_per_row"] = (self.epoch + 2) << 1, 3
+        left = machine.put(rank, workspace, "workspace as a combine leaves it")
+        machine.copy(rank, self.workspaces[rank].address, left, WORKSPACE.itemsize)
+        counted = machine.put(rank, np.full(MAX_LANDED, 3, np.uint64), "counted pieces")
+        machine.copy(rank, self.progress[rank].address, counted, 8 * len(landed_x))
         here = np.concatenate(made[rank])
         back = np.concatenate(
             [made[other * size + local][node][: int(goes[rank][:, other].sum())] for other in others]

@@ -145,5 +145,5 @@ class _Packing:
     def spec(self) -> KernelSpec:
         return self.kernel.spec
 
-    def bind(self, args: Array, *, num_blocks: int) -> Array:
+    def bind(self, args: Array, *, num_blocks: int, starts_early: bool = False) -> Array:
         return args

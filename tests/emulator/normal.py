@@ -334,6 +334,7 @@ def combine(
                 "y_offset": offset,
                 "weights_offset": offset + weights_at // OFFSET_UNIT,
                 "segments": handle.segments[rank] if handle.segments else 0,
+                "progress": ranks.machine.allocate(rank, 8 * num_tokens, "progress").address,
                 "num_tokens": num_tokens,
                 "num_rows": len(y[rank]),
                 "row_bytes": row_bytes,

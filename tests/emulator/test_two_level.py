@@ -74,10 +74,10 @@ MUTATIONS = (
         "",
     ),
     Mutation(
-        "what has landed is not acquired",
-        "intranode_dispatch_block.cuh",
-        "call.has_failed()) return false;\n        ptx::ld_acquire_gpu(word);\n",
-        "call.has_failed()) return false;\n",
+        "what another kernel says is not acquired",
+        "sync.cuh",
+        "&own->failed) != 0) return false;\n    ptx::ld_acquire_gpu(word);\n",
+        "&own->failed) != 0) return false;\n",
         "",
     ),
     Mutation(
@@ -122,6 +122,48 @@ MUTATIONS = (
         "[&](uint64_t) { return true; }",
         "",
     ),
+    Mutation(
+        "a sum is sent back before it is made",
+        "internode_exchange.cu",
+        "return is_back() ? await_sums(at, rows) : kNothing;",
+        "return kNothing;",
+        "",
+    ),
+    Mutation(
+        "pieces of the call before are counted",
+        "internode_exchange.cu",
+        "            ptx::st_relaxed_gpu(counted, 0);\n",
+        "",
+        "",
+    ),
+    Mutation(
+        "pieces are counted before all lanes have stored them",
+        "intranode_combine.cu",
+        "        __syncwarp();\n        if (block.lane < num_stored)",
+        "        if (block.lane < num_stored)",
+        "",
+    ),
+    Mutation(
+        "weights are sent back before they are summed",
+        "internode_exchange.cu",
+        "value >= static_cast<uint64_t>(workspace.num_weight_warps)",
+        "value >= 0",
+        "",
+    ),
+    Mutation(
+        "the way back of the combine before",
+        "internode_sum.cu",
+        "args.workspace->returning = 0;",
+        "(void)0;",
+        "",
+    ),
+    Mutation(
+        "tokens of longer segments are numbered anew",
+        "segments.cuh",
+        "from + turn}",
+        "turn}",
+        "",
+    ),
 )
 
 
@@ -134,7 +176,7 @@ def test_planted_bugs_are_found(mutation: Mutation) -> None:
 def _run_all(sources: Path) -> None:
     for drawing in range(6):
         rng = np.random.default_rng(drawing)
-        ranks = TwoLevel(2, 1, Kernels(sources=sources), is_virtual=bool(drawing % 2))
+        ranks = TwoLevel(2 + drawing % 2, 1, Kernels(sources=sources), is_virtual=bool(drawing // 2 % 2))
         for _ in range(2):
             ranks.layer(rng, max_tokens=8)
         for seed in range(8):

@@ -58,7 +58,7 @@ class _Launch:
 
 
 class _Beside:
-    """A launch of the exchange. On the way out on a stream of its own, so that a dispatch runs beside it.
+    """A launch of the exchange, on a stream of its own: a dispatch, or a combine, runs beside it.
 
     Attributes:
         done: the event of its end.
@@ -68,14 +68,20 @@ class _Beside:
         self._launch, self._machine, self._rank = launch, machine, rank
         self.args, self.ready, self.done = launch.args, next(events), next(events)
 
-    def __call__(self, stream: int, num_blocks: int | None = None) -> None:
-        if not self.args.lists:
-            return self._launch(stream, num_blocks)
+    def prepare(self, stream: int) -> None:
+        """Before a combine that it runs beside."""
         self._machine.record(stream, self.ready)
+
+    def __call__(self, stream: int, num_blocks: int | None = None) -> None:
+        is_back = not self.args.lists
+        if not is_back:
+            self.prepare(stream)
         beside = len(self._machine.streams) // 2 + self._rank
         self._machine.wait(beside, self.ready)
         self._launch(beside, num_blocks)
         self._machine.record(beside, self.done)
+        if is_back:
+            self._machine.wait(stream, self.done)
 
 
 class _Kernel:
@@ -85,7 +91,7 @@ class _Kernel:
         self._where = machine, rank, kernel, events
         self.spec = kernel.spec
 
-    def bind(self, args: Array, *, num_blocks: int) -> _Launch | _Beside:
+    def bind(self, args: Array, *, num_blocks: int, starts_early: bool = False) -> _Launch | _Beside:
         machine, rank, kernel, events = self._where
         launch = _Launch(machine, kernel, args, num_blocks)
         if kernel.spec.function != "internode_exchange":
@@ -196,7 +202,10 @@ class TwoLevel:
             )
             made.num_nodes, made.node, made.num_ranks = num_nodes, rank // num_local_ranks, len(self.ranks)
             made.max_tokens, made._rings = MAX_TOKENS, RINGS
-            made.order = machine.allocate(rank, 8 * (num_nodes - 1) * MAX_TOKENS, "order").address
+            made.order, made.progress = (
+                machine.allocate(rank, 8 * (num_nodes - 1) * MAX_TOKENS, name).address
+                for name in ("order", "progress")
+            )
             made._common = {
                 **self.common(rank),
                 "area": areas[rank].address,
@@ -343,12 +352,15 @@ class TwoLevel:
         here = machine.allocate(rank, places[-1], "sums of this node").address
         y_offset = (PAYLOAD_OFFSET + PLACE_BYTES) // OFFSET_UNIT
         sums = here + places[0], here + places[1]
+        exchange: Any = returning.exchange
+        exchange.prepare(rank)
         machine.launch(
             rank,
             self.combine,
             bound(
                 self.combine,
                 {
+                    "progress": internode.progress,
                     "out": sums[0],
                     "out_weights": sums[1],
                     "digest": 8,
