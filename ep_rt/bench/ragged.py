@@ -41,6 +41,8 @@ _START_S: Final = 60
 _DEADLINE_S: Final = 120.0
 _STDERR: Final = 2
 _PLATFORM = "gpu"
+# Between processes XLA 0.11 refuses the operation without it; versions before do not know it.
+_OPTIONS: Final = {"xla_gpu_allow_ragged_all_to_all_nccl_send_recv_fallback": True}
 _AXIS: Final = "rank"
 
 
@@ -118,7 +120,7 @@ class Ragged(Library):
             arguments = self._together(what, lambda: self._arguments(packed))
             counts = (1, _NUM_CALLS, 2 * _NUM_CALLS)
             once, some, twice = self._together(
-                what, lambda: [self.lowered(count, arguments).compile() for count in counts]
+                what, lambda: [self._compiled(count, arguments) for count in counts]
             )
             for program in (once, some, twice):
                 received = self._together(what, partial(self._received, program, arguments))
@@ -134,6 +136,15 @@ class Ragged(Library):
     def close(self) -> None:
         with _deadline():
             self._together("end", self._jax.distributed.shutdown)
+
+    def _compiled(self, num_calls: int, arguments: tuple[Any, ...]) -> Any:
+        program = self.lowered(num_calls, arguments)
+        try:
+            return program.compile(compiler_options=_OPTIONS)
+        except self._jax.errors.JaxRuntimeError as error:
+            if "No such compile option" not in str(error):
+                raise
+            return program.compile()
 
     def lowered(self, num_calls: int, arguments: tuple[Any, ...]) -> Any:
         """A program of so many calls, one after the other, before it is compiled."""
