@@ -59,7 +59,7 @@ LOW_LATENCY: Final = (
         "            if (session.state->received[zone] != use) continue;\n",
         "",
         "low-latency-r2",
-        96,
+        400,
     ),
     Mutation(
         "low latency: results are given back although their zone is theirs",
