@@ -11,8 +11,9 @@
 // Credits    chunk k of a ring is put in slot k % num_slots once the receiver has said that it took chunk
 //            k - num_slots out of it, which also means that the outbox has been read. Every slot has its own
 //            words: so no two stores to one of them are under way.
-// Progress   who sends waits for credits alone, who receives for chunks alone, and all take nodes in turn,
-//            one chunk of each at a time: a wait is only ever for somebody who is behind.
+// Progress   who sends waits for credits, and on the way back for sums of its own rank; who receives for
+//            chunks alone; and all take nodes in turn, one chunk of each at a time: a wait is only ever for
+//            somebody who is behind.
 // Order      the block's stores into the outbox, barrier, put with signal; acquire of the signal by one
 //            thread, barrier, loads from the inbox, barrier, credit. Where stores reach the peer, as over
 //            NVLink or PCIe, rows go straight to its inbox: stores, barrier, release.sys of the word.
