@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -77,3 +79,26 @@ def test_stream_pointer() -> None:
     assert [launch.stream_pointer(stream) for stream in (5, _Stream(), _OlderStream())] == [5, 77, 78]
     with pytest.raises(ArrayError, match="__cuda_stream__"):
         launch.stream_pointer(None)
+
+
+def test_a_launch_that_starts_early_says_so_to_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = pytest.importorskip("cuda.bindings.driver")
+    attribute = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    status = driver.CUresult.CUDA_SUCCESS
+    seen: list[Any] = []
+
+    def launched(config: Any, function: Any, params: int, extra: int) -> tuple[Any]:
+        (given,) = config.attrs
+        seen.append((config.gridDimX, config.gridDimY, config.gridDimZ))
+        seen.append((config.blockDimX, config.blockDimY, config.blockDimZ, config.sharedMemBytes))
+        seen.append((int(config.hStream), int(function), params, extra, config.numAttrs, given.id))
+        seen.append(given.value.programmaticStreamSerializationAllowed)
+        return (status,)
+
+    monkeypatch.setattr(driver, "cuLaunchKernelEx", launched)
+    early = launch._early_launch(lambda code: RuntimeError(code))
+    early(0x100, 5, 1, 1, 256, 1, 1, 4096, 0x200, 0x300, 0)
+    assert seen == [(5, 1, 1), (256, 1, 1, 4096), (0x200, 0x100, 0x300, 0, 1, attribute), 1]
+    status = driver.CUresult.CUDA_ERROR_INVALID_CONTEXT
+    with pytest.raises(RuntimeError, match="201"):
+        early(0x100, 5, 1, 1, 256, 1, 1, 4096, 0x200, 0x300, 0)
