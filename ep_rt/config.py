@@ -59,8 +59,8 @@ class Config:
     """Tuning of the normal mode, with DeepEP's names and positional order.
 
     Args:
-        num_sms: streaming multiprocessors a kernel may use. In a dispatch over several nodes two kernels run
-            at the same time: the one that dispatches within the node, and the one that crosses the network.
+        num_sms: streaming multiprocessors a kernel may use. In calls over several nodes two kernels run at
+            the same time, the one within the node and the one that crosses the network.
         num_max_nvl_chunked_send_tokens, num_max_rdma_chunked_send_tokens: tokens per progress update.
         num_max_nvl_chunked_recv_tokens, num_max_rdma_chunked_recv_tokens: tokens a ring holds.
 
