@@ -109,7 +109,7 @@ struct CombineBlock {
     __device__ __forceinline__ int32_t token_at(int32_t number) const {
         if constexpr (kCfg.segmented) {
             const SegmentIndex& index = shared.segments.index;
-            const int32_t num_others = num_tokens() - (index.own_end - index.own_begin);
+            const int32_t num_others = num_tokens() - index.num_own();
             if (number >= num_others) return index.own_begin + number - num_others;
             const int2 found = shared.segments.others.at(number);
             return index.first[found.x] + found.y;

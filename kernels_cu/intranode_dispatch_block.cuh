@@ -169,8 +169,7 @@ struct DispatchBlock {
     }
     // As one block, for all but the rows. A barrier.
     __device__ Reason await_announced() const {
-        const SegmentIndex& index = shared.segments.index;
-        const auto num_landed = static_cast<uint64_t>(num_tokens() - (index.own_end - index.own_begin));
+        const auto num_landed = static_cast<uint64_t>(num_tokens() - shared.segments.index.num_own());
         uint64_t seen;
         const bool is_there =
             threadIdx.x > 0 || await_exchange(&call.workspace->announced[call.set], seen,
@@ -182,17 +181,15 @@ struct DispatchBlock {
     // call is given up.
     __device__ __forceinline__ int32_t token_at(int32_t place) const {
         if constexpr (kCfg.segmented) {
-            const int32_t begin = shared.segments.index.own_begin;
-            const int32_t num_own = shared.segments.index.own_end - begin;
-            if (place < num_own) return begin + place;
+            const SegmentIndex& index = shared.segments.index;
+            if (place < index.num_own()) return index.own_begin + place;
             int32_t landed = -1;
             uint64_t seen;
-            if (lane == 0 && await_exchange(&args.order[place - num_own], seen,
+            if (lane == 0 && await_exchange(&args.order[place - index.num_own()], seen,
                                             [&](uint64_t word) { return is_stamped(word, call.epoch); }))
                 landed = static_cast<int32_t>(static_cast<uint32_t>(seen));
             __syncwarp();  // what one lane acquired, all lanes may read
-            landed = __shfl_sync(kFullWarp, landed, 0);
-            return landed < begin ? landed : landed + num_own;
+            return index.listed(__shfl_sync(kFullWarp, landed, 0));
         }
         return place;
     }

@@ -29,10 +29,15 @@ struct SegmentIndex {
         }
     }
 
+    __device__ __forceinline__ int32_t num_own() const { return own_end - own_begin; }
     // Of a token of another node: its number among all of those; -1 of a token of this rank's own.
     __device__ __forceinline__ int32_t landed(int32_t token) const {
         if (token < own_begin) return token;
-        return token < own_end ? -1 : token - (own_end - own_begin);
+        return token < own_end ? -1 : token - num_own();
+    }
+    // The token of such a number; -1 stays.
+    __device__ __forceinline__ int32_t listed(int32_t landed) const {
+        return landed < own_begin ? landed : landed + num_own();
     }
 
     // The segment of a token: the last one that begins at or before it, so never an empty one.

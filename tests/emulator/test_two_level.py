@@ -70,7 +70,7 @@ MUTATIONS = (
         "a row is read before it has landed",
         "intranode_dispatch_block.cuh",
         "if (lane == 0 && await_exchange(",
-        "landed = place - num_own;\n            if (false && await_exchange(",
+        "landed = place - index.num_own();\n            if (false && await_exchange(",
         "",
     ),
     Mutation(
@@ -83,8 +83,8 @@ MUTATIONS = (
     Mutation(
         "rows of the own segment are taken for others",
         "intranode_dispatch_block.cuh",
-        "return landed < begin ? landed : landed + num_own;",
-        "return landed;",
+        "return index.listed(__shfl_sync(kFullWarp, landed, 0));",
+        "return __shfl_sync(kFullWarp, landed, 0);",
         "",
     ),
     Mutation(
