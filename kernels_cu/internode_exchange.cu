@@ -312,11 +312,12 @@ __device__ bool await_combine(const InternodeExchangeArgs<kCfg>& args, const Sla
     if (threadIdx.x == 0) {
         const Workspace& workspace = *args.workspace;
         uint64_t announced;
-        has_failed = !sync::await_beside(own, &workspace.returning, begun, [](uint64_t value) {
-            return value != 0;
-        }) || !sync::await_beside(own, &workspace.announced[begun & 1], announced, [&](uint64_t value) {
-            return value >= static_cast<uint64_t>(workspace.num_weight_warps);
-        });
+        has_failed = !sync::await_beside(own, &workspace.returning, begun,
+                                         [](uint64_t value) { return value != 0; }) ||
+                     !sync::await_beside(
+                         own, &workspace.announced[returning_set(begun)], announced, [&](uint64_t value) {
+                             return value >= static_cast<uint64_t>(workspace.num_weight_warps);
+                         });
     }
     if (__syncthreads_or(has_failed)) return false;
     word = begun;
@@ -336,18 +337,18 @@ __device__ void exchange_with_nodes(const InternodeExchangeArgs<kCfg>& args) {
                                .state = args.state};
     InternodeExchange<kCfg> exchange{.args = args, .session = session};
     const bool is_back = exchange.is_back();
-    uint64_t epoch, grace_ns = 0;
+    uint64_t epoch, timeout_ns = args.timeout_ns;
     if (is_back) {
         uint64_t word;
         if (!await_combine(args, session.own(), word)) return;
-        epoch = word >> 1;
-        exchange.set = static_cast<int32_t>(word & 1);
-        grace_ns = args.timeout_ns / 4;  // a rank that is late within a node is named there first
+        epoch = returning_epoch(word);
+        exchange.set = returning_set(word);
+        timeout_ns = sync::with_grace(timeout_ns);  // a rank that is late within a node is named there first
     } else {
         epoch = session.own()->epoch + 1;  // of the dispatch, which has not ended
         exchange.set = static_cast<int32_t>(args.workspace->calls & 1);
     }
-    if (!internode::begin(session, epoch, is_back ? kCombine : kDispatch, args.timeout_ns + grace_ns)) return;
+    if (!internode::begin(session, epoch, is_back ? kCombine : kDispatch, timeout_ns)) return;
     if (!is_back && threadIdx.x == 0) ptx::atom_add_acq_rel_gpu(&args.workspace->begun[exchange.set], 1);
 #ifdef EP_HAS_TMA
     ptx::launch_dependents();

@@ -395,9 +395,15 @@ __device__ void intranode_combine(const IntranodeCombineArgs<kCfg>& args) {
                     .rank = args.rank,
                     .num_ranks = args.num_ranks};
     if (!sync::enter(call, kCombine, args.timeout_ns)) return;
+
+    const Block block{.args = args,
+                      .call = call,
+                      .shared = shared,
+                      .warp = static_cast<int32_t>(threadIdx.x) / kWarpSize,
+                      .lane = static_cast<int32_t>(threadIdx.x) % kWarpSize};
     if constexpr (kCfg.segmented) {
         if (blockIdx.x == 0 && threadIdx.x == 0) {
-            args.workspace->pieces_per_row = (args.row_bytes + kCfg.stage_bytes - 1) / kCfg.stage_bytes;
+            args.workspace->pieces_per_row = block.pieces_per_row();
             args.workspace->num_weight_warps = args.num_topk > 0 ? gridDim.x * Block::kWeightWarps : 0;
             ptx::st_release_gpu(&args.workspace->returning, returning_word(call.epoch, call.set));
         }
@@ -405,12 +411,6 @@ __device__ void intranode_combine(const IntranodeCombineArgs<kCfg>& args) {
         ptx::launch_dependents();
 #endif
     }
-
-    const Block block{.args = args,
-                      .call = call,
-                      .shared = shared,
-                      .warp = static_cast<int32_t>(threadIdx.x) / kWarpSize,
-                      .lane = static_cast<int32_t>(threadIdx.x) % kWarpSize};
     if (blockIdx.x == 0) block.offer();
     if constexpr (kCfg.segmented) {  // a barrier of read_offers goes before the first use
         shared.segments.index.load(*args.segments);

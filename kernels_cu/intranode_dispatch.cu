@@ -281,8 +281,8 @@ __device__ void dispatch_within_node(const IntranodeDispatchArgs<kCfg>& args) {
                     .host_hang = args.hang,
                     .rank = args.rank,
                     .num_ranks = args.num_ranks};
-    const uint64_t grace_ns = kCfg.segmented ? args.timeout_ns / 4 : 0;
-    if (!sync::enter(call, kDispatch, args.timeout_ns + grace_ns)) return;
+    if (!sync::enter(call, kDispatch, kCfg.segmented ? sync::with_grace(args.timeout_ns) : args.timeout_ns))
+        return;
 
     const int32_t num_tokens = num_tokens_of<kCfg.segmented != 0>(args);
     const int32_t slice = (num_tokens + gridDim.x - 1) / gridDim.x;

@@ -183,6 +183,8 @@ struct Workspace {
 __host__ __device__ constexpr uint64_t returning_word(uint64_t epoch, int32_t set) {
     return epoch << 1 | static_cast<uint64_t>(set);
 }
+__host__ __device__ constexpr uint64_t returning_epoch(uint64_t word) { return word >> 1; }
+__host__ __device__ constexpr int32_t returning_set(uint64_t word) { return static_cast<int32_t>(word & 1); }
 
 // Of one rank's kernels that wait for no other rank, one at a time. Counters come in two sets, as above.
 struct LocalWorkspace {

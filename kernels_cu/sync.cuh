@@ -55,6 +55,9 @@ __device__ inline void fill_hang(HangRecord* hang, uint64_t phase, uint64_t expe
     }
 }
 
+// How long those wait who wait for the same as others that know better who is late.
+__host__ __device__ constexpr uint64_t with_grace(uint64_t timeout_ns) { return timeout_ns + timeout_ns / 4; }
+
 // Whether this is the first block to leave a call; the same answer for all its threads. A barrier.
 __device__ inline bool is_first_to_leave(uint64_t* leaving) {
     __shared__ bool is_first;
