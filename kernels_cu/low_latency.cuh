@@ -268,6 +268,17 @@ __device__ inline Reason await_stamped(const Session<kOverNetwork>& session, con
     return awaited.reason;
 }
 
+// Puts, as one warp or as the whole block, and stores the word behind what it puts.
+template <bool kOverNetwork>
+__device__ inline void put(const Session<kOverNetwork>& session, void* to, const void* from,
+                           int64_t num_bytes, uint64_t* word, int32_t dst, bool is_of_block) {
+    const uint64_t value = stamped(session.call.epoch, 1);
+    if (is_of_block)
+        network::put_signal_block(to, from, num_bytes, word, value, dst);
+    else
+        network::put_signal_warp(to, from, num_bytes, word, value, dst);
+}
+
 // Waits, as one thread, for the word behind what a peer has put here, and acquires what came with it.
 template <bool kOverNetwork>
 __device__ inline Reason await_put(const Session<kOverNetwork>& session, uint64_t* word, int32_t peer) {

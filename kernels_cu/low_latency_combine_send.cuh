@@ -187,14 +187,8 @@ __device__ Reason LowLatencyCombineBlock<kCfg>::send_turn(int32_t turn) const {
 // A row of the outbox, as one warp or as the whole block.
 template <LowLatencyCombineCfg kCfg>
 __device__ void LowLatencyCombineBlock<kCfg>::put_row(int32_t token, int32_t dst, bool is_of_block) const {
-    uint8_t *to = slot(args.rank, token, args.rank), *from = out_slot(dst, token);
-    uint64_t* word = landed(args.rank, token);
-    const int64_t num_bytes = wire::row_bytes<kWire>(args.hidden);
-    const uint64_t value = stamped(session.call.epoch, 1);
-    if (is_of_block)
-        network::put_signal_block(to, from, num_bytes, word, value, dst);
-    else
-        network::put_signal_warp(to, from, num_bytes, word, value, dst);
+    low_latency::put(session, slot(args.rank, token, args.rank), out_slot(dst, token),
+                     wire::row_bytes<kWire>(args.hidden), landed(args.rank, token), dst, is_of_block);
 }
 
 // Rows to ranks that stores do not reach, by way of the outbox, as one block: each warp looks for a row, all

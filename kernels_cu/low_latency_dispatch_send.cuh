@@ -202,17 +202,11 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::send_rows(int32_t block, int32_
 // A row of the outbox, and its scale factors, as one warp or as the whole block.
 template <LowLatencyDispatchCfg kCfg>
 __device__ void LowLatencyDispatchBlock<kCfg>::put_row(int32_t token, int32_t dst, bool is_of_block) const {
-    const auto put = [&](void* to, const void* from, int64_t num_bytes, Landing what) {
-        uint64_t* word = landed(what, args.rank, token);
-        const uint64_t value = stamped(session.call.epoch, 1);
-        if (is_of_block)
-            network::put_signal_block(to, from, num_bytes, word, value, dst);
-        else
-            network::put_signal_warp(to, from, num_bytes, word, value, dst);
-    };
-    put(row(args.rank, args.rank, token), out_row(token), row_bytes(), kRow);
+    low_latency::put(session, row(args.rank, args.rank, token), out_row(token), row_bytes(),
+                     landed(kRow, args.rank, token), dst, is_of_block);
     if constexpr (kQuantizes)
-        put(scales(args.rank, args.rank, token), out_scales(token), int64_t{4} * scale_words(), kScales);
+        low_latency::put(session, scales(args.rank, args.rank, token), out_scales(token),
+                         int64_t{4} * scale_words(), landed(kScales, args.rank, token), dst, is_of_block);
 }
 
 // Rows to those of `ranks`, which stores do not reach, by way of the outbox, as one block: each warp looks at
