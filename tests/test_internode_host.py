@@ -54,6 +54,8 @@ def test_parts_of_a_row() -> None:
     assert ahead.num_bytes == parts.num_bytes
     assert ahead.offsets == (0, 0, 0, 16)
     assert (ahead.row_bytes, ahead.ahead_bytes) == (48, 32)
+    assert (parts.order, parts.num_ahead) == ((0, 2, 3), 0)
+    assert (ahead.order, ahead.num_ahead) == ((2, 3, 0), 2)
     assert ahead.record_bytes == parts.record_bytes
     assert ahead.places(10) == parts.places(10)
 

@@ -378,11 +378,18 @@ class Internode:
                 f"a row takes {parts.record_bytes} bytes on the network, a slot has "
                 f"{self._rings.slot_bytes}, which follows from the sizes given to Buffer.for_moe"
             )
+        assert len(parts.order) <= MAX_SECTIONS
         return bind(
             self._exchange,
             plan.EXCHANGE_BLOCKS_PER_SM * self._domain.max_blocks,
             {
                 "num_tokens": num_tokens,
+                "num_ahead": parts.num_ahead,
+                "num_sections": len(parts.order),
+                # Where they lie is set by each call.
+                "sections": [
+                    (0, 0, parts.num_bytes[number], parts.offsets[number]) for number in parts.order
+                ],
                 "ahead_bytes": parts.ahead_bytes,
                 "row_bytes": parts.row_bytes,
                 "order": self.order,
@@ -406,14 +413,8 @@ class Internode:
         """Returns the number of its blocks."""
         args = launch.args
         args.plan = crossing.plan
-        given = list(zip(sources, targets, parts.num_bytes, parts.offsets, strict=True))
-        first = len(given) - parts.num_ahead
-        ahead, rows = ([part for part in some if part[2]] for some in (given[first:], given[:first]))
-        assert len(ahead) + len(rows) <= MAX_SECTIONS
-        for section, (source, target, num_bytes, offset) in zip(args.sections, ahead + rows, strict=False):
-            section.source, section.target = source, target
-            section.bytes, section.offset = num_bytes, offset
-        args.num_ahead, args.num_sections = len(ahead), len(ahead) + len(rows)
+        for section, number in zip(args.sections, parts.order, strict=False):
+            section.source, section.target = sources[number], targets[number]
         most = min(num_sms, self._domain.max_blocks) * plan.EXCHANGE_BLOCKS_PER_SM // 2
         num_blocks = 2 * min(self._rings.num_channels, most)
         launch(stream, num_blocks)

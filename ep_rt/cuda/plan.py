@@ -152,23 +152,29 @@ class Parts:
 
     Attributes:
         offsets: within the record of those that travel together.
-        num_ahead: the last parts, which go ahead of the others, in records of their own.
+        order: the numbers of those that are there: the first `num_ahead` go ahead of the others, in records
+            of their own.
         ahead_bytes, row_bytes: of a record of those, and of the others.
     """
 
     num_bytes: tuple[int, ...]
     offsets: tuple[int, ...]
+    order: tuple[int, ...]
     num_ahead: int
     ahead_bytes: int
     row_bytes: int
 
     @classmethod
     def of(cls, num_bytes: Sequence[int], *, num_ahead: int = 0) -> Parts:
+        """The last `num_ahead` parts, those that are there, go ahead of the others."""
         sizes = [align_up(each, _RECORD_ALIGN) for each in num_bytes]
         first = len(sizes) - num_ahead
         *offsets, row_bytes = accumulate(sizes[:first], initial=0)
         *ahead, ahead_bytes = accumulate(sizes[first:], initial=0)
-        return cls(tuple(num_bytes), (*offsets, *ahead), num_ahead, ahead_bytes, row_bytes)
+        early = [number for number in range(first, len(sizes)) if sizes[number]]
+        late = [number for number in range(first) if sizes[number]]
+        order = (*early, *late)
+        return cls(tuple(num_bytes), (*offsets, *ahead), order, len(early), ahead_bytes, row_bytes)
 
     @property
     def record_bytes(self) -> int:
