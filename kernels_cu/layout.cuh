@@ -201,6 +201,7 @@ struct LocalWorkspace {
 constexpr int kLowLatencyZones = 4;  // two of dispatch, then two of combine
 constexpr int kFirstCombineZone = 2;
 constexpr int kMaxSendBlocks = 256;
+constexpr int kMaxClearBlocks = 32;
 constexpr int kMaxLowLatencyRanks = 32;  // of all nodes, one bit each in a word
 
 // Of calls of one shape, in the slab of every rank, or over several nodes in symmetric memory. Written by the
@@ -227,7 +228,8 @@ struct LowLatencyState {
     uint64_t uses[kLowLatencyZones][kMaxGridBlocks];  // of the zone so far, once for every block as above
     uint64_t received[kLowLatencyZones];              // the last use whose receive phase has ended
     uint64_t decisions[kLowLatencyZones]
-                      [kMaxLowLatencyRanks];  // [zone][src_rank]: stamped; 1 present, 2 absent
+                      [kMaxLowLatencyRanks];               // [zone][src_rank]: stamped; 1 present, 2 absent
+    uint64_t cleared[kFirstCombineZone][kMaxClearBlocks];  // [zone][block that clears]: stamped
     uint64_t listed[kFirstCombineZone][kMaxLowLatencyRanks];  // [zone][src_rank]: stamped; its tokens
     uint64_t posted[kLowLatencyZones][kMaxLowLatencyRanks];  // [zone][peer]: `freed` as told over the network
 };

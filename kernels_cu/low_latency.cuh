@@ -70,6 +70,7 @@ struct Session {
     uint64_t use, timeout_ns;
     uint64_t freed;  // thread `peer`: uses of the zone that this peer no longer needed at the start; acquired
     int32_t zone, phases;
+    bool is_zone_free;  // of every peer, none of which may be left out: seen at the start
     AllRanks<kOverNetwork> all;
 
     __device__ int32_t rank() const {
@@ -324,29 +325,28 @@ __device__ inline bool begin(Session<kOverNetwork>& session, Found& found, const
     session.timeout_ns = args.timeout_ns;
     session.zone = args.zone;
     session.phases = args.phases;
-    session.freed = 0;
     if (threadIdx.x == 0) {
         found.missing = 0;
         found.ranks = bits_of(args.num_ranks);
     }
-    const bool has_failed = call.has_failed();
+    const bool sends = (args.phases & kSends) != 0;
     const SlabHeader* own = call.header(call.rank);
-    if (args.phases & kSends) {
-        call.epoch = own->block_epochs[blockIdx.x] + 1;
-        session.use = args.state->uses[args.zone][blockIdx.x] + 1;
-        if (threadIdx.x < args.num_ranks)
-            session.freed = ptx::ld_acquire_sys(&session.area(args.rank)->freed[args.zone][threadIdx.x]);
-    } else {
-        call.epoch = args.record->epoch;
-        session.use = args.record->use;
-    }
+    const int32_t peer = min(static_cast<int32_t>(threadIdx.x), args.num_ranks - 1);
+    const uint64_t* epoch = sends ? &own->block_epochs[blockIdx.x] : &args.record->epoch;
+    const uint64_t* use = sends ? &args.state->uses[args.zone][blockIdx.x] : &args.record->use;
+    // All on their way at a time: nothing is done with any before the last one has been asked for.
+    const uint64_t has_failed = ptx::ld_relaxed_gpu(&own->failed);
+    call.epoch = ptx::ld_relaxed_gpu(epoch) + sends;
+    session.use = ptx::ld_relaxed_gpu(use) + sends;
+    session.freed = ptx::ld_acquire_sys(&session.area(args.rank)->freed[args.zone][peer]);
+    const bool awaits_zone = sends && (args.masks != nullptr || session.freed + 1 < session.use);
     call.deadline_ns = ptx::globaltimer_ns() + args.timeout_ns;
     call.word = signal_word(call.epoch, operation);
-    if (__syncthreads_or(has_failed)) return false;
-    if (speaks() && args.phases & kSends) {
-        const int32_t peer = threadIdx.x;
+    session.is_zone_free = __syncthreads_or(has_failed != 0 || awaits_zone) == 0;
+    if (!session.is_zone_free && __syncthreads_or(has_failed != 0)) return false;
+    if (speaks() && sends) {
         // Orders nothing: it only says where this rank is.
-        if (peer < session.num_ranks() && !session.is_masked(peer)) {
+        if (threadIdx.x < args.num_ranks && !session.is_masked(peer)) {
             if (session.is_beside(peer))
                 ptx::st_relaxed_sys(&call.header(session.local(peer))->signals[call.rank], call.word);
             else
@@ -395,10 +395,11 @@ __device__ inline void post_freed(const Session<kOverNetwork>& session, int32_t 
     }
 }
 
-// Waits until the zone of every peer is free for this use. Then `found.ranks` are those to send to.
-// A barrier.
+// Waits until the zone of every peer is free for this use. Then `found.ranks` are those to send to, for all
+// threads.
 template <bool kOverNetwork>
 __device__ inline Reason await_zone(const Session<kOverNetwork>& session, Found& found) {
+    if (session.is_zone_free) return kNothing;
     const int32_t peer = threadIdx.x;
     Reason reason = kNothing;
     bool is_free = false;
@@ -447,6 +448,23 @@ __device__ inline Reason await_flags(const Session<kOverNetwork>& session, Found
         reason = await_stamped<kAcquires>(session, &flags[i], src, seen);
     }
     if (reason != kNothing && session.masks == nullptr) atomicOr(&found.missing, 1u << src);
+    return sync::agree(reason);
+}
+
+// Waits, as one block, for a word of each of `num_words` other blocks of this kernel, and acquires it. They
+// come before this one, so they have a place, and wait for peers with deadlines of their own.
+// `note(i, value)` gets what word i says. A barrier.
+template <bool kOverNetwork, class Note>
+__device__ inline Reason await_blocks(const Session<kOverNetwork>& session, const uint64_t* words,
+                                      int32_t num_words, Note note) {
+    Reason reason = kNothing;
+    if (static_cast<int32_t>(threadIdx.x) < num_words) {
+        uint64_t seen = 0;
+        while (reason == kNothing &&
+               !is_stamped(seen = ptx::ld_acquire_gpu(&words[threadIdx.x]), session.call.epoch))
+            if (session.call.has_failed()) reason = kLeft;
+        note(threadIdx.x, static_cast<uint32_t>(seen));
+    }
     return sync::agree(reason);
 }
 
@@ -516,10 +534,11 @@ __device__ inline void leave(const Session<kOverNetwork>& session, Reason reason
 template <bool kOverNetwork>
 __device__ inline void end(const Session<kOverNetwork>& session, const Found& found, Reason reason,
                            uint64_t phase) {
-    const bool is_overfull = __syncthreads_or(reason == kOverfull) != 0;
-    reason = is_overfull ? kOverfull : sync::agree(reason);
     const sync::Call& call = session.call;
-    if (reason != kNothing) return leave(session, reason, phase, found.missing);
+    if (__syncthreads_or(reason != kNothing)) {
+        const bool is_overfull = __syncthreads_or(reason == kOverfull) != 0;
+        return leave(session, is_overfull ? kOverfull : sync::agree(reason), phase, found.missing);
+    }
     SlabHeader* own = call.header(call.rank);
     if (session.phases & kSends) {
         // Each block its share: no other one reads these words, and all threads of this one have.
@@ -536,11 +555,18 @@ __device__ inline void end(const Session<kOverNetwork>& session, const Found& fo
         session.state->received[session.zone] = session.use;
 }
 
-// An expert id of 4 or 8 bytes, -1 if it is none.
-__device__ inline int32_t expert_at(const void* ids, int32_t idx_bytes, int64_t i, int32_t num_experts) {
-    const int64_t id =
-        idx_bytes == 8 ? static_cast<const int64_t*>(ids)[i] : static_cast<const int32_t*>(ids)[i];
-    return id >= 0 && id < num_experts ? static_cast<int32_t>(id) : -1;
+// An expert id of 4 or 8 bytes as it lies in memory: till somebody looks at it, nobody waits for it.
+struct RawId {
+    uint32_t low, high;
+};
+constexpr RawId kNoId{0xffffffff, 0xffffffff};
+__device__ inline RawId load_id(const void* ids, int32_t idx_bytes, int64_t i) {
+    const auto* words = static_cast<const uint32_t*>(ids) + i * (idx_bytes / 4);
+    return {words[0], idx_bytes == 8 ? words[1] : 0};
+}
+// -1 if it is none.
+__device__ inline int32_t expert_of(RawId id, int32_t num_experts) {
+    return id.high == 0 && id.low < static_cast<uint32_t>(num_experts) ? static_cast<int32_t>(id.low) : -1;
 }
 
 }  // namespace ep::low_latency

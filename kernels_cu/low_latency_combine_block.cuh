@@ -103,7 +103,8 @@ struct LowLatencyCombineBlock {
     __device__ int32_t expert(int64_t pair) const {
         const int32_t sent = args.sent_ids[pair];
         if (args.topk_weights == nullptr) return sent;
-        const int32_t now = low_latency::expert_at(args.topk_idx, args.idx_bytes, pair, args.num_experts);
+        const int32_t now = low_latency::expert_of(low_latency::load_id(args.topk_idx, args.idx_bytes, pair),
+                                                   args.num_experts);
         return now == sent ? sent : -1;
     }
     __device__ int32_t num_groups() const {

@@ -13,13 +13,14 @@
 //            row that several experts want is read several times; and a row that came late, after a
 //            time-out, must not be taken for one of a later call.
 // Order      rows leave by ordinary stores; block barrier, release.sys flag. The receiver acquires the flag.
-//            Ids and weights are relaxed words that carry all there is to know. Those who copy learn of the
-//            lists by a release.gpu word of each block that lists.
+//            Ids and weights are relaxed words that carry all there is to know. Those who list learn by a
+//            release.gpu word of each block that clears that it has, those who copy by one of each that
+//            lists.
 // Blocks     in this order, so that none waits for one behind it that has no place yet: one that tells the
 //            peers where this rank is; R that send ids, one for each rank, so that their words do not queue
-//            behind rows, and then say what came for each expert; those that send rows; R that make lists,
-//            one for each source rank; those that copy. A phase that is not of this kernel has no blocks of
-//            its own.
+//            behind rows, and then say what came for each expert; those that clear the lists, while ids
+//            travel; those that send rows; R that make lists, one for each source rank; those that copy. A
+//            phase that is not of this kernel has no blocks of its own.
 // Bad ids    an expert id outside 0 .. num_experts - 1 is treated as -1: none. More than M pairs from one
 //            rank to one expert, which takes an expert that is repeated in a row, fail the call.
 #include "low_latency_dispatch_receive.cuh"
@@ -46,13 +47,15 @@ __device__ void low_latency_dispatch(const LowLatencyDispatchArgs<kCfg>& args) {
     const bool sends = (args.phases & low_latency::kSends) != 0;
     const bool receives = (args.phases & low_latency::kReceives) != 0;
     const int32_t num_row_blocks = sends ? block.num_send_blocks(args.num_tokens) : 0;
+    const int32_t num_clear_blocks = sends ? args.num_clear_blocks : 0;
     const bool tells = number >= 0 && number < args.num_ranks;
-    const int32_t row_block = number - args.num_ranks, src = row_block - num_row_blocks;
+    const int32_t clear_block = number - args.num_ranks;
+    const int32_t row_block = clear_block - num_clear_blocks, src = row_block - num_row_blocks;
     const bool sends_rows = row_block >= 0 && row_block < num_row_blocks;
     // On their way while the block begins.
-    typename Block::IdWord ids{};
+    typename Block::Pairs pairs{};
     typename Block::Piece piece{};
-    if (tells && sends) ids = block.load_ids(threadIdx.x);
+    if (tells && sends) pairs = block.load_pairs(threadIdx.x);
     if (sends_rows) piece = block.load_piece(row_block + num_row_blocks * block.warp);
     if (!low_latency::begin(session, shared.found, args, kLowLatencyDispatch)) return;
     if (low_latency::speaks()) {
@@ -62,11 +65,16 @@ __device__ void low_latency_dispatch(const LowLatencyDispatchArgs<kCfg>& args) {
     }
     Reason reason = kNothing;
     uint64_t phase = low_latency::kFreeing;
-    if (tells && sends) reason = block.send_metadata(number, ids);
-    if (sends_rows) {
+    if (tells && sends) reason = block.send_metadata(number, pairs);
+    if (clear_block >= 0 && clear_block < num_clear_blocks) {
+        block.clear_lists(clear_block);
+    } else if (sends_rows) {
         reason = block.send_rows(row_block, num_row_blocks, piece);
     } else if (receives && src < args.num_ranks) {
         const uint64_t began_ns = ptx::globaltimer_ns();
+        if (!tells && sends)
+            reason = low_latency::await_blocks(session, session.state->cleared[args.zone], num_clear_blocks,
+                                               [](int32_t, uint32_t) {});
         if (reason == kNothing) {
             phase = low_latency::kCounting;
             reason = block.read_sources(tells ? -1 : src);

@@ -40,7 +40,7 @@ struct LowLatencyDispatchArgs {
     int64_t rows_offset, sf_offset;  // [R, M] rows
     uint32_t digest;
     int32_t rank, num_ranks, num_tokens, num_topk, num_experts, num_max_tokens, hidden, idx_bytes;
-    int32_t scale_mode, has_weights, zone, phases, max_send_blocks, num_copy_blocks;
+    int32_t scale_mode, has_weights, zone, phases, max_send_blocks, num_clear_blocks, num_copy_blocks;
     // Over several nodes: which ranks are of this one, and within the area what comes and goes by puts.
     int32_t first_rank, num_local_ranks;
     int64_t landed_offset;                       // uint64 [2, R, M], stamped: of rows, of scale factors
@@ -50,17 +50,21 @@ struct LowLatencyDispatchArgs {
     uint8_t* areas[low_latency::kMaxPeers<kCfg.over_network != 0>];  // nullptr where stores do not reach
 };
 
-// An expert id in half a word.
+// An expert in half a word, -1 for none, and the word of two.
 constexpr uint32_t kNoExpert = 0xffff;
 __device__ inline int32_t expert_in(uint64_t word, int32_t half) {
     const uint32_t e = static_cast<uint32_t>(word) >> (16 * half) & 0xffff;
     return e == kNoExpert ? -1 : static_cast<int32_t>(e);
 }
+__device__ inline uint32_t word_of(const int32_t (&experts)[2]) {
+    return (static_cast<uint32_t>(experts[0]) & kNoExpert) | static_cast<uint32_t>(experts[1]) << 16;
+}
 
 template <LowLatencyDispatchCfg kCfg>
 struct LowLatencyDispatchShared {
-    // Ids that are looked at together.
+    // Ids that are looked at together, and so few that one warp looks at all of them.
     static constexpr int32_t kPairsEach = 4, kStretch = kPairsEach * kCfg.num_threads;
+    static constexpr int32_t kFewPairs = 4 * kWarpSize;
 
     static constexpr int32_t kPeers = low_latency::kMaxPeers<kCfg.over_network != 0>;
 
@@ -140,8 +144,11 @@ struct LowLatencyDispatchBlock {
                (int64_t{what} * args.num_ranks + src) * args.num_max_tokens + token;
     }
     __device__ int32_t num_id_words(int32_t num_tokens) const { return (num_tokens * args.num_topk + 1) / 2; }
-    __device__ int32_t expert(int64_t i) const {
-        return low_latency::expert_at(args.topk_idx, args.idx_bytes, i, args.num_experts);
+    __device__ low_latency::RawId load_id(int64_t i) const {
+        return low_latency::load_id(args.topk_idx, args.idx_bytes, i);
+    }
+    __device__ int32_t expert(low_latency::RawId id) const {
+        return low_latency::expert_of(id, args.num_experts);
     }
     __device__ int32_t num_send_blocks(int32_t num_tokens) const {
         return low_latency::num_send_blocks(int64_t{num_tokens} * num_pieces, args.max_send_blocks);
@@ -160,16 +167,17 @@ struct LowLatencyDispatchBlock {
     }
 
     // Send phase. What it begins with is loaded before the block begins.
-    struct IdWord {
-        uint32_t ids;
+    struct Pairs {
+        low_latency::RawId ids[2];
         float weights[2];
     };
     struct Piece {
         uint4 vectors[2];
-        int32_t experts[2];  // columns `lane` and `lane` + 32
+        low_latency::RawId ids[2];  // columns `lane` and `lane` + 32
     };
-    __device__ IdWord load_ids(int32_t at) const;
-    __device__ Reason send_metadata(int32_t dst, IdWord next) const;
+    __device__ Pairs load_pairs(int32_t word) const;
+    __device__ Reason send_metadata(int32_t dst, Pairs next) const;
+    __device__ void clear_lists(int32_t block) const;
     __device__ int32_t vector_of(int32_t piece, int32_t v) const;
     __device__ Piece load_piece(int32_t turn) const;
     struct Cast {
@@ -184,14 +192,14 @@ struct LowLatencyDispatchBlock {
     __device__ void put_rows(int32_t block, int32_t num_blocks, uint32_t ranks) const;
 
     // Receive phase.
-    __device__ Reason read_tokens(int32_t first_src, int32_t last_src) const;
     __device__ void clear_counts(int32_t first_src, int32_t last_src, int32_t listed_src) const;
     __device__ void count(uint64_t word, int32_t src, int32_t at, bool is_listed) const;
+    __device__ Reason read_words(int32_t src, int32_t first, int32_t step, bool is_listed) const;
     __device__ Reason read_ids(int32_t first_src, int32_t last_src, int32_t listed_src) const;
     __device__ Reason read_sources(int32_t listed_src) const;
     __device__ Reason load_experts(int32_t src, int32_t first, int32_t num) const;
     template <class Each>
-    __device__ void of_warp(int32_t num_loaded, uint16_t* numbers, Each each) const;
+    __device__ void of_warp(int32_t num_loaded, int32_t num_warps, uint16_t* numbers, Each each) const;
     __device__ Reason list_pairs(int32_t src) const;
     __device__ Reason tell(int32_t part, uint64_t began_ns) const;
     __device__ Reason list(int32_t src) const;

@@ -14,42 +14,6 @@ __device__ void LowLatencyDispatchBlock<kCfg>::clear_counts(int32_t first_src, i
         for (int32_t e = threadIdx.x; e < args.num_experts; e += blockDim.x) shared.listed[e] = 0;
 }
 
-// Waits for what the source ranks [first_src, last_src) say of themselves, and for the lists that they put
-// here. A barrier.
-template <LowLatencyDispatchCfg kCfg>
-__device__ Reason LowLatencyDispatchBlock<kCfg>::read_tokens(int32_t first_src, int32_t last_src) const {
-    const int32_t src = first_src + static_cast<int32_t>(threadIdx.x) / 2;
-    Reason reason = kNothing;
-    if (src < last_src) {
-        const bool is_digest = threadIdx.x % 2 == 1;
-        const LowLatencyArea* own = session.own();
-        uint64_t seen = 0;
-        reason = low_latency::await_stamped(
-            session, is_digest ? &own->digests[args.zone][src] : &own->num_tokens[args.zone][src], src, seen);
-        const auto value = static_cast<uint32_t>(seen);
-        if (reason == kNothing && is_digest && value != args.digest) reason = kDisagreed;
-        if (reason == kNothing && !is_digest) {
-            shared.tokens[src] = static_cast<int32_t>(value);
-            shared.arrived_ns[src] = ptx::globaltimer_ns();
-        }
-        blame(reason, src);
-    }
-    if constexpr (kOverNetwork) {
-        const int32_t end = 2 * (last_src - first_src);
-#pragma unroll 1
-        for (int32_t i = threadIdx.x; i < end && reason == kNothing; i += blockDim.x) {
-            const int32_t peer = first_src + i / 2;
-            if (session.reaches(peer) || (i % 2 == 1 && !args.has_weights)) continue;
-            LowLatencyArea* own = session.own();
-            uint64_t* told =
-                i % 2 == 0 ? &own->told_ids[args.zone][peer] : &own->told_weights[args.zone][peer];
-            reason = low_latency::await_put(session, told, peer);
-            blame(reason, peer);
-        }
-    }
-    return sync::agree(reason);
-}
-
 // Counts what a word with two ids says; those of `listed_src` for all experts, and kept.
 template <LowLatencyDispatchCfg kCfg>
 __device__ void LowLatencyDispatchBlock<kCfg>::count(uint64_t word, int32_t src, int32_t at,
@@ -63,53 +27,84 @@ __device__ void LowLatencyDispatchBlock<kCfg>::count(uint64_t word, int32_t src,
     }
 }
 
-// Waits for the ids of the source ranks [first_src, last_src), and counts those of our experts. A thread has
-// several words on their way at a time. A barrier.
+// What a thread does of read_ids: it looks at every `step`-th word of a source from word `first` on. What a
+// source says of itself and its ids arrive together, so this asks for all of them at a time: a trip to memory
+// for one after the other takes as long as the words travel.
+template <LowLatencyDispatchCfg kCfg>
+__device__ Reason LowLatencyDispatchBlock<kCfg>::read_words(int32_t src, int32_t first, int32_t step,
+                                                            bool is_listed) const {
+    constexpr int32_t kDepth = 4;
+    enum : uint32_t { kTokens = 1, kDigest = 2 };
+    LowLatencyArea* own = session.own();
+    const uint64_t* tokens = &own->num_tokens[args.zone][src];
+    const uint64_t* digest = &own->digests[args.zone][src];
+    const uint64_t* words = ids(args.rank, src);
+    const bool is_first = first == 0;
+    Reason reason = kNothing;
+    if (!session.reaches(src)) {
+        reason = low_latency::await_put(session, &own->told_ids[args.zone][src], src);
+        if (is_first && args.has_weights && reason == kNothing)
+            reason = low_latency::await_put(session, &own->told_weights[args.zone][src], src);
+    }
+    uint32_t untold = is_first ? kTokens | kDigest : kTokens;
+    int32_t end = num_id_words(args.num_max_tokens);  // at most, till it is known
+#pragma unroll 1
+    for (int32_t at = first; at < end && reason == kNothing; at += kDepth * step) {
+        uint64_t seen[kDepth], told_tokens = 0, told_digest = 0;
+        uint32_t missing = (1u << kDepth) - 1;
+#pragma unroll 1
+        for (uint32_t polls = 1;; ++polls) {
+            if (untold & kTokens) told_tokens = ptx::ld_relaxed_sys(tokens);
+            if (untold & kDigest) told_digest = ptx::ld_relaxed_sys(digest);
+#pragma unroll
+            for (int32_t v = 0; v < kDepth; ++v)
+                if (missing >> v & 1 && at + v * step < end)
+                    seen[v] = ptx::ld_relaxed_sys(&words[at + v * step]);
+            if (untold & kTokens && is_stamped(told_tokens, session.call.epoch)) {
+                untold &= ~kTokens;
+                const auto num_tokens = static_cast<int32_t>(static_cast<uint32_t>(told_tokens));
+                end = num_id_words(num_tokens);
+                if (is_first) {
+                    shared.tokens[src] = num_tokens;
+                    shared.arrived_ns[src] = ptx::globaltimer_ns();
+                }
+            }
+            if (untold & kDigest && is_stamped(told_digest, session.call.epoch)) {
+                untold &= ~kDigest;
+                if (static_cast<uint32_t>(told_digest) != args.digest) return kDisagreed;
+            }
+#pragma unroll
+            for (int32_t v = 0; v < kDepth; ++v)
+                if (missing >> v & 1 && (at + v * step >= end || is_stamped(seen[v], session.call.epoch)))
+                    missing &= ~(1u << v);
+            if ((missing | untold) == 0) break;
+            if (polls % 64 != 0) continue;
+            const uint64_t* word = untold & kTokens ? tokens : digest;
+            if (untold == 0) word = &words[at + (__ffs(static_cast<int32_t>(missing)) - 1) * step];
+            uint64_t there;
+            reason = low_latency::await_stamped(session, word, src, there);
+            if (reason != kNothing) return reason;
+        }
+#pragma unroll
+        for (int32_t v = 0; v < kDepth; ++v)
+            if (at + v * step < end) count(seen[v], src, at + v * step, is_listed);
+    }
+    return reason;
+}
+
+// Waits for what the source ranks [first_src, last_src) say of themselves, for the lists that they put here,
+// and for their ids, and counts those of our experts. Each thread looks at one source. A barrier.
 template <LowLatencyDispatchCfg kCfg>
 __device__ Reason LowLatencyDispatchBlock<kCfg>::read_ids(int32_t first_src, int32_t last_src,
                                                           int32_t listed_src) const {
-    constexpr int32_t kDepth = 4;
     clear_counts(first_src, last_src, listed_src);
-    Reason reason = read_tokens(first_src, last_src);
-    if (reason != kNothing) return reason;
-    // Words of all sources take turns.
-    const int32_t num_sources = last_src - first_src;
-    const auto source_of = [&](int32_t i) { return first_src + i % num_sources; };
-    const auto word_of = [&](int32_t i) { return ids(args.rank, source_of(i)) + i / num_sources; };
-    int32_t end = 0;
-    for (int32_t src = first_src; src < last_src; ++src)
-        end = max(end, num_sources * num_id_words(shared.tokens[src]));
-#pragma unroll 1
-    for (int32_t first = threadIdx.x; first < end && reason == kNothing; first += kDepth * kCfg.num_threads) {
-        uint64_t seen[kDepth];
-        uint32_t missing = 0;
-#pragma unroll
-        for (int32_t v = 0; v < kDepth; ++v) {
-            const int32_t i = first + v * kCfg.num_threads;
-            if (i < end && i / num_sources < num_id_words(shared.tokens[source_of(i)])) missing |= 1u << v;
-        }
-        const uint32_t wanted = missing;
-        while (missing != 0 && reason == kNothing) {
-#pragma unroll
-            for (int32_t v = 0; v < kDepth; ++v)
-                if (missing >> v & 1) seen[v] = ptx::ld_relaxed_sys(word_of(first + v * kCfg.num_threads));
-#pragma unroll
-            for (int32_t v = 0; v < kDepth; ++v)
-                if (missing >> v & 1 && is_stamped(seen[v], session.call.epoch)) missing &= ~(1u << v);
-            if (missing == 0) break;
-            // When the first of them is there, the others mostly are.
-            const int32_t i = first + (__ffs(static_cast<int32_t>(missing)) - 1) * kCfg.num_threads;
-            uint64_t word;
-            reason = low_latency::await_stamped(session, word_of(i), source_of(i), word);
-            blame(reason, source_of(i));
-        }
-#pragma unroll
-        for (int32_t v = 0; v < kDepth; ++v) {
-            const int32_t i = first + v * kCfg.num_threads, src = source_of(i);
-            if (reason == kNothing && wanted >> v & 1)
-                count(seen[v], src, i / num_sources, src == listed_src);
-        }
-    }
+    __syncthreads();
+    const int32_t num_sources = last_src - first_src, step = kCfg.num_threads / num_sources;
+    const int32_t number = static_cast<int32_t>(threadIdx.x);
+    const int32_t src = first_src + number % num_sources, first = number / num_sources;
+    Reason reason = kNothing;
+    if (first < step) reason = read_words(src, first, step, src == listed_src);
+    blame(reason, src);
     return sync::agree(reason);
 }
 
@@ -179,11 +174,10 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::await_rows(int32_t src, int32_t
     return sync::agree(reason);
 }
 
-// What callers are told of each expert, and clean ends of its lists: every R-th expert is of block `part`.
-// Then waits until all rows of source rank `part` have landed; `began_ns`: when this block began to receive.
+// What callers are told of each expert: every R-th expert is of block `part`. Then waits until all rows of
+// source rank `part` have landed; `began_ns`: when this block began to receive.
 template <LowLatencyDispatchCfg kCfg>
 __device__ Reason LowLatencyDispatchBlock<kCfg>::tell(int32_t part, uint64_t began_ns) const {
-    constexpr int32_t kEndRows = 4 * kWarpSize;  // that a warp clears in one turn
     const auto& counts = shared.counts;
 #pragma unroll 1
     for (int32_t e = part + args.num_ranks * threadIdx.x; e < num_local_experts;
@@ -197,23 +191,6 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::tell(int32_t part, uint64_t beg
         }
         args.recv_count[e] = total;
         if (args.recv_stats != nullptr) args.recv_stats[e] += total;
-    }
-    const int32_t num_rows = args.num_ranks * args.num_max_tokens;
-    const int32_t turns_each = (num_rows + kEndRows - 1) / kEndRows;
-#pragma unroll 1
-    for (int32_t turn = warp;; turn += kNumWarps) {
-        const int32_t e = part + turn / turns_each * args.num_ranks;
-        if (e >= num_local_experts) break;
-        const int32_t count = lane < args.num_ranks ? counts[lane * num_local_experts + e] : 0;
-        const int32_t total = __reduce_add_sync(kFullWarp, count);
-        const int64_t first = e * rows_per_expert();
-#pragma unroll
-        for (int32_t i = 0; i < kEndRows; i += kWarpSize) {
-            const int32_t row = turn % turns_each * kEndRows + i + lane;
-            if (row < total || row >= num_rows) continue;
-            args.src_info[first + row] = -1;
-            if (args.expert_rows != nullptr) args.expert_rows[first + row] = -1;
-        }
     }
     if (part == 0 && threadIdx.x == 0) {
         int32_t most = 0;
@@ -250,14 +227,15 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::load_experts(int32_t src, int32
     return reason;
 }
 
-// Calls `each(i, e, number)` for the loaded ids that this warp looks at: the i-th one is our expert e, and of
-// the warp's ids the number-th one that is; `numbers` holds how many there were of each expert so far.
+// Calls `each(i, e, number)` for the loaded ids that this warp looks at, of `num_warps` that do: the i-th one
+// is our expert e, and of the warp's ids the number-th one that is; `numbers` holds how many there were of
+// each expert so far.
 template <LowLatencyDispatchCfg kCfg>
 template <class Each>
-__device__ void LowLatencyDispatchBlock<kCfg>::of_warp(int32_t num_loaded, uint16_t* numbers,
-                                                       Each each) const {
+__device__ void LowLatencyDispatchBlock<kCfg>::of_warp(int32_t num_loaded, int32_t num_warps,
+                                                       uint16_t* numbers, Each each) const {
     const int32_t num_chunks = (num_loaded + kWarpSize - 1) / kWarpSize;
-    const int32_t per_warp = (num_chunks + kNumWarps - 1) / kNumWarps;
+    const int32_t per_warp = (num_chunks + num_warps - 1) / num_warps;
     const int32_t end = min(num_chunks, (warp + 1) * per_warp);
 #pragma unroll 1
     for (int32_t chunk = warp * per_warp; chunk < end; ++chunk) {
@@ -273,7 +251,8 @@ __device__ void LowLatencyDispatchBlock<kCfg>::of_warp(int32_t num_loaded, uint1
 }
 
 // Where the pairs of a source rank belong, sorted by expert, then by token and column, behind those of lower
-// sources. Warps take stretches of the ids in order: first they count, then they know where theirs begin.
+// sources. Warps take stretches of the ids in order: first they count, then they know where theirs begin. A
+// few are taken by one of them.
 template <LowLatencyDispatchCfg kCfg>
 __device__ Reason LowLatencyDispatchBlock<kCfg>::list_pairs(int32_t src) const {
     auto& lists = shared.lists;
@@ -308,22 +287,25 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::list_pairs(int32_t src) const {
             is_ours[v] = args.has_weights && i < num_loaded && shared.experts[i] >= 0;
             seen[v] = is_ours[v] ? ptx::ld_relaxed_sys(&weights[first + i]) : 0;
         }
+        const int32_t num_warps = num_loaded <= Shared::kFewPairs ? 1 : kNumWarps;
         for (int32_t e = lane; e < num_local_experts; e += kWarpSize) lists.numbers[warp][e] = 0;
-        __syncwarp();
-        of_warp(num_loaded, lists.numbers[warp], [](int32_t, int32_t, int32_t) {});
-        __syncthreads();
+        if (num_warps > 1) {
+            __syncwarp();
+            of_warp(num_loaded, num_warps, lists.numbers[warp], [](int32_t, int32_t, int32_t) {});
+            __syncthreads();
 #pragma unroll 1
-        for (int32_t e = threadIdx.x; e < num_local_experts; e += blockDim.x) {
-            uint32_t before = 0;
+            for (int32_t e = threadIdx.x; e < num_local_experts; e += blockDim.x) {
+                uint32_t before = 0;
 #pragma unroll
-            for (int32_t each = 0; each < kNumWarps; ++each) {
-                const uint32_t count = lists.numbers[each][e];
-                lists.numbers[each][e] = static_cast<uint16_t>(before);
-                before += count;
+                for (int32_t each = 0; each < kNumWarps; ++each) {
+                    const uint32_t count = lists.numbers[each][e];
+                    lists.numbers[each][e] = static_cast<uint16_t>(before);
+                    before += count;
+                }
             }
         }
         __syncthreads();
-        of_warp(num_loaded, lists.numbers[warp], [&](int32_t i, int32_t e, int32_t number) {
+        of_warp(num_loaded, num_warps, lists.numbers[warp], [&](int32_t i, int32_t e, int32_t number) {
             const int32_t pair = first + i, token = pair / args.num_topk;
             const int64_t at = e * rows_per_expert() + lists.base[e] + number;
             args.src_info[at] = token;
@@ -360,7 +342,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::list(int32_t src) const {
     const Reason reason = list_pairs(src);
     if (reason != kNothing) return reason;
     // Those who copy read the routes: a barrier lies behind them.
-    if (threadIdx.x == 0)
+    if (threadIdx.x == 0 && args.num_copy_blocks != 0)
         ptx::st_release_gpu(&session.state->listed[args.zone][src],
                             stamped(session.call.epoch, shared.tokens[src]));
     return kNothing;
@@ -369,17 +351,9 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::list(int32_t src) const {
 // The rows of the landing zone to all their experts, in parts of a row for each turn of a warp.
 template <LowLatencyDispatchCfg kCfg>
 __device__ Reason LowLatencyDispatchBlock<kCfg>::copy_rows(int32_t block, int32_t num_blocks) const {
-    const int32_t each = threadIdx.x;
-    Reason reason = kNothing;
-    if (each < args.num_ranks) {
-        const uint64_t* word = &session.state->listed[args.zone][each];
-        uint64_t seen = 0;
-        // The block that lists waits for a peer, with a deadline of its own.
-        while (reason == kNothing && !is_stamped(seen = ptx::ld_acquire_gpu(word), session.call.epoch))
-            if (session.call.has_failed()) reason = kLeft;
-        shared.tokens[each] = static_cast<int32_t>(static_cast<uint32_t>(seen));
-    }
-    reason = sync::agree(reason);
+    Reason reason =
+        low_latency::await_blocks(session, session.state->listed[args.zone], args.num_ranks,
+                                  [&](int32_t src, uint32_t tokens) { shared.tokens[src] = tokens; });
     if (reason != kNothing) return reason;
     int32_t num_tokens = 0;
     for (int32_t src = 0; src < args.num_ranks; ++src) num_tokens += shared.tokens[src];

@@ -4,26 +4,25 @@
 
 namespace ep {
 
-// What a word tells of two pairs.
+// What a word is to tell of two pairs; nothing past the last one.
 template <LowLatencyDispatchCfg kCfg>
-__device__ typename LowLatencyDispatchBlock<kCfg>::IdWord LowLatencyDispatchBlock<kCfg>::load_ids(
-    int32_t at) const {
-    IdWord word{0, {0.0f, 0.0f}};
+__device__ __forceinline__ typename LowLatencyDispatchBlock<kCfg>::Pairs
+LowLatencyDispatchBlock<kCfg>::load_pairs(int32_t word) const {
+    Pairs pairs{{low_latency::kNoId, low_latency::kNoId}, {0.0f, 0.0f}};
 #pragma unroll
     for (int32_t half = 0; half < 2; ++half) {
-        const int32_t pair = 2 * at + half;
-        const bool is_pair = pair < args.num_tokens * args.num_topk;
-        const int32_t e = is_pair ? expert(pair) : -1;
-        word.ids |= (e < 0 ? kNoExpert : static_cast<uint32_t>(e)) << (16 * half);
-        if (is_pair && args.topk_weights != nullptr) word.weights[half] = args.topk_weights[pair];
+        const int32_t pair = 2 * word + half;
+        if (pair >= args.num_tokens * args.num_topk) continue;
+        pairs.ids[half] = load_id(pair);
+        if (args.topk_weights != nullptr) pairs.weights[half] = args.topk_weights[pair];
     }
-    return word;
+    return pairs;
 }
 
 // What rank `dst` lists our rows from: all our ids, and the weights of the pairs that it gets. Nothing is
 // counted first, so that these words leave before the rows crowd the links.
 template <LowLatencyDispatchCfg kCfg>
-__device__ Reason LowLatencyDispatchBlock<kCfg>::send_metadata(int32_t dst, IdWord next) const {
+__device__ Reason LowLatencyDispatchBlock<kCfg>::send_metadata(int32_t dst, Pairs next) const {
     const int32_t num_words = num_id_words(args.num_tokens);
     const Reason reason = low_latency::await_zone(session, shared.found);
     if (reason != kNothing || !(shared.found.ranks >> dst & 1)) return reason;
@@ -46,16 +45,17 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::send_metadata(int32_t dst, IdWo
     const int32_t num_weights = args.topk_weights == nullptr ? 0 : max(1, num_pairs);
 #pragma unroll 1
     for (int32_t at = threadIdx.x; at < num_stored; at += blockDim.x) {
-        const IdWord word = next;
-        next = load_ids(at + static_cast<int32_t>(blockDim.x));
-        ptx::st_relaxed_sys(&to_ids[at], stamped(epoch, word.ids));
+        const Pairs pairs = next;
+        next = load_pairs(at + static_cast<int32_t>(blockDim.x));
+        const int32_t experts[2] = {expert(pairs.ids[0]), expert(pairs.ids[1])};
+        ptx::st_relaxed_sys(&to_ids[at], stamped(epoch, word_of(experts)));
 #pragma unroll
         for (int32_t half = 0; half < 2; ++half) {
-            const int32_t e = expert_in(word.ids, half);
+            const int32_t e = experts[half];
             const bool is_wanted = e >= 0 && e / num_local_experts == dst;
             if (is_reached ? is_wanted && num_weights != 0 : 2 * at + half < num_weights)
                 ptx::st_relaxed_sys(&to_weights[2 * at + half],
-                                    stamped(epoch, __float_as_uint(word.weights[half])));
+                                    stamped(epoch, __float_as_uint(pairs.weights[half])));
         }
     }
     if constexpr (kOverNetwork) {
@@ -83,17 +83,37 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::send_metadata(int32_t dst, IdWo
     return kNothing;
 }
 
+// All lists end everywhere, till those who list fill them.
+template <LowLatencyDispatchCfg kCfg>
+__device__ void LowLatencyDispatchBlock<kCfg>::clear_lists(int32_t block) const {
+    constexpr int32_t kEach = sizeof(int4) / sizeof(int32_t);
+    const int64_t num = num_local_experts * rows_per_expert();
+    const int32_t first = block * blockDim.x + threadIdx.x, step = args.num_clear_blocks * blockDim.x;
+    const auto clear = [&](int32_t* list) {
+#pragma unroll 1
+        for (int64_t i = first; i < num / kEach; i += step)
+            reinterpret_cast<int4*>(list)[i] = make_int4(-1, -1, -1, -1);
+        if (first < num % kEach) list[num - 1 - first] = -1;
+    };
+    clear(args.src_info);
+    if (args.expert_rows != nullptr) clear(args.expert_rows);
+    if (!(args.phases & low_latency::kReceives)) return;
+    __syncthreads();
+    if (threadIdx.x == 0)
+        ptx::st_release_gpu(&session.state->cleared[args.zone][block], stamped(session.call.epoch, 1));
+}
+
 // Which vector of a row a lane has as the v-th one of a piece: two neighbours where they become one of FP8.
 template <LowLatencyDispatchCfg kCfg>
 __device__ __forceinline__ int32_t LowLatencyDispatchBlock<kCfg>::vector_of(int32_t piece, int32_t v) const {
     return piece * low_latency::kPieceVectors + (kQuantizes ? 2 * lane + v : v * kWarpSize + lane);
 }
 
-// A lane's part of a piece of a row of ours, and of its ids; zeros and -1 past the last turn.
+// A lane's part of a piece of a row of ours, and of its ids; zeros and none past the last turn.
 template <LowLatencyDispatchCfg kCfg>
 __device__ __forceinline__ typename LowLatencyDispatchBlock<kCfg>::Piece
 LowLatencyDispatchBlock<kCfg>::load_piece(int32_t turn) const {
-    Piece piece{{make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)}, {-1, -1}};
+    Piece piece{{make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)}, {low_latency::kNoId, low_latency::kNoId}};
     if (turn >= args.num_tokens * num_pieces) return piece;
     const int32_t token = turn / num_pieces;
     const auto* row = reinterpret_cast<const uint4*>(args.x + int64_t{token} * args.hidden * 2);
@@ -101,7 +121,7 @@ LowLatencyDispatchBlock<kCfg>::load_piece(int32_t turn) const {
     for (int32_t v = 0; v < 2; ++v) {
         const int32_t vector = vector_of(turn % num_pieces, v), k = v * kWarpSize + lane;
         if (vector < num_vectors) piece.vectors[v] = ptx::ld_stream(&row[vector]);
-        if (k < args.num_topk) piece.experts[v] = expert(int64_t{token} * args.num_topk + k);
+        if (k < args.num_topk) piece.ids[v] = load_id(int64_t{token} * args.num_topk + k);
     }
     return piece;
 }
@@ -111,8 +131,10 @@ template <LowLatencyDispatchCfg kCfg>
 __device__ __forceinline__ uint32_t LowLatencyDispatchBlock<kCfg>::destinations(const Piece& piece) const {
     uint32_t mine = 0;
 #pragma unroll
-    for (int32_t v = 0; v < 2; ++v)
-        if (piece.experts[v] >= 0) mine |= 1u << (piece.experts[v] / num_local_experts);
+    for (int32_t v = 0; v < 2; ++v) {
+        const int32_t e = expert(piece.ids[v]);
+        if (e >= 0) mine |= 1u << (e / num_local_experts);
+    }
     return __reduce_or_sync(kFullWarp, mine);
 }
 
@@ -182,7 +204,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::send_rows(int32_t block, int32_
         for (int32_t v = 0; v < 2; ++v) {
             const int32_t k = v * kWarpSize + lane;
             if (piece == 0 && k < args.num_topk)
-                args.sent_ids[int64_t{token} * args.num_topk + k] = current.experts[v];
+                args.sent_ids[int64_t{token} * args.num_topk + k] = expert(current.ids[v]);
         }
         const uint32_t wanted = destinations(current) & reachable;
         const Cast travels = cast(current, piece);

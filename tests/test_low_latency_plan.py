@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from ep_rt.cuda import low_latency_plan as plan
-from ep_rt.cuda.layout import LOW_LATENCY_AREA, MAX_SEND_BLOCKS, OFFSET_UNIT
+from ep_rt.cuda.layout import LOW_LATENCY_AREA, MAX_CLEAR_BLOCKS, MAX_SEND_BLOCKS, OFFSET_UNIT
 from ep_rt.cuda.low_latency_plan import AreaLayout, AreaShape
 from ep_rt.errors import ConfigError
 
@@ -83,12 +83,14 @@ def test_twice_the_hint_has_room_for_the_outbox(num_ranks: int, num_max_tokens: 
 @pytest.mark.parametrize("max_blocks", [9, 16, 33, 66, 78, 132, 256])
 def test_all_blocks_of_a_call_fit(max_blocks: int) -> None:
     for shape in (DSV3, replace(DSV3, num_max_tokens=1), replace(DSV3, num_ranks=2)):
-        if 2 * max_blocks < 2 * shape.num_ranks + 3:
+        if max_blocks < shape.num_ranks + 2:
             continue
         senders = plan.max_send_blocks(shape, max_blocks=max_blocks)
         assert 1 <= senders < MAX_SEND_BLOCKS
         copies = plan.num_copy_blocks(shape, senders, max_blocks=max_blocks)
-        assert 1 + 2 * shape.num_ranks + senders + copies <= 2 * max_blocks
+        clears = plan.num_clear_blocks(shape, 2, max_blocks=max_blocks)
+        assert 1 <= clears <= MAX_CLEAR_BLOCKS
+        assert plan.dispatch_blocks(shape, shape.num_max_tokens, senders, clears, copies)[2] <= 2 * max_blocks
         for num_tokens in (0, 1, shape.num_max_tokens):
             sums = plan.num_sum_blocks(shape, num_tokens, senders, max_blocks=max_blocks)
             assert 1 + shape.num_ranks + senders + sums <= 2 * max_blocks
@@ -97,6 +99,12 @@ def test_all_blocks_of_a_call_fit(max_blocks: int) -> None:
 
 def test_a_model_takes_every_sm() -> None:
     assert plan.max_send_blocks(DSV3, max_blocks=132) == 132
+
+
+def test_long_lists_are_cleared_by_more_blocks() -> None:
+    longer = replace(DSV3, num_max_tokens=1024)
+    sizes = [(DSV3, 1), (DSV3, 2), (longer, 2)]
+    assert [plan.num_clear_blocks(*each, max_blocks=132) for each in sizes] == [4, 8, 16]
 
 
 def test_too_few_sms_for_all_ranks() -> None:

@@ -378,7 +378,7 @@ def low_latency_dispatch(*, quantizes: bool, over_network: bool = False) -> Kern
         source="low_latency_dispatch.cu",
         function="low_latency_dispatch",
         cfg=LowLatencyDispatchCfg(
-            num_threads=plan.LOW_LATENCY_DISPATCH_THREADS,
+            num_threads=plan.LOW_LATENCY_THREADS,
             quantizes=int(quantizes),
             over_network=int(over_network),
         ),
@@ -394,7 +394,8 @@ def low_latency_dispatch(*, quantizes: bool, over_network: bool = False) -> Kern
                 ("digest", "<u4"),
                 *_ints("rank", "num_ranks", "num_tokens", "num_topk", "num_experts"),
                 *_ints("num_max_tokens", "hidden", "idx_bytes"),
-                *_ints("scale_mode", "has_weights", "zone", "phases", "max_send_blocks", "num_copy_blocks"),
+                *_ints("scale_mode", "has_weights", "zone", "phases"),
+                *_ints("max_send_blocks", "num_clear_blocks", "num_copy_blocks"),
                 *_ints("first_rank", "num_local_ranks"),
                 *_offsets("landed_offset", "out_ids_offset", "out_weights_offset", "out_rows_offset"),
                 *_offsets("out_sf_offset"),
@@ -417,7 +418,7 @@ def low_latency_combine(wire: str, *, over_network: bool = False) -> KernelSpec:
         source="low_latency_combine.cu",
         function="low_latency_combine",
         cfg=LowLatencyCombineCfg(
-            num_threads=plan.LOW_LATENCY_COMBINE_THREADS,
+            num_threads=plan.LOW_LATENCY_THREADS,
             wire=WIRES.index(wire),
             over_network=int(over_network),
         ),

@@ -43,6 +43,7 @@ LOW_LATENCY_ZONES: Final = 4
 FIRST_COMBINE_ZONE: Final = 2
 
 MAX_SEND_BLOCKS: Final = 256
+MAX_CLEAR_BLOCKS: Final = 32
 """Most blocks that send rows in a low-latency call."""
 
 MAX_LOW_LATENCY_RANKS: Final = 32
@@ -210,6 +211,7 @@ LOW_LATENCY_STATE: Final[Struct] = np.dtype(
         ("uses", "<u8", (LOW_LATENCY_ZONES, MAX_GRID_BLOCKS)),
         ("received", "<u8", (LOW_LATENCY_ZONES,)),
         ("decisions", "<u8", (LOW_LATENCY_ZONES, MAX_LOW_LATENCY_RANKS)),
+        ("cleared", "<u8", (FIRST_COMBINE_ZONE, MAX_CLEAR_BLOCKS)),
         ("listed", "<u8", (FIRST_COMBINE_ZONE, MAX_LOW_LATENCY_RANKS)),
         ("posted", "<u8", (LOW_LATENCY_ZONES, MAX_LOW_LATENCY_RANKS)),
     ],
@@ -383,6 +385,7 @@ def layout_asserts() -> list[str]:
         "kLowLatencyZones": LOW_LATENCY_ZONES,
         "kFirstCombineZone": FIRST_COMBINE_ZONE,
         "kMaxSendBlocks": MAX_SEND_BLOCKS,
+        "kMaxClearBlocks": MAX_CLEAR_BLOCKS,
         "kMaxLowLatencyRanks": MAX_LOW_LATENCY_RANKS,
         "kMaxNodes": MAX_NODES,
         "kMaxChannels": MAX_CHANNELS,

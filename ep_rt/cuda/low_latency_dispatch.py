@@ -176,6 +176,7 @@ class LowLatencyDispatch:
             frameworks[0],
         )
         max_blocks = domain.max_blocks
+        num_clear_blocks = plan.num_clear_blocks(sizes, 1 if is_packed else 2, max_blocks=max_blocks)
         num_copy_blocks = 0
         if is_packed:
             num_copy_blocks = plan.num_copy_blocks(sizes, area.max_send_blocks, max_blocks=max_blocks)
@@ -209,6 +210,7 @@ class LowLatencyDispatch:
                     has_weights=request.topk_weights is not None,
                     zone=zone,
                     max_send_blocks=area.max_send_blocks,
+                    num_clear_blocks=num_clear_blocks,
                     num_copy_blocks=num_copy_blocks,
                     areas=area.pointers,
                 )
@@ -219,7 +221,9 @@ class LowLatencyDispatch:
                 given is None or (given.is_contiguous and not given.is_empty) for given in inputs
             ),
             frameworks=frameworks,
-            num_blocks=plan.dispatch_blocks(sizes, num_tokens, area.max_send_blocks, num_copy_blocks),
+            num_blocks=plan.dispatch_blocks(
+                sizes, num_tokens, area.max_send_blocks, num_clear_blocks, num_copy_blocks
+            ),
             at=at,
             shape=LowLatencyHandleShape(
                 num_tokens=num_tokens,

@@ -14,6 +14,7 @@ from ..requests import FP8_BLOCK
 from .layout import (
     FIRST_COMBINE_ZONE,
     LOW_LATENCY_AREA,
+    MAX_CLEAR_BLOCKS,
     MAX_SEND_BLOCKS,
     OFFSET_UNIT,
     align_up,
@@ -30,6 +31,9 @@ TURNS_PER_BLOCK: Final = 4
 
 SPEAKERS: Final = 1
 """Blocks of every kernel that only tell the peers where this rank is."""
+
+_CLEARED_BYTES: Final = 32768
+"""Of the lists of a dispatch, that a block clears; more where there are too few blocks."""
 
 POISON: Final = 0xFF
 """What zones whose data are polled hold at rest, in every byte."""
@@ -189,7 +193,7 @@ def max_send_blocks(shape: AreaShape, *, max_blocks: int) -> int:
     Raises:
         ConfigError: no room for all kinds of blocks that a call has.
     """
-    room = 2 * max_blocks - 2 * shape.num_ranks - SPEAKERS
+    room = 2 * max_blocks - 2 * shape.num_ranks - SPEAKERS - _max_clear_blocks(max_blocks)
     if room < 2:
         raise ConfigError(
             f"low-latency calls of {shape.num_ranks} ranks need {shape.num_ranks + 2} SMs for each rank, and "
@@ -200,9 +204,21 @@ def max_send_blocks(shape: AreaShape, *, max_blocks: int) -> int:
     return max(1, num_send_blocks(shape.num_max_tokens * shape.num_ranks * shape.num_pieces, most))
 
 
+def _max_clear_blocks(max_blocks: int) -> int:
+    return max(1, min(max_blocks // 8, MAX_CLEAR_BLOCKS))
+
+
+def num_clear_blocks(shape: AreaShape, num_lists: int, *, max_blocks: int) -> int:
+    """Blocks that clear lists of a dispatch with an entry for each row that an expert may get."""
+    num_local_experts = shape.num_experts // shape.num_ranks
+    num_bytes = 4 * num_lists * num_local_experts * shape.num_ranks * shape.num_max_tokens
+    return max(1, min(_max_clear_blocks(max_blocks), -(-num_bytes // _CLEARED_BYTES)))
+
+
 def num_copy_blocks(shape: AreaShape, num_senders: int, *, max_blocks: int) -> int:
-    """Blocks that copy rows to their experts, beside `num_senders`."""
-    return max(1, 2 * max_blocks - 2 * shape.num_ranks - SPEAKERS - num_senders)
+    """Blocks that copy rows to their experts, beside `num_senders` and all others."""
+    num_others = 2 * shape.num_ranks + SPEAKERS + _max_clear_blocks(max_blocks)
+    return max(1, 2 * max_blocks - num_others - num_senders)
 
 
 def num_sum_blocks(shape: AreaShape, num_tokens: int, num_senders: int, *, max_blocks: int) -> int:
@@ -212,16 +228,16 @@ def num_sum_blocks(shape: AreaShape, num_tokens: int, num_senders: int, *, max_b
 
 
 def dispatch_blocks(
-    shape: AreaShape, num_tokens: int, max_send_blocks: int, num_copy_blocks: int
+    shape: AreaShape, num_tokens: int, max_send_blocks: int, num_clear_blocks: int, num_copy_blocks: int
 ) -> tuple[int, int, int]:
     """Blocks of a dispatch: of its send phase, of its receive phase, and of both in one kernel.
 
     Those that send ids also tell what came, and a receive phase by itself has them too.
     """
-    num_row_blocks = num_send_blocks(num_tokens * shape.num_pieces, max_send_blocks)
     num_first = SPEAKERS + shape.num_ranks
+    num_senders = num_clear_blocks + num_send_blocks(num_tokens * shape.num_pieces, max_send_blocks)
     num_receivers = shape.num_ranks + num_copy_blocks
-    return num_first + num_row_blocks, num_first + num_receivers, num_first + num_row_blocks + num_receivers
+    return num_first + num_senders, num_first + num_receivers, num_first + num_senders + num_receivers
 
 
 def combine_blocks(

@@ -50,10 +50,9 @@ EXPAND_STAGES: Final = DISPATCH_STAGES
 COLLAPSE_STAGES: Final = COMBINE_STAGES
 
 
-# Two blocks of a low-latency kernel share an SM: one sends while the other receives. Not measured: 14 warps
-# of 128 blocks have one piece each of 128 tokens of 7168 channels; sums want registers.
-LOW_LATENCY_DISPATCH_THREADS: Final = 448
-LOW_LATENCY_COMBINE_THREADS: Final = 256
+# Two blocks of a low-latency kernel share an SM: one sends while the other receives. More threads would have
+# to keep registers in memory, from where they come slowly: an acquire empties the first cache.
+LOW_LATENCY_THREADS: Final = 256
 LOW_LATENCY_BLOCKS_PER_SM: Final = 2
 
 

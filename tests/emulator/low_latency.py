@@ -104,7 +104,7 @@ class LowLatency:
         for back in self.layout.combine:
             words[back.weights // 8 : back.landed // 8] = (self.ranks.epoch << 33 | 7) & 0xFFFFFFFFFFFFFFFF
             words[back.landed // 8 : back.rows // 8] = old
-        for name in ("decisions", "listed"):
+        for name in ("decisions", "cleared", "listed"):
             state.array(LOW_LATENCY_STATE, (1,))[name] = old
 
     def _farewells(self, rank: int) -> list[int]:
@@ -148,6 +148,7 @@ class LowLatency:
         layout: str = "expert",
         is_split: bool = False,
         is_fixed: bool = False,
+        num_clear_blocks: int = 1,
         num_copy_blocks: int = 1,
         repeats: Sequence[tuple[Sequence[Array], list[Array]]] = (),
         absent: Sequence[int] = (),
@@ -235,6 +236,7 @@ class LowLatency:
                     "idx_bytes": ids[rank].itemsize,
                     "scale_mode": scales or 0,
                     "zone": zone,
+                    "num_clear_blocks": num_clear_blocks,
                     "num_copy_blocks": num_copy_blocks if is_packed else 0,
                 }
             )
@@ -242,7 +244,7 @@ class LowLatency:
 
         def launch(rank: int, phases: int) -> None:
             num_blocks = plan.dispatch_blocks(
-                shape, len(ids[rank]), self.num_blocks, num_copy_blocks if is_packed else 0
+                shape, len(ids[rank]), self.num_blocks, num_clear_blocks, num_copy_blocks if is_packed else 0
             )
             args = bound(kernel, {**arguments[rank], "phases": phases}, self._common(rank))
             if rank not in self.elsewhere:

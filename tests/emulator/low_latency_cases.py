@@ -132,6 +132,7 @@ def draw_low_latency(
                     layout=("expert", "rank")[rng.integers(2)],
                     is_split=is_split,
                     is_fixed=is_fixed,
+                    num_clear_blocks=int(rng.integers(1, 3)),
                     num_copy_blocks=int(rng.integers(1, 3)),
                     repeats=again,
                     absent=absent,

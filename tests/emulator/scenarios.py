@@ -170,7 +170,7 @@ def _low_latency(
         draw=draw,
         kernels=_low_latency_over_network if ranks_per_node else _low_latency_kernels,
         dies_midway=dies_midway,
-        max_grid=2 * num_ranks + 5,
+        max_grid=2 * num_ranks + 7,
         **fields,
     )
 
@@ -265,13 +265,13 @@ SCENARIOS: Final[dict[str, Scenario]] = {
             num_ranks=3,
             draw=partial(low_latency_cases.draw_mistaken, mistake=mistake),
             kernels=_low_latency_kernels,
-            max_grid=10,
+            max_grid=11,
             mistake=CollectiveMismatchError if mistake == "call" else ConfigError,
         )
         for mistake in ("call", "arguments", "rows")
     },
     "low-latency-kept-r2": Scenario(
-        num_ranks=2, draw=low_latency_cases.draw_kept, kernels=_low_latency_kernels, max_grid=8
+        num_ranks=2, draw=low_latency_cases.draw_kept, kernels=_low_latency_kernels, max_grid=9
     ),
     **{
         f"low-latency-nodes-other-{mistake}-3x1": Scenario(
@@ -279,7 +279,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
             ranks_per_node=1,
             draw=partial(low_latency_cases.draw_mistaken, mistake=mistake, over_network=True),
             kernels=_low_latency_over_network,
-            max_grid=10,
+            max_grid=11,
             mistake=CollectiveMismatchError if mistake == "call" else ConfigError,
         )
         for mistake in ("call", "arguments", "rows")
@@ -289,7 +289,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         ranks_per_node=1,
         draw=partial(low_latency_cases.draw_kept, over_network=True),
         kernels=_low_latency_over_network,
-        max_grid=8,
+        max_grid=9,
     ),
     "low-latency-engine-r2": Scenario(
         num_ranks=2,
