@@ -68,18 +68,7 @@ def test_every_operation_is_checked_and_timed(place: str, tmp_path: Path) -> Non
 @pytest.mark.skipif(IS_UNDER_MPI, reason="starts ranks of its own")
 @pytest.mark.parametrize(
     "library",
-    [
-        pytest.param(
-            library,
-            marks=[
-                pytest.mark.xfail(
-                    library == "jax",
-                    reason="JAX 0.11.2 brought other rows between processes on two H200; why is not known",
-                )
-            ],
-        )
-        for library in LIBRARIES
-    ],
+    LIBRARIES,
 )
 def test_other_libraries_are_checked_and_timed(library: str, mpirun: MpiRun, tmp_path: Path) -> None:
     """Each in processes of its own: JAX starts once in the life of one."""
