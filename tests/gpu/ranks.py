@@ -27,6 +27,9 @@ one rank with ``EP_RT_NVLINK=0``, which is how GPUs without NVLink are served.""
 WITH_PUTS_ALONE = IS_UNDER_MPI and os.environ.get("EP_RT_TEST_LOW_LATENCY") == "puts"
 """Low-latency calls put to every rank, as to those that stores do not reach."""
 LOW_LATENCY_OVER_NETWORK = bool(RANKS_PER_NODE) or WITH_PUTS_ALONE
+RANKS_PER_GPU = int(os.environ.get("EP_RT_TEST_RANKS_PER_GPU", "1"))
+"""More than one, the ranks of mpirun share GPUs and wait for each other in time slices: slow, but so more
+ranks than GPUs can be had. With ``EP_RT_BACKEND=cuda``: by itself a buffer would be of the host."""
 PLACES = ("mpi",) if IS_UNDER_MPI else ("virtual", "gpus")
 GROUP_TIMEOUT_S = 30.0
 _HEAP_BYTES = 512 << 20
@@ -53,12 +56,12 @@ def run_ranks(place: str, fn: Callable[[Group], T], *, num_virtual_ranks: int = 
         pytest.skip("no GPU")
     if place == "mpi":
         group = as_group()
-        if group.size > num_devices:
+        if group.size > RANKS_PER_GPU * num_devices:
             pytest.skip(f"{group.size} processes wait for each other on {num_devices} GPUs")
         if RANKS_PER_NODE or WITH_PUTS_ALONE:
             _open_network(group)
         try:
-            return [_on_device(group, group.rank, fn)]
+            return [_on_device(group, group.rank % num_devices, fn)]
         except BaseException as error:
             group.abort(error)
             raise
@@ -91,13 +94,18 @@ def _open_network(group: Group) -> None:
     """
     if _OPENED:
         return
-    from ep_rt.cuda.nvshmem import Network
+    from ep_rt.cuda import nvshmem
 
+    if RANKS_PER_GPU > 1:
+        # The product refuses that: who wants speed never wants it, and NVSHMEM has less to offer then.
+        nvshmem._check_members = lambda members: None
     plugin = os.environ.get("EP_RT_TEST_NVSHMEM_PLUGIN")
     if plugin:
         ctypes.CDLL(plugin, mode=ctypes.RTLD_GLOBAL)
     network = _on_device(
-        group, group.rank, lambda group: Network(group, num_bytes=_HEAP_BYTES, timeout_s=GROUP_TIMEOUT_S)
+        group,
+        group.rank % device_count(),
+        lambda group: nvshmem.Network(group, num_bytes=_HEAP_BYTES, timeout_s=GROUP_TIMEOUT_S),
     )
     _OPENED.append(network)
     atexit.register(network.close)
