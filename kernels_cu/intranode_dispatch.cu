@@ -119,6 +119,8 @@ __device__ Reason DispatchBlock<kCfg>::read_segments() {
                                          [&](uint64_t value) { return is_stamped(value, call.epoch); });
         if (reason != kNothing) return reason;
         const int32_t count = static_cast<uint32_t>(seen);
+        // For the handle, by the thread that has seen it: to others the word may still be an older one.
+        if (blockIdx.x == 0 && d == args.rank) args.send_plan->segment_counts[n][src] = count;
         if (count == 0) continue;
         atomicAdd(&shared.segments.total[d], count);
         if (d == args.rank) atomicAdd(&shared.recv_counts[src], count);
@@ -230,16 +232,12 @@ __device__ Reason DispatchBlock<kCfg>::sum_experts() const {
     return kNothing;
 }
 
-// One warp: what the handle is to know of the segments. Words that were waited for stay until the call after
-// the next.
+// One warp: where the rows of the segments go, for the handle.
 template <IntranodeDispatchCfg kCfg>
 __device__ void DispatchBlock<kCfg>::report_segments() const {
-    const auto& counts = segment_counts();
     for (int32_t i = lane; i < args.segments->num * kMaxLocalRanks; i += kWarpSize) {
         const int32_t n = i / kMaxLocalRanks, r = i % kMaxLocalRanks;
         args.send_plan->segment_base[n][r] = shared.segments.base[n][r];
-        const uint64_t word = r < args.num_ranks ? ptx::ld_relaxed_sys(&counts[r][n][args.rank]) : 0;
-        args.send_plan->segment_counts[n][r] = static_cast<uint32_t>(word);
     }
 }
 

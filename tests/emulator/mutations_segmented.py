@@ -44,6 +44,16 @@ SEGMENTED: Final = (
         64,
     ),
     Mutation(
+        "segments: counts for the handle are read by others than those that have waited for them",
+        "intranode_dispatch.cu",
+        "        args.send_plan->segment_base[n][r] = shared.segments.base[n][r];\n",
+        "        args.send_plan->segment_base[n][r] = shared.segments.base[n][r];\n"
+        "        if (r < args.num_ranks)\n"
+        "            args.send_plan->segment_counts[n][r] =\n"
+        "                static_cast<uint32_t>(ptx::ld_relaxed_sys(&segment_counts()[r][n][args.rank]));\n",
+        "segmented-r2-sm90",
+    ),
+    Mutation(
         "segments: counts are added to before they are cleared",
         "intranode_dispatch.cu",
         "#endif\n    __syncthreads();\n\n    Reason reason",

@@ -15,6 +15,7 @@ from ep_rt.cuda.layout import (
     MAX_LOCAL_RANKS,
     OFFSET_UNIT,
     PAYLOAD_OFFSET,
+    SEND_PLAN,
     ReceivedRow,
 )
 from ep_rt.cuda.plan import scratch_bytes
@@ -156,6 +157,9 @@ def dispatch(
         _compare_told(ranks, rank, memory, at, expected, ids, [each.capacity for each in landed])
     if handle is not None:
         return handle, landed
+    if lists is not None:
+        for rank, memory in enumerate(routing):
+            _compare_segments(ranks, rank, memory, lists)
     made = Handle(
         call=ranks.num_calls,
         num_tokens=[len(each) for each in x],
@@ -271,6 +275,21 @@ def _compare_told(
             if got != right:
                 return f"{name} of rank {rank} is {got}, expected {right}"
         return None
+
+    ranks.check(check)
+
+
+def _compare_segments(ranks: Ranks, rank: int, routing: Memory, lists: Sequence[SegmentList]) -> None:
+    """What the handle is told of where tokens came from, the dropped ones included."""
+    plan = routing.array(SEND_PLAN, (1,), offset=SEND_PLAN_OFFSET)
+    wanted = np.stack([each.counts[:, rank] for each in lists], axis=1)
+    num_segments, num_ranks = wanted.shape
+
+    def check() -> str | None:
+        seen = plan["segment_counts"][0, :num_segments, :num_ranks]
+        if np.array_equal(seen, wanted):
+            return None
+        return f"segment_counts of rank {rank} is {seen.tolist()}, expected {wanted.tolist()}"
 
     ranks.check(check)
 
