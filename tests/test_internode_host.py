@@ -218,6 +218,14 @@ def test_what_was_put_is_received_before_its_zone_is_taken_again(first: int) -> 
     assert two.is_taken
 
 
+def test_lists_have_room_for_tokens_of_all_nodes() -> None:
+    made = object.__new__(Internode)
+    made.num_nodes, made.max_tokens = 3, 11
+    assert [made.list_capacity(num_tokens) for num_tokens in (0, 11)] == [22, 33]
+    with pytest.raises(ConfigError, match=r"12 tokens; .* at most 11 .* num_max_tokens_per_rank"):
+        made.list_capacity(12)
+
+
 def test_nodes_that_are_not_served() -> None:
     Internode.check(Topology(rank=0, node_of_rank=(0, 0, 1, 1)))
     with pytest.raises(TopologyError, match="consecutive"):

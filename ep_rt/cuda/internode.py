@@ -227,7 +227,16 @@ class Internode:
         self._network.clear(self._memory, _AREA_BYTES)
 
     def list_capacity(self, num_tokens: int) -> int:
-        """Most tokens that this rank dispatches within its node, its own ones included."""
+        """Most tokens that this rank dispatches within its node, its own ones included.
+
+        Raises:
+            ConfigError: more tokens than any rank may have.
+        """
+        if num_tokens > self.max_tokens:
+            raise ConfigError(
+                f"{num_tokens} tokens; across nodes a rank dispatches at most {self.max_tokens} in a call: "
+                "give num_max_tokens_per_rank to Buffer.for_moe"
+            )
         return num_tokens + (self.num_nodes - 1) * self.max_tokens
 
     # The way out.
@@ -243,13 +252,8 @@ class Internode:
         """Of x, scale factors, ids and weights.
 
         Raises:
-            ConfigError: more tokens than any rank may have, or rows that do not fit into a slot.
+            ConfigError: rows that do not fit into a slot.
         """
-        if num_tokens > self.max_tokens:
-            raise ConfigError(
-                f"{num_tokens} tokens; across nodes a rank dispatches at most {self.max_tokens} in a call: "
-                "give num_max_tokens_per_rank to Buffer.for_moe"
-            )
         parts = Parts.of([row_bytes(view) for view in views], num_ahead=3)
         ids = views[2]
         layout = None
