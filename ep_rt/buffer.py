@@ -429,7 +429,7 @@ class Buffer:
         """The sizes of the arrays of a flat handle, and what is where in them. Local.
 
         Raises:
-            BackendError: the ranks are on GPUs of several nodes.
+            ConfigError: more tokens than a rank may dispatch over several nodes.
         """
         self._enter()
         return self._engine.flat_layout(shape)

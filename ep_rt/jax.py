@@ -32,7 +32,9 @@ Shapes    are static, so within ``jit``, ``lax.scan`` and ``jax.checkpoint`` a d
           ``num_worst_tokens``. What overflows is dropped, and `Handle.overflow` says so.
 Devices   one for each rank: its process's, under mpiexec, or that of a thread of ``run_local``. JAX refuses
           ordered effects in a program of several devices, so ``shard_map`` over those of one process raises.
-          So do GPUs of several nodes.
+Nodes     on GPUs of several nodes a handle has room for all tokens that may come from the others, 32 bytes
+          for each, and a compiled program copies it: ``num_max_tokens_per_rank`` of ``Buffer.for_moe``, or
+          8192 without, from each other node.
 Threads   need a function of their own to compile (one that is defined on the rank will do): JAX lets one
           thread compile and run a function for the first time, and the others wait. On CPUs callbacks that
           wait for each other take up threads of XLA, which starts as many as there are cores: with ranks

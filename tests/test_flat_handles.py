@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 from host_cases import Case, random_bits, same_bits
 
 import ep_rt
-from ep_rt import Buffer, Group
+from ep_rt import Buffer, Group, arrays
 from ep_rt.cuda import flat as cuda_flat
-from ep_rt.cuda.handle import RESULT_OFFSET
+from ep_rt.cuda.handle import RESULT_OFFSET, CudaHandleShape, routing_bytes
+from ep_rt.cuda.internode import Internode
 from ep_rt.cuda.layout import DISPATCH_RESULT
 from ep_rt.handle import DispatchHandle, FlatField, FlatShape, HandleShape
 
@@ -81,11 +83,23 @@ def test_a_flat_handle_stands_for_the_handle(seed: int, layout: str, num_worst_t
     ep_rt.run_local(run, 4, timeout_s=20)
 
 
+def of_nodes(num_nodes: int, *, max_tokens: int) -> Internode | None:
+    """What is known of them, two ranks each, without a network."""
+    if num_nodes == 1:
+        return None
+    made = object.__new__(Internode)
+    made.num_nodes, made.num_ranks, made.max_tokens = num_nodes, 2 * num_nodes, max_tokens
+    return made
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2, 4])
 @pytest.mark.parametrize("layout", ["rank", "expert"])
-def test_fields_on_gpus_lie_in_the_memory_of_the_handle(layout: str) -> None:
+def test_fields_on_gpus_lie_in_the_memory_of_the_handle(layout: str, num_nodes: int) -> None:
     """Its layout is known without a GPU."""
     shape = FlatShape(HandleShape(7, 3, 90, layout), num_landed_rows=50, num_local_experts=5)
-    at = cuda_flat.layout(shape)
+    at = cuda_flat.layout(shape, of_nodes(num_nodes, max_tokens=11))
+    assert len(at.num_bytes) == 1 + (layout == "expert") + (num_nodes > 1)
+    assert at.num_bytes[0] == routing_bytes(7 + 11 * (num_nodes - 1))
     routing = np.zeros(1, DISPATCH_RESULT)
     routing["num_recv_tokens"], routing["expert_counts"][0, :5] = 41, range(5)
     parts = [np.zeros(size, np.uint8) for size in at.num_bytes]
@@ -100,3 +114,56 @@ def test_fields_on_gpus_lie_in_the_memory_of_the_handle(layout: str) -> None:
         assert numbers(parts, at.num_needed_rows) == [90]
         assert len(numbers(parts, at.psum)) == 5
         assert len(numbers(parts, at.expert_row)) == 50 * 3
+
+
+@pytest.mark.parametrize("num_nodes", [1, 3])
+@pytest.mark.parametrize("layout", ["rank", "expert"])
+def test_a_handle_on_gpus_refers_to_the_arrays(layout: str, num_nodes: int) -> None:
+    internode = of_nodes(num_nodes, max_tokens=11)
+    shape = FlatShape(HandleShape(7, 3, 90, layout), num_landed_rows=50, num_local_experts=5)
+    sizes = cuda_flat.layout(shape, internode).num_bytes
+    views = [arrays.view(np.zeros(size, np.uint8), name="part") for size in sizes]
+    domain: Any = SimpleNamespace(
+        heap=SimpleNamespace(num_released=0), group=SimpleNamespace(size=2), read=None
+    )
+    handle = cuda_flat.unflatten(shape, views, domain, internode, owner=domain)
+    assert [block.pointer for block in cuda_flat.memory(handle)] == [view.pointer for view in views]
+    assert (handle.shape, handle.owner) == (shape.handle, domain)
+    assert handle.landed == CudaHandleShape(
+        num_ranks=2 * num_nodes, num_local_experts=5, expert_alignment=1, num_landed_rows=50
+    )
+    assert (handle.places is not None) == (layout == "expert")
+    if num_nodes == 1:
+        assert handle.crossing is None
+        return
+    crossing = handle.crossing
+    assert crossing is not None
+    assert (crossing.num_tokens, crossing.num_nodes) == (7, num_nodes)
+    assert crossing.positions + 4 * 7 * num_nodes <= views[-1].pointer + sizes[-1]
+
+
+@pytest.mark.parametrize("layout", ["rank", "expert"])
+def test_a_program_over_nodes_is_traced_with_the_sizes_of_its_handles(layout: str) -> None:
+    jax = pytest.importorskip("jax")
+    import ep_rt.jax
+
+    internode = of_nodes(3, max_tokens=11)
+    buffer = Buffer(ep_rt.as_group(), backend="host")
+    buffer.flat_layout = lambda shape: cuda_flat.layout(shape, internode)  # type: ignore[method-assign]
+
+    def there_and_back(num_tokens: int) -> Any:
+        x, ids = np.ones((num_tokens, 8), np.float32), np.zeros((num_tokens, 3), np.int32)
+
+        def program(x: Any, ids: Any) -> Any:
+            sent = ep_rt.jax.dispatch(buffer, x, ids, num_experts=5, num_worst_tokens=90, layout=layout)
+            return sent.handle, ep_rt.jax.combine(sent.recv_x, sent.handle).combined_x
+
+        return jax.eval_shape(program, x, ids)
+
+    handle, combined = there_and_back(7)
+    sizes = cuda_flat.layout(handle.shape, internode).num_bytes
+    assert [part.shape for part in handle.parts] == [(size,) for size in sizes]
+    assert handle.num_recv_tokens_per_expert.shape == (5,)
+    assert combined.shape == (7, 8)
+    with pytest.raises(ep_rt.ConfigError, match="12 tokens"):
+        there_and_back(12)

@@ -22,7 +22,7 @@ import numpy as np
 from .. import arrays
 from ..arrays import ArrayView
 from ..cuda_arrays import Column, ResultArrays, current_stream
-from ..errors import BackendError, EpError
+from ..errors import EpError
 from ..exchange import Group
 from ..handle import DispatchHandle, FlatLayout, FlatShape
 from ..network_options import NetworkOptions
@@ -326,10 +326,7 @@ class CudaEngine:
     # Flat handles, see `Buffer`.
 
     def flat_layout(self, shape: FlatShape) -> FlatLayout:
-        if self._internode is not None:
-            hint = self._topology.hint
-            raise BackendError(f"handles of ranks on several nodes cannot be flattened yet{hint}")
-        return flat.layout(shape)
+        return flat.layout(shape, self._internode)
 
     def flatten_handle(self, handle: DispatchHandle, shape: FlatShape, framework: str) -> list[Any]:
         assert isinstance(handle, CudaDispatchHandle)
@@ -338,7 +335,7 @@ class CudaEngine:
     def unflatten_handle(self, shape: FlatShape, parts: Sequence[Any]) -> CudaDispatchHandle:
         views = [arrays.view(part, name="handle", stream=self.place.stream) for part in parts]
         self._kept_parts.append(views)
-        return flat.unflatten(shape, views, self._domain, self._owner)
+        return flat.unflatten(shape, views, self._domain, self._internode, owner=self._owner)
 
     def deliver(self, results: Sequence[Any], targets: Sequence[ArrayView]) -> None:
         """Copy CuPy arrays to memory of others, on CuPy's current stream. Later calls come after that."""

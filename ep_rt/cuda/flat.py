@@ -19,6 +19,7 @@ from .handle import (
     routing_bytes,
 )
 from .heap import Block
+from .internode import Crossing, Internode, crossing_bytes
 
 
 class _Part(NamedTuple):
@@ -28,22 +29,32 @@ class _Part(NamedTuple):
     view: ArrayView
 
 
-def layout(shape: FlatShape) -> FlatLayout:
-    """The routing, and with layout "expert" the places."""
-    num_recv_tokens = FlatField(0, NUM_RECV_TOKENS_OFFSET, 1)
+def layout(shape: FlatShape, internode: Internode | None) -> FlatLayout:
+    """The routing, with layout "expert" the places, and over several nodes what crosses the network.
+
+    Raises:
+        ConfigError: more tokens than any rank may have over several nodes.
+    """
+    num_tokens, num_topk = shape.handle.num_tokens, shape.handle.num_topk
+    num_recv_tokens = num_needed_rows = FlatField(0, NUM_RECV_TOKENS_OFFSET, 1)
     counts = FlatField(0, EXPERT_COUNTS_OFFSET, shape.num_local_experts)
-    routing, nothing = routing_bytes(shape.handle.num_tokens), FlatField(0, 0, 0)
-    if shape.handle.layout == "rank":
-        return FlatLayout((routing,), num_recv_tokens, num_recv_tokens, counts, nothing, nothing)
-    at = _places(shape)
-    return FlatLayout(
-        (routing, at.end),
-        num_recv_tokens,
-        FlatField(1, at.num_needed_rows, 1),  # the low half of an int64
-        counts,
-        FlatField(1, at.psum, shape.num_local_experts),
-        FlatField(1, at.expert_row, shape.num_landed_rows * shape.handle.num_topk),
-    )
+    psum = expert_row = FlatField(0, 0, 0)
+    num_bytes = [routing_bytes(num_tokens if internode is None else internode.list_capacity(num_tokens))]
+    if shape.handle.layout == "expert":
+        at = _places(shape)
+        num_bytes.append(at.end)
+        num_needed_rows = FlatField(1, at.num_needed_rows, 1)  # the low half of an int64
+        psum = FlatField(1, at.psum, shape.num_local_experts)
+        expert_row = FlatField(1, at.expert_row, shape.num_landed_rows * num_topk)
+    if internode is not None:
+        num_bytes.append(crossing_bytes(num_tokens, internode.num_nodes))
+    return FlatLayout(tuple(num_bytes), num_recv_tokens, num_needed_rows, counts, psum, expert_row)
+
+
+def memory(handle: CudaDispatchHandle) -> list[Block]:
+    """What a handle keeps, in the order of `layout`."""
+    crossing = None if handle.crossing is None else handle.crossing.block
+    return [block for block in (handle.routing, handle.places, crossing) if block is not None]
 
 
 def flatten(handle: CudaDispatchHandle, at: FlatLayout, domain: Domain, framework: str) -> list[Any]:
@@ -51,7 +62,6 @@ def flatten(handle: CudaDispatchHandle, at: FlatLayout, domain: Domain, framewor
 
     JAX waits for the communication stream, where calls with its arrays run.
     """
-    blocks = [handle.routing] if handle.places is None else [handle.routing, handle.places]
     return [
         arrays.cuda_to_framework(
             block.pointer,
@@ -62,17 +72,27 @@ def flatten(handle: CudaDispatchHandle, at: FlatLayout, domain: Domain, framewor
             owner=block,
             stream=domain.comm.pointer if framework == "jax" else None,
         )
-        for block, num_bytes in zip(blocks, at.num_bytes, strict=True)
+        for block, num_bytes in zip(memory(handle), at.num_bytes, strict=True)
     ]
 
 
 def unflatten(
-    shape: FlatShape, flat: Sequence[ArrayView], domain: Domain, owner: object
+    shape: FlatShape,
+    flat: Sequence[ArrayView],
+    domain: Domain,
+    internode: Internode | None,
+    *,
+    owner: object,
 ) -> CudaDispatchHandle:
     """A handle over the memory of `flat`. Ranks do not compare which dispatch it is of."""
-    routing, *places = [Block(domain.heap, _Part(view.pointer, view)) for view in flat]
+    blocks = iter([Block(domain.heap, _Part(view.pointer, view)) for view in flat])
+    routing = next(blocks)
+    places = next(blocks) if shape.handle.layout == "expert" else None
+    crossing = None
+    if internode is not None:
+        crossing = Crossing(next(blocks), shape.handle.num_tokens, internode.num_nodes)
     landed = CudaHandleShape(
-        num_ranks=domain.group.size,
+        num_ranks=domain.group.size if internode is None else internode.num_ranks,
         num_local_experts=shape.num_local_experts,
         expert_alignment=shape.expert_alignment,
         num_landed_rows=shape.num_landed_rows,
@@ -87,8 +107,8 @@ def unflatten(
         routing=routing,
         known_recv_tokens=shape.num_landed_rows if shape.is_exact else None,
         read=domain.read,
-        places=places[0] if places else None,
-        crossing=None,
+        places=places,
+        crossing=crossing,
     )
 
 

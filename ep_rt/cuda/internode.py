@@ -72,6 +72,11 @@ class Crossing:
         return self.lists + _lists_bytes(self.num_tokens, self.num_nodes)
 
 
+def crossing_bytes(num_tokens: int, num_nodes: int) -> int:
+    """Of the block of a `Crossing`."""
+    return align_up(NETWORK_PLAN.itemsize, OFFSET_UNIT) + 2 * _lists_bytes(num_tokens, num_nodes)
+
+
 @dataclass(frozen=True, slots=True)
 class Bringing:
     """The way out for dispatches of certain shapes.
@@ -306,9 +311,7 @@ class Internode:
 
     def _lay_out(self, found: Bringing, pointers: Sequence[int], call: Call, *, digest: int) -> Crossing:
         num_tokens = found.num_tokens
-        num_bytes = align_up(NETWORK_PLAN.itemsize, OFFSET_UNIT) + 2 * _lists_bytes(
-            num_tokens, self.num_nodes
-        )
+        num_bytes = crossing_bytes(num_tokens, self.num_nodes)
         block = self._domain.heap.take(num_bytes, is_capturing=call.is_capturing)
         crossing = Crossing(block, num_tokens, self.num_nodes)
         assert found.layout is not None

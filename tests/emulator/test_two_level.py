@@ -35,6 +35,21 @@ def test_layers_equal_the_oracle(
             ranks.machine.run(seed)
 
 
+@pytest.mark.parametrize("architecture", [900, 800])
+@pytest.mark.parametrize(("num_nodes", "num_local_ranks"), [(2, 1), (2, 2), (3, 2), (4, 1)])
+def test_copies_of_the_bytes_of_a_handle_stand_for_it(
+    num_nodes: int, num_local_ranks: int, architecture: int
+) -> None:
+    """A repeated dispatch and a combine, of layers whose handles have other sizes."""
+    for drawing in range(2):
+        rng = np.random.default_rng(drawing)
+        ranks = TwoLevel(num_nodes, num_local_ranks, Kernels(architecture=architecture))
+        for payload in ("moved", "scaled"):
+            ranks.layer(rng, max_tokens=8, payload=payload, is_flat=True)
+        for seed in range(3):
+            ranks.machine.run(seed)
+
+
 @pytest.mark.parametrize("dead_rank", [0, 3])
 @pytest.mark.parametrize("architecture", [900, 800])
 def test_a_rank_that_stops_ends_the_exchange_and_the_dispatch_beside_it(

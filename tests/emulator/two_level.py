@@ -5,6 +5,7 @@ The network's part is enqueued by the product's host side, the part within a nod
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count
@@ -16,11 +17,17 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ep_rt import arrays, reference
-from ep_rt.cuda import kernels, launch
-from ep_rt.cuda.handle import SEND_PLAN_OFFSET, SEND_ROW_OFFSET, routing_bytes
+from ep_rt.arrays import ArrayView
+from ep_rt.cuda import flat, kernels, launch
+from ep_rt.cuda.handle import (
+    RESULT_OFFSET,
+    SEND_PLAN_OFFSET,
+    SEND_ROW_OFFSET,
+    CudaDispatchHandle,
+    routing_bytes,
+)
 from ep_rt.cuda.internode import Crossing, Internode
 from ep_rt.cuda.layout import (
-    DISPATCH_RESULT,
     HANG_RECORD,
     MAX_LOCAL_RANKS,
     NETWORK_AREA,
@@ -32,6 +39,7 @@ from ep_rt.cuda.layout import (
     align_up,
 )
 from ep_rt.cuda.plan import Rings, scratch_bytes
+from ep_rt.handle import FlatField, FlatShape, HandleShape
 from ep_rt.planner import Flow, Routes
 
 from .kernels import Kernels, bound
@@ -240,12 +248,20 @@ class TwoLevel:
             "slabs": [slab.address for slab in self.slabs[first : first + self.num_local]],
         }
 
-    def layer(self, rng: np.random.Generator, *, max_tokens: int, payload: str = "moved") -> None:
+    def layer(
+        self,
+        rng: np.random.Generator,
+        *,
+        max_tokens: int,
+        payload: str = "moved",
+        is_flat: bool = False,
+    ) -> None:
         """Enqueue a dispatch, a repeated one, and a combine of rows, weights and biases, on all ranks.
 
         Args:
             payload: "moved" rows of the element that is summed, or "scaled" bytes with scale factors; or
                 "cast", of bfloat16 that travels within a node as FP8.
+            is_flat: the second and the third have the handle of the first by copies of its bytes.
         """
         num_ranks = len(self.ranks)
         num_topk = int(rng.integers(1, 4))
@@ -281,8 +297,69 @@ class TwoLevel:
             crossing, routed = self._dispatch(
                 rank, first.of(rank), (ids[rank], weights[rank]), num_experts, sent[rank], None
             )
+            if is_flat:
+                shape = FlatShape(
+                    HandleShape(counts[rank], num_topk, len(sent[rank].recv_x), "rank"),
+                    num_landed_rows=len(sent[rank].recv_x),
+                    num_local_experts=num_experts // num_ranks,
+                )
+                crossing, routed = self._copied(rank, shape, crossing, routed, sent[rank])
             self._dispatch(rank, second.of(rank), (None, None), 0, again[rank], (crossing, routed))
             self._combine(rank, crossing, routed, (y[rank], given[rank], biases[rank]), combined[rank])
+
+    def _copied(
+        self,
+        rank: int,
+        shape: FlatShape,
+        crossing: Crossing,
+        routed: dict[str, int],
+        sent: reference.Dispatched,
+    ) -> tuple[Crossing, dict[str, int]]:
+        """What later calls need of a dispatch, from copies of what it left, which is overwritten."""
+        machine, internode = self.machine, self.internodes[rank]
+
+        def read(address: int, struct: np.dtype[Any]) -> Array:
+            raw = (ctypes.c_uint8 * struct.itemsize).from_address(address)
+            return np.frombuffer(memoryview(raw), struct)
+
+        domain: Any = SimpleNamespace(heap=SimpleNamespace(num_released=0), read=read)
+        landed: Any = None
+        routing: Any = SimpleNamespace(pointer=routed["send_plan"] - SEND_PLAN_OFFSET)
+        handle = CudaDispatchHandle(
+            None, shape.handle, (), None, landed, 0, routing, None, read, None, crossing
+        )
+        at, copies = flat.layout(shape, internode), []
+        for block, num_bytes in zip(flat.memory(handle), at.num_bytes, strict=True):
+            copy = machine.allocate(rank, num_bytes, "part of a flat handle")
+            machine.copy(rank, copy.address, block.pointer, num_bytes)
+            machine.copy(rank, block.pointer, self._put(rank, np.full(num_bytes, 0xA5, np.uint8)), num_bytes)
+            copies.append(copy)
+        views = [
+            ArrayView((copy.num_bytes,), (1,), "uint8", "cuda:0", copy.address, "cupy", copy)
+            for copy in copies
+        ]
+        again = flat.unflatten(shape, views, domain, internode, owner=None)
+
+        def numbers(place: FlatField) -> list[int]:
+            held = copies[place.array].array("<i4", (place.length,), offset=place.offset)
+            found: list[int] = held.tolist()
+            return found
+
+        def check() -> str | None:
+            by_rank = np.bincount(sent.src_rank, minlength=len(self.ranks)).tolist()
+            is_right = (
+                [again.num_recv_tokens] == numbers(at.num_recv_tokens) == [sent.num_recv_tokens]
+                and numbers(at.num_needed_rows) == [again.num_needed_rows]
+                and numbers(at.expert_counts) == sent.num_recv_tokens_per_expert
+                and again.num_recv_tokens_per_expert_list == sent.num_recv_tokens_per_expert
+                and again.num_recv_tokens_per_rank == by_rank
+                and not again.overflow
+            )
+            return None if is_right else f"counts in the flat handle of rank {rank} are wrong"
+
+        machine.checks.append(check)
+        assert again.crossing is not None
+        return again.crossing, {**routed, **_routing_fields(again.routing.pointer)}
 
     def _plan(
         self, routes: Routes, dispatches: list[tuple[Rows, int]], y: list[Array], num_topk: int
@@ -417,17 +494,12 @@ class TwoLevel:
         if earlier is None:
             listed = internode.list_capacity(len(x))
             place = machine.allocate(rank, routing_bytes(listed), "routing").address
-            routed = {
-                "send_row": place + SEND_ROW_OFFSET,
-                "send_plan": place + SEND_PLAN_OFFSET,
-                "num_tokens": listed,
-            }
+            routed = {**_routing_fields(place), "num_tokens": listed}
         else:
             routed = earlier[1]
         brought = internode.bring(found, earlier and earlier[0], pointers, call, num_sms=NUM_BLOCKS, digest=7)
         crossing = brought.crossing
         scratch = machine.allocate(rank, scratch_bytes(routed["num_tokens"]), "scratch").address
-        told = machine.allocate(rank, DISPATCH_RESULT.itemsize, "result")
         row = ReceivedRow(
             idx_bytes=8 * num_topk,
             weights_bytes=4 * num_topk,
@@ -449,7 +521,6 @@ class TwoLevel:
                     "first_expert": internode.node * found.num_node_experts,
                     "waits_for_announced": found.parts.ahead_bytes > 0,
                     "num_exchange_blocks": brought.num_blocks,
-                    "result": told.address,
                     "masks": scratch + 4 * MAX_LOCAL_RANKS * routed["num_tokens"],
                     "send_token": scratch,
                     "call": self.num_calls,
@@ -501,6 +572,15 @@ class TwoLevel:
             return None if np.array_equal(got, wanted) else f"{name} of rank {rank} is wrong"
 
         self.machine.checks.append(check)
+
+
+def _routing_fields(place: int) -> dict[str, int]:
+    """Of kernels, for a routing at an address."""
+    return {
+        "send_row": place + SEND_ROW_OFFSET,
+        "send_plan": place + SEND_PLAN_OFFSET,
+        "result": place + RESULT_OFFSET,
+    }
 
 
 _OWN = ("x", "sf", "topk_idx", "topk_weights")
