@@ -78,6 +78,7 @@ def main() -> int:
             nodes = ["env", f"EP_RT_RANKS_PER_NODE={ranks_per_node}", *mpirun]
             named = f"mpirun -n {num_ranks}, {num_ranks // ranks_per_node} nodes"
             parts[named] = [*nodes, *pytest, *OVER_NODES]
+            parts[f"JAX, {named}"] = [*nodes, *pytest, "tests/gpu/test_jax_on_gpus.py"]
             parts[f"figures, {named}"] = [*nodes, *bench, "128", "4096", "--operations", *NORMAL_MODE]
             parts[f"low-latency figures, {named}"] = [*nodes, *low_latency]
         puts = ["env", "EP_RT_TEST_LOW_LATENCY=puts", *mpirun, *pytest, "tests/gpu/test_low_latency.py"]

@@ -132,7 +132,15 @@ def check_gradients(buffer: ep_rt.Buffer, options: dict[str, Any], way: Way) -> 
     assert np.array_equal(*np.sum(everywhere, axis=0))
 
 
-def check_oracle(buffer: ep_rt.Buffer, seed: int, layout: str, way: Way, *, is_exact: bool) -> None:
+def check_oracle(
+    buffer: ep_rt.Buffer,
+    seed: int,
+    layout: str,
+    way: Way,
+    *,
+    is_exact: bool,
+    ranks_per_node: int | None = None,
+) -> None:
     """dispatch, repeated dispatch and combine of one random layer, bit for bit; rows may not fit."""
     drawn = ExpertMajorCase.draw(seed, buffer.num_ranks, is_exact=is_exact)
     assert drawn.quantize is None
@@ -200,10 +208,11 @@ def check_oracle(buffer: ep_rt.Buffer, seed: int, layout: str, way: Way, *, is_e
             num_tokens=case.num_tokens,
             topk_weights=given,
             bias=[each if len(each) == 2 else each[0] for each in biases] if biases[0] else None,
+            ranks_per_node=ranks_per_node,
         )[rank]
     else:
         given = None if weights is None else [random_values(rng, (rows,), np.float32) for rows in num_rows]
-        combined = drawn.combined(y, given, biases)[rank]
+        combined = drawn.combined(y, given, biases, ranks_per_node=ranks_per_node)[rank]
     combined_x, combined_weights = way(ep.combine)(
         jnp.asarray(y[rank]),
         handle,

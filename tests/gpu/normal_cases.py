@@ -14,7 +14,9 @@ from host_cases import DTYPES, Case, random_bits, random_values, same_bits
 from ranks import RANKS_PER_NODE
 
 from ep_rt import Buffer, Config, reference
+from ep_rt.cuda.handle import CudaDispatchHandle
 from ep_rt.cuda.layout import ReceivedRow
+from ep_rt.handle import FlatShape
 from ep_rt.planner import Flow, Routes
 
 SUMMED = (ml_dtypes.bfloat16, np.float16, np.float32)
@@ -28,9 +30,14 @@ def check_normal(
     num_sms: int = 16,
     framework: str = "cupy",
     pause: Callable[[], None] = lambda: None,
+    carry: Callable[[Any], Any] = lambda handle: handle,
     **options: Any,
 ) -> list[Any]:
-    """dispatch, cached dispatch and combine of one random layer; the results, for whoever keeps them."""
+    """dispatch, cached dispatch and combine of one random layer; the results, for whoever keeps them.
+
+    Args:
+        carry: makes the handle of the later calls from that of the first.
+    """
     case = case or Case.draw(seed, buffer.num_ranks)
     rng, rank = case.rng, buffer.rank
     dtype = DTYPES[seed % len(DTYPES)]
@@ -79,13 +86,14 @@ def check_normal(
     else:
         assert out.recv_topk_weights is None
     assert out.num_recv_tokens_per_expert_list == mine.num_recv_tokens_per_expert
-    assert out.handle.num_recv_tokens == mine.num_recv_tokens
+    handle = carry(out.handle)
+    assert handle.num_recv_tokens == mine.num_recv_tokens
     by_rank = np.bincount(mine.src_rank, minlength=buffer.num_ranks)
-    assert out.handle.num_recv_tokens_per_rank == by_rank.tolist()
-    assert not out.handle.overflow
+    assert handle.num_recv_tokens_per_rank == by_rank.tolist()
+    assert not handle.overflow
 
     pause()
-    cached = buffer.dispatch(payload(again), handle=out.handle, config=config, **options)
+    cached = buffer.dispatch(payload(again), handle=handle, config=config, **options)
     cached.event.current_stream_wait()
     expected_x, expected_sf = reference.dispatch_cached(again, expected, sf if with_sf else None)[rank]
     cached_x, cached_sf = cached.recv_x if with_sf else (cached.recv_x, None)
@@ -113,7 +121,7 @@ def check_normal(
     pause()
     back = buffer.combine(
         mine_y,
-        out.handle,
+        handle,
         topk_weights=put(weights[rank], framework) if with_weights else None,
         bias=tuple(put(each, framework) for each in biases[rank]) or None,
         config=config,
@@ -124,6 +132,23 @@ def check_normal(
     if with_weights:
         assert same_bits(fetch(back.combined_topk_weights), combined.topk_weights)
     return [out, cached, back]
+
+
+def carried(buffer: Buffer, handle: CudaDispatchHandle) -> Any:
+    """The handle from copies of its bytes, which are overwritten where they were."""
+    shape = FlatShape(
+        handle.shape,
+        num_landed_rows=handle.landed.num_landed_rows,
+        num_local_experts=handle.landed.num_local_experts,
+        expert_alignment=handle.landed.expert_alignment,
+        is_exact=handle.known_recv_tokens is not None,
+    )
+    parts = buffer.flatten_handle(handle, shape, "cupy")
+    assert [part.nbytes for part in parts] == list(buffer.flat_layout(shape).num_bytes)
+    copies = [put(fetch(part)) for part in parts]
+    for part in parts:
+        overwrite(part, np.full(part.nbytes, 0xA5, np.uint8))
+    return buffer.unflatten_handle(shape, copies)
 
 
 def check_worst_case(buffer: Buffer, seed: int, *, num_sms: int = 16) -> None:

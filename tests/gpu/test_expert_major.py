@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import ml_dtypes
@@ -18,7 +19,7 @@ from ep_rt import Buffer, Config, Group, reference
 if device_count():
     import cupy
     from device_arrays import cuda_buffer, fetch, overwrite, poison, put
-    from normal_cases import check_normal, wide_case
+    from normal_cases import carried, check_normal, wide_case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("place", PLACES)]
 
@@ -38,9 +39,10 @@ def check_expert_major(
     case: Case | None = None,
     num_sms: int = 16,
     framework: str = "cupy",
+    carry: Callable[[Any], Any] = lambda handle: handle,
     **options: Any,
 ) -> list[Any]:
-    """One random layer; the results, for whoever keeps them."""
+    """One random layer; the results, for whoever keeps them. `carry` as in `check_normal`."""
     drawn = ExpertMajorCase.draw(seed, buffer.num_ranks, is_exact=is_exact, case=case)
     case, rank = drawn.case, buffer.rank
     config = Config(num_sms=num_sms)
@@ -77,10 +79,12 @@ def check_expert_major(
         assert out.recv_topk_weights is None
     else:
         assert same_bits(fetch(out.recv_topk_weights), e.weights)
-    handle = out.handle
-    assert same_bits(fetch(handle.psum_num_tokens_per_expert), e.psum_num_tokens_per_expert)
+    assert same_bits(fetch(out.handle.psum_num_tokens_per_expert), e.psum_num_tokens_per_expert)
+    handle = carry(out.handle)
     assert (handle.layout, handle.num_recv_rows) == ("expert", len(e.row))
     assert out.num_recv_tokens_per_expert_list == drawn.dispatched[rank].num_recv_tokens_per_expert
+    if not is_exact:  # else only the host is told
+        assert handle.num_recv_tokens_per_expert_list == drawn.dispatched[rank].num_recv_tokens_per_expert
     assert handle.num_recv_tokens == drawn.dispatched[rank].num_recv_tokens
     assert (handle.num_needed_rows, handle.overflow) == (e.num_needed_rows, e.overflow)
 
@@ -120,6 +124,16 @@ def check_expert_major(
     assert same_bits(fetch(back.combined_x), combined.x)
     assert back.combined_topk_weights is None
     return [out, cached, back]
+
+
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_copies_of_the_bytes_of_a_handle_stand_for_it(place: str, is_exact: bool) -> None:
+    def body(group: Group) -> None:
+        with cuda_buffer(group) as buffer:
+            for seed in range(12):
+                check_expert_major(buffer, seed, is_exact=is_exact, carry=partial(carried, buffer))
+
+    run(place, body)
 
 
 @pytest.mark.parametrize("num_sms", [1, 2, 5, 16, 64])

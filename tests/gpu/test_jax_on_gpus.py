@@ -1,5 +1,7 @@
 """`ep_rt.jax` on GPUs: one process for each under mpirun, else a single rank.
 
+With ``EP_RT_RANKS_PER_NODE=1 mpirun -n 2 pytest ...`` all of it goes over the network of virtual nodes.
+
 What these tests share with those of the host backend is in jax_cases.py.
 """
 
@@ -11,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ranks import IS_UNDER_MPI, device_count, run_on_devices, run_ranks
+from ranks import IS_UNDER_MPI, RANKS_PER_NODE, device_count, run_on_devices, run_ranks
 
 # Read when JAX first uses the GPU, of which it would take most of the memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -86,9 +88,8 @@ def slow(x: Array) -> Array:
 @pytest.mark.parametrize("seed", [0, 1, 2, 5, 8, 9])
 def test_random_layers_equal_the_oracle(seed: int, layout: str, way: Any) -> None:
     def check(buffer: ep_rt.Buffer) -> None:
-        check_oracle(buffer, seed, layout, way, is_exact=False)
-        if way is eager:
-            check_oracle(buffer, seed, layout, way, is_exact=True)
+        for is_exact in (False, True) if way is eager else (False,):
+            check_oracle(buffer, seed, layout, way, is_exact=is_exact, ranks_per_node=RANKS_PER_NODE)
 
     run(check)
 
@@ -206,6 +207,21 @@ def test_a_large_layer() -> None:
             result, overflow = program(x)
             assert not overflow
             assert same(result, num_topk * x)
+
+    run(check)
+
+
+@pytest.mark.skipif(not RANKS_PER_NODE, reason="one node")
+def test_too_many_tokens_over_nodes_are_refused_when_a_program_is_traced() -> None:
+    def check(buffer: ep_rt.Buffer) -> None:
+        x, topk_idx = jnp.ones((9000, HIDDEN)), jnp.zeros((9000, 1), jnp.int32)
+
+        def there(x: Array, topk_idx: Array) -> Array:
+            return ep.dispatch(buffer, x, topk_idx, num_experts=NUM_EXPERTS, num_worst_tokens=40).recv_x
+
+        with pytest.raises(ep_rt.ConfigError, match="num_max_tokens_per_rank"):
+            jax.jit(there)(x, topk_idx)
+        check_gradients(buffer, STATIC["rank-worst"], jax.jit)
 
     run(check)
 

@@ -6,6 +6,7 @@ import gc
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,6 +21,7 @@ if device_count():
     import cupy
     from device_arrays import cuda_buffer, fetch, overwrite, poison, put
     from normal_cases import (
+        carried,
         check_bytes,
         check_normal,
         check_quantized,
@@ -56,6 +58,15 @@ def test_random_layers_equal_the_oracle(place: str, num_sms: int) -> None:
                     gc.collect()
                     poison(buffer, 0xFF if seed % 8 else 0xA5)
                 check_normal(buffer, seed, num_sms=num_sms)
+
+    run(place, body)
+
+
+def test_copies_of_the_bytes_of_a_handle_stand_for_it(place: str) -> None:
+    def body(group: Group) -> None:
+        with cuda_buffer(group) as buffer:
+            for seed in range(12):
+                check_normal(buffer, seed, carry=partial(carried, buffer))
 
     run(place, body)
 
