@@ -45,6 +45,14 @@ WITHOUT_NVLINK = (
     "tests/gpu/test_normal.py::test_random_layers_equal_the_oracle",
     "tests/gpu/test_normal.py::test_worst_case_capacity_equals_the_oracle",
 )
+# Nodes of more ranks than there may be GPUs, which ranks share then: (ranks, ranks of a node).
+NODES = ((8, 4), (8, 2), (8, 1), (6, 2))
+OVER_MANY_NODES = (
+    "tests/gpu/test_internode.py",
+    "tests/gpu/test_normal.py::test_random_layers_equal_the_oracle",
+    "tests/gpu/test_expert_major.py::test_random_layers_equal_the_oracle",
+    "tests/gpu/test_low_latency.py::test_random_layers_equal_the_oracle",
+)
 NORMAL_MODE = ("dispatch", "dispatch-cached", "combine")
 LOW_LATENCY = ("ll-dispatch", "ll-dispatch-packed", "ll-dispatch-split", "ll-combine", "ll-pair")
 SUMMARY = re.compile(r"((?:\d+ (?:passed|failed|skipped|errors?|deselected|warnings?)(?:, )?)+) in [\d.]+s")
@@ -81,6 +89,12 @@ def main() -> int:
             parts[f"JAX, {named}"] = [*nodes, *pytest, "tests/gpu/test_jax_on_gpus.py"]
             parts[f"figures, {named}"] = [*nodes, *bench, "128", "4096", "--operations", *NORMAL_MODE]
             parts[f"low-latency figures, {named}"] = [*nodes, *low_latency]
+        for many_ranks, ranks_per_node in NODES:
+            ranks_per_gpu = -(-many_ranks // _num_gpus())
+            nodes = ["env", f"EP_RT_RANKS_PER_NODE={ranks_per_node}", "EP_RT_BACKEND=cuda"]
+            nodes += [f"EP_RT_TEST_RANKS_PER_GPU={ranks_per_gpu}", *_mpirun(many_ranks)]
+            named = f"mpirun -n {many_ranks}, {many_ranks // ranks_per_node} nodes"
+            parts[f"{named}, {ranks_per_gpu} on a GPU"] = [*nodes, *pytest, *OVER_MANY_NODES]
         puts = ["env", "EP_RT_TEST_LOW_LATENCY=puts", *mpirun, *pytest, "tests/gpu/test_low_latency.py"]
         parts[f"mpirun -n {num_ranks}, puts alone"] = puts
         without_nvlink = ["env", "EP_RT_NVLINK=0", *mpirun, *pytest, *WITHOUT_NVLINK]

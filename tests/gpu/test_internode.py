@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from host_cases import Case, same_bits
-from ranks import IS_UNDER_MPI, RANKS_PER_NODE, device_count, run_ranks
+from ranks import IS_UNDER_MPI, RANKS_PER_GPU, RANKS_PER_NODE, device_count, run_ranks
 
 import ep_rt
 from ep_rt import Group, reference
@@ -32,7 +32,7 @@ pytestmark = [
 ]
 
 SHORT_S = 2.0
-NUM_ROUNDS = 1000
+NUM_ROUNDS = 1000 if RANKS_PER_GPU == 1 else 64
 
 
 def on_ranks(body: Callable[[Group], None]) -> None:
