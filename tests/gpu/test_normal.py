@@ -496,6 +496,56 @@ def test_missing_rank_is_named_and_reset_helps(place: str) -> None:
     run(place, body)
 
 
+def test_rank_that_stops_in_a_stream_of_calls(place: str) -> None:
+    """No host waits for any of them. What all ranks called is right, then the others learn who is missing."""
+    lost, num_calls, num_made = 1, 12, 7
+
+    def body(group: Group) -> None:
+        rng = np.random.default_rng(0)
+        x = [random_values(rng, (40 + rank, 64), np.float32) for rank in range(group.size)]
+        ids = [rng.integers(-1, 2 * group.size, (len(each), 3)) for each in x]
+        capacity = sum(map(len, x))
+        expected = reference.dispatch(x, ids, num_experts=2 * group.size, num_worst_tokens=capacity)
+        mine = expected[group.rank]
+        combined = reference.combine(
+            [each.recv_x for each in expected],
+            expected,
+            num_tokens=[len(each) for each in x],
+            ranks_per_node=RANKS_PER_NODE,
+        )[group.rank]
+        with cuda_buffer(group, timeout_s=SHORT_S) as buffer:
+
+            def call() -> tuple[Any, Any]:
+                out = buffer.dispatch(
+                    put(x[group.rank]),
+                    topk_idx=put(ids[group.rank]),
+                    num_experts=2 * group.size,
+                    num_worst_tokens=capacity,
+                )
+                return out, buffer.combine(out.recv_x, out.handle)
+
+            check_normal(buffer, 1)
+            group.barrier()
+            calls = [call() for _ in range(num_made if group.rank == lost else num_calls)]
+            cupy.cuda.runtime.deviceSynchronize()
+            for out, back in calls[:num_made]:
+                assert same_bits(
+                    fetch(out.recv_x)[: mine.num_recv_tokens], mine.recv_x[: mine.num_recv_tokens]
+                )
+                assert same_bits(fetch(back.combined_x), combined.x)
+            if group.rank != lost:
+                error = raised(call)
+                assert isinstance(error, ep_rt.PeerTimeoutError)
+                assert lost in error.peers
+            group.barrier()
+            buffer.reset()
+            context_is_alive()
+            group.barrier()
+            check_normal(buffer, 2)
+
+    run(place, body)
+
+
 def test_ranks_in_different_operations(place: str) -> None:
     def body(group: Group) -> None:
         with cuda_buffer(group) as buffer:
