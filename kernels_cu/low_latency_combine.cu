@@ -31,6 +31,7 @@ __device__ void low_latency_combine(const LowLatencyCombineArgs<kCfg>& args) {
     static_assert(kCfg.num_threads >= 2 * kWarpSize);
     __shared__ LowLatencyCombineShared<kCfg> shared;
     low_latency::Session<Block::kOverNetwork> session;
+    const int64_t most_tokens = args.dispatch_record->max_tokens;  // on its way while the block begins
     if (!low_latency::begin(session, shared.found, args, kLowLatencyCombine)) return;
     const bool sends = (args.phases & low_latency::kSends) != 0;
     if (low_latency::speaks()) {
@@ -51,8 +52,7 @@ __device__ void low_latency_combine(const LowLatencyCombineArgs<kCfg>& args) {
                 .warp = static_cast<int32_t>(threadIdx.x) / kWarpSize,
                 .lane = static_cast<int32_t>(threadIdx.x) % kWarpSize};
     // The same on every rank. With masks they may disagree about the tokens of one that is left out.
-    block.max_tokens =
-        args.masks != nullptr ? args.num_max_tokens : static_cast<int32_t>(args.dispatch_record->max_tokens);
+    block.max_tokens = args.masks != nullptr ? args.num_max_tokens : static_cast<int32_t>(most_tokens);
     // Few tokens: more turns, so that more warps have one.
     const int64_t num_turns = int64_t{block.max_tokens} * block.num_pieces;
     const bool is_split = args.masks == nullptr &&
