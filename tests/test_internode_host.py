@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from ep_rt import arrays
 from ep_rt.cuda import nvshmem, plan
 from ep_rt.cuda.hang import Farewell, Names, Report, verdict
 from ep_rt.cuda.internode import Internode
@@ -19,6 +21,7 @@ from ep_rt.cuda.layout import (
     OFFSET_UNIT,
     Operation,
     Reason,
+    ReceivedRow,
     signal_operation,
     signal_word,
 )
@@ -26,6 +29,7 @@ from ep_rt.cuda.low_latency_areas import Area, Pending, SymmetricPlaces
 from ep_rt.cuda.low_latency_plan import AreaShape
 from ep_rt.cuda.nvshmem import SymmetricMemory
 from ep_rt.cuda.remote import Remote, RemoteSizes
+from ep_rt.cuda.told import HostResult
 from ep_rt.errors import (
     BackendError,
     CollectiveMismatchError,
@@ -58,6 +62,42 @@ def test_parts_of_a_row() -> None:
     assert (ahead.order, ahead.num_ahead) == ((2, 3, 0), 2)
     assert ahead.record_bytes == parts.record_bytes
     assert ahead.places(10) == parts.places(10)
+
+
+def test_hosts_add_what_ranks_of_all_nodes_counted() -> None:
+    num_local_experts, dtype = 2, np.int32
+    rng = np.random.default_rng(0)
+    counted = rng.integers(0, 100, (4, 4 * num_local_experts)).astype(dtype)
+
+    def body(group: Group) -> tuple[int, list[int]]:
+        def fetch(_pointer: int, array: NDArray[Any]) -> None:
+            array[:] = counted[group.rank]
+
+        node = NodeGroup(group, range(group.rank // 2 * 2, group.rank // 2 * 2 + 2))
+        told: Any = object.__new__(HostResult)
+        told._group = group
+        told._inputs = SimpleNamespace(copy=lambda *_: None)
+        told._domain = SimpleNamespace(
+            group=node,
+            timeout_s=10.0,
+            heap=SimpleNamespace(take=lambda _: SimpleNamespace(pointer=0)),
+            comm=SimpleNamespace(pointer=0),
+            pool=None,
+            fetch=fetch,
+        )
+        told._struct = SimpleNamespace(
+            fields=SimpleNamespace(overfull_ranks=0, num_recv_tokens=1, expert_counts=[]),
+            word=SimpleNamespace(value=3),
+        )
+        row = ReceivedRow(row_bytes=1024, sf_bytes=0, idx_bytes=0, weights_bytes=0)
+        view = arrays.view(counted[group.rank], name="counts")
+        answer: tuple[int, list[int]] = told.wait(
+            3, row, None, num_local_experts=num_local_experts, counted=view
+        )
+        return answer
+
+    total = counted.sum(axis=0).tolist()
+    assert run_local(body, 4) == [(1, total[first : first + 2]) for first in range(0, 8, 2)]
 
 
 @pytest.mark.parametrize("num_nodes", [2, 8, 32])

@@ -15,6 +15,7 @@ from .. import arrays
 from ..arrays import ArrayView
 from ..cuda_arrays import Column, ResultArrays, glance
 from ..errors import ConfigError
+from ..exchange import Group
 from ..handle import HandleShape
 from ..requests import FP8_BLOCK, DispatchRequest, Schedule, local_experts
 from ..results import Dispatched
@@ -42,7 +43,7 @@ from .memory import device_errors
 from .operations import Operations
 from .plans import Plans, seen
 from .pool import Lease
-from .told import HostResult, exchanged_expert_counts
+from .told import HostResult
 
 _MAX_ROWS: Final = 2**31 - 1
 
@@ -53,6 +54,7 @@ class _Plan:
 
     Attributes:
         inputs: what x, sf, ids, weights and is_token_in_rank are like; None where absent.
+        counted: the caller's counts by expert, where there are no ids.
         is_readable: they need no copy where their addresses are aligned.
         frameworks: of the inputs, that of x first.
         num_listed: tokens that the kernel dispatches, at most: those of x, and over several nodes others.
@@ -70,7 +72,7 @@ class _Plan:
 
     launch: Launch
     inputs: tuple[Input | None, ...]
-    per_expert: ArrayView | None
+    counted: ArrayView | None
     is_readable: bool
     frameworks: tuple[str, ...]
     num_blocks: int
@@ -97,6 +99,7 @@ class Dispatch:
 
     Args:
         owner: of the handles.
+        group: the ranks of all nodes.
         internode: over several nodes.
 
     Attributes:
@@ -112,6 +115,7 @@ class Dispatch:
         inputs: Inputs,
         *,
         owner: object,
+        group: Group,
         internode: Internode | None = None,
     ) -> None:
         self._domain = domain
@@ -121,7 +125,7 @@ class Dispatch:
         self._inputs = inputs
         self._owner = owner
         self._plans: Plans[_Plan] = Plans()
-        self._told = HostResult(domain)
+        self._told = HostResult(domain, inputs, group)
         self._scratch: list[Block] = []
         self._scratch_tokens = -1
         self.num_calls = 0
@@ -228,7 +232,7 @@ class Dispatch:
                 max_redundant_tokens=plan.MAX_REDUNDANT_TOKENS,
             ),
             inputs=inputs,
-            per_expert=request.num_tokens_per_expert,
+            counted=request.num_tokens_per_expert if num_topk == 0 else None,
             is_readable=all(
                 given is None or (given.is_contiguous and not given.is_empty) for given in inputs
             ),
@@ -344,9 +348,14 @@ class Dispatch:
         counts: Sequence[int] = []
         if is_exact:
             domain.launched(call)
-            told = self._told.wait(number, found.row, lease)
-            num_rows = int(told.num_recv_tokens)
-            counts = self._expert_counts(found, told)
+            num_rows, counts = self._told.wait(
+                number,
+                found.row,
+                lease,
+                num_local_experts=found.landed.num_local_experts,
+                counted=found.counted,
+            )
+            counts = plan.aligned(counts, found.landed.expert_alignment)
         if found.expansion is None:
             results, num_recv_rows = self._as_it_landed(found, call, lease, capacity, num_rows), num_rows
             places = psum = None
@@ -435,13 +444,6 @@ class Dispatch:
                     )
         self.num_copied_results += 1
         return found.arrays.over(block.pointer, there.end, block, _places(there, num_rows))
-
-    def _expert_counts(self, found: _Plan, told: Any) -> list[int]:
-        num_local_experts = found.landed.num_local_experts
-        counts: list[int] = told.expert_counts[:num_local_experts]
-        if found.per_expert is not None and found.shape.num_topk == 0:
-            counts = exchanged_expert_counts(self._domain, self._inputs, found.per_expert, num_local_experts)
-        return plan.aligned(counts, found.landed.expert_alignment)
 
     # Memory.
 

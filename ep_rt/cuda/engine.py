@@ -200,7 +200,7 @@ class CudaEngine:
         self._inputs = Inputs(domain, self._operations)
         self._internode = None if self._remote is None else self._remote.internode
         parts = domain, self._operations, self._expert_major, self._inputs
-        self._dispatch = Dispatch(*parts, owner=owner, internode=self._internode)
+        self._dispatch = Dispatch(*parts, owner=owner, group=group, internode=self._internode)
         self._combine = Combine(*parts, owner=owner, internode=self._internode)
         self._num_elsewhere = 0
         # JAX does not know who reads its memory: parts are held until JAX has waited for the next call.

@@ -1,16 +1,17 @@
-"""What the kernel of an exact dispatch tells its host, which waits for it: how many rows came."""
+"""What the host of an exact dispatch waits for: how many rows came, and how many for each expert."""
 
 from __future__ import annotations
 
 import os
 import time
-from typing import Any, Final, NoReturn
+from typing import Final, NoReturn
 
 import numpy as np
 
 from .. import arrays
 from ..arrays import ArrayView
 from ..errors import ConfigError, DeviceError, on_all_ranks
+from ..exchange import Group
 from .domain import Domain
 from .hang import PinnedStruct
 from .inputs import Input, Inputs, itemsize
@@ -25,12 +26,17 @@ _LAZY_POLL_S: Final = 50e-6
 class HostResult:
     """A `DISPATCH_RESULT` that kernels write and this rank's host polls.
 
+    Args:
+        group: the ranks of all nodes.
+
     Attributes:
         pointer: its address, an argument of the kernel.
     """
 
-    def __init__(self, domain: Domain) -> None:
+    def __init__(self, domain: Domain, inputs: Inputs, group: Group) -> None:
         self._domain = domain
+        self._inputs = inputs
+        self._group = group
         self._struct = PinnedStruct(DISPATCH_RESULT)
         self.pointer = self._struct.pointer
         self._abandoned: list[Lease] = []
@@ -43,30 +49,54 @@ class HostResult:
         """The ranks reset together: nobody writes to what was given up."""
         self._abandoned.clear()
 
-    def wait(self, number: int, row: ReceivedRow, lease: Lease) -> Any:
-        """The fields of the result of call `number`, once the counts of all ranks are known.
+    def wait(
+        self,
+        number: int,
+        row: ReceivedRow,
+        lease: Lease,
+        *,
+        num_local_experts: int,
+        counted: ArrayView | None,
+    ) -> tuple[int, list[int]]:
+        """Of call `number`: rows that come, and pairs for each expert here, once all ranks have counted.
 
         Args:
             row, lease: what lands, and where.
+            counted: what the callers counted, [num_experts], where the kernel cannot: without expert ids.
+                The hosts exchange it, and wait for the calls so far.
 
         Raises:
-            ConfigError: on every rank, if more goes to one than fits there.
+            ConfigError: on every rank of a node, if more goes to one than fits there.
             PeerTimeoutError, CollectiveMismatchError: the kernel gave up.
         """
         pool = self._domain.pool
+        fields = self._struct.fields
         try:
             self._poll(number)
+            # All ranks take part, those of a node where rows do not fit too: the others do not know of it.
+            counts = fields.expert_counts if counted is None else self._exchanged(counted)
         except Exception:
             # Peers may still write there: kept until the ranks reset together, and no longer, although the
             # error holds `lease` for as long as its traceback is held.
             self._abandoned.append(pool.transfer(lease))
             raise
-        fields = self._struct.fields
         if fields.overfull_ranks:
             # Later calls come after this kernel, which ends when nobody writes there any more.
             pool.transfer(lease)
             self._raise_overfull(fields.num_recv_tokens, row)
-        return fields
+        first = 0 if counted is None else self._group.rank * num_local_experts
+        return int(fields.num_recv_tokens), counts[first : first + num_local_experts]
+
+    def _exchanged(self, view: ArrayView) -> list[int]:
+        """What all ranks counted, added."""
+        domain = self._domain
+        copy = domain.heap.take(itemsize(view) * view.shape[0])
+        self._inputs.copy(Input.of(view), view.pointer, copy.pointer, domain.comm.pointer)
+        counts = np.zeros(view.shape, arrays.np_dtype(view.dtype))
+        domain.fetch(copy.pointer, counts)
+        everyone = self._group.allgather(counts, op="dispatch counts", timeout_s=domain.timeout_s)
+        total: list[int] = np.sum(everyone, axis=0).tolist()
+        return total
 
     def _poll(self, number: int) -> None:
         domain, word = self._domain, self._struct.word
@@ -109,23 +139,3 @@ class HostResult:
                 f"arrays held now ({listing})"
             )
         )
-
-
-def exchanged_expert_counts(
-    domain: Domain, inputs: Inputs, view: ArrayView, num_local_experts: int
-) -> list[int]:
-    """Pairs for each expert of this rank, where the kernel cannot count: without expert ids.
-
-    Args:
-        view: what the callers counted, [num_experts]; the hosts exchange it.
-
-    Collective. Waits for the calls so far.
-    """
-    copy = domain.heap.take(itemsize(view) * view.shape[0])
-    inputs.copy(Input.of(view), view.pointer, copy.pointer, domain.comm.pointer)
-    counts = np.zeros(view.shape, arrays.np_dtype(view.dtype))
-    domain.fetch(copy.pointer, counts)
-    everyone = domain.group.allgather(counts, op="dispatch counts", timeout_s=domain.timeout_s)
-    first = domain.group.rank * num_local_experts
-    total: list[int] = np.sum(everyone, axis=0)[first : first + num_local_experts].tolist()
-    return total
