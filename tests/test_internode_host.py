@@ -69,7 +69,7 @@ def test_hosts_add_what_ranks_of_all_nodes_counted() -> None:
     rng = np.random.default_rng(0)
     counted = rng.integers(0, 100, (4, 4 * num_local_experts)).astype(dtype)
 
-    def body(group: Group) -> tuple[int, list[int]]:
+    def body(group: Group) -> tuple[int, list[int]] | ConfigError:
         def fetch(_pointer: int, array: NDArray[Any]) -> None:
             array[:] = counted[group.rank]
 
@@ -82,22 +82,33 @@ def test_hosts_add_what_ranks_of_all_nodes_counted() -> None:
             timeout_s=10.0,
             heap=SimpleNamespace(take=lambda _: SimpleNamespace(pointer=0)),
             comm=SimpleNamespace(pointer=0),
-            pool=None,
+            pool=SimpleNamespace(
+                num_bytes=1 << 16, largest_free=lambda: 1 << 16, transfer=lambda lease: lease
+            ),
             fetch=fetch,
         )
+        overfull, num_tokens = (1, 100) if group.rank == 0 else (int(group.rank == 1), 1)
         told._struct = SimpleNamespace(
-            fields=SimpleNamespace(overfull_ranks=0, num_recv_tokens=1, expert_counts=[]),
+            fields=SimpleNamespace(overfull_ranks=overfull, num_recv_tokens=num_tokens, expert_counts=[]),
             word=SimpleNamespace(value=3),
         )
         row = ReceivedRow(row_bytes=1024, sf_bytes=0, idx_bytes=0, weights_bytes=0)
         view = arrays.view(counted[group.rank], name="counts")
-        answer: tuple[int, list[int]] = told.wait(
-            3, row, None, num_local_experts=num_local_experts, counted=view
-        )
+        answer: tuple[int, list[int]] | ConfigError
+        try:
+            answer = told.wait(3, row, None, num_local_experts=num_local_experts, counted=view)
+        except ConfigError as error:
+            answer = error
+        group.barrier()  # all are still in step
         return answer
 
+    answers = run_local(body, 4)
+    # Rows of rank 0 do not fit. The other node does not hear of it.
+    assert "rank 0 receives 100 tokens" in str(answers[0])
+    assert "another rank" in str(answers[1])
+    assert not any(isinstance(answer, ConfigError) and answer.is_collective for answer in answers)
     total = counted.sum(axis=0).tolist()
-    assert run_local(body, 4) == [(1, total[first : first + 2]) for first in range(0, 8, 2)]
+    assert answers[2:] == [(1, total[4:6]), (1, total[6:8])]
 
 
 @pytest.mark.parametrize("num_nodes", [2, 8, 32])

@@ -124,6 +124,14 @@ class HostResult:
         domain = self._domain
         available = domain.pool.num_bytes
         needed = available - domain.pool.largest_free() + row.num_bytes(num_recv_tokens)
+        if domain.group is not self._group:
+            # Nothing is exchanged: the ranks of other nodes do not know of it, and would be out of step.
+            raise ConfigError(
+                f"dispatch does not fit: num_nvl_bytes is {available} and must be at least {needed}, with "
+                f"the arrays held now (rank {self._group.rank} receives {num_recv_tokens} tokens)"
+                if needed > available
+                else "dispatch does not fit on another rank of this node, which says how much would"
+            )
         answers = domain.group.allgather(
             (needed, available, num_recv_tokens), op="dispatch sizes", timeout_s=domain.timeout_s
         )
