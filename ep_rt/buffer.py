@@ -66,7 +66,8 @@ class Buffer:
     the same error on every rank before anything has moved, and the buffer stays usable. A rank that does not
     arrive within `timeout_s` raises `PeerTimeoutError` naming it, after which the buffer can only be closed.
 
-    On GPUs hosts exchange nothing during a call, which returns when its work is enqueued. What a rank finds
+    On GPUs hosts exchange nothing during a call, which returns when its work is enqueued; but for the counts
+    by expert that a dispatch without `topk_idx` is given, unless it has `num_worst_tokens`. What a rank finds
     wrong with its own arguments it raises alone, and its peers wait for its part of the call. Arguments that
     must agree and do not, ranks making different calls, and late ranks raise on every rank, at the latest
     by its next call; `reset` then makes the buffer usable again. Expert ids out of range count as -1, and
@@ -83,10 +84,10 @@ class Buffer:
 
     Over several nodes every rank is a process with a GPU of its own, the ranks of a node are consecutive, and
     all nodes have as many. GPUs serve the normal mode for up to `num_max_tokens_per_rank` tokens of `for_moe`
-    in a call, else 8192. A dispatch needs expert ids or a handle. A combine rounds the sums of each node.
-    What has no room on a rank raises on the ranks of its node alone. Low-latency calls serve up to 32 ranks:
-    rows go straight to the ranks of their experts, by stores where these reach and else by puts. A combine
-    sums on the experts' ranks alone, and results with ``layout="rank"`` do not outlive the buffer.
+    in a call, else 8192. A combine rounds the sums of each node. What has no room on a rank raises on the
+    ranks of its node alone. Low-latency calls serve up to 32 ranks: rows go straight to the ranks of their
+    experts, by stores where these reach and else by puts. A combine sums on the experts' ranks alone, and
+    results with ``layout="rank"`` do not outlive the buffer.
 
     Args:
         group: the peers: an mpi4py communicator, a torch process group, an `ep_rt.Group`, or None for
@@ -347,7 +348,8 @@ class Buffer:
             by source rank, then source token; ``recv_topk_idx`` [num_recv_tokens, num_topk] with *local*
             expert ids, -1 where the expert is not on this rank; ``recv_topk_weights``, 0 there;
             ``num_recv_tokens_per_expert_list``, one count per local expert, also of dropped rows: a list
-            or, on a GPU with `num_worst_tokens`, a sequence that waits for the device when it is looked at;
+            or, on a GPU with `num_worst_tokens`, a sequence that waits for the device when it is looked at,
+            and is empty without `topk_idx`;
             ``handle`` for `combine`; ``event``. With `handle` the ids and weights are None.
 
             With layout "expert" ``recv_x`` has P rows, P the sum of the padded segments, or

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cuda.layout import ReceivedRow
-from .cuda.plan import Parts
+from .cuda.plan import Parts, node_masks_bytes
 from .errors import ConfigError
 from .requests import local_experts
 
@@ -144,14 +144,17 @@ class Routes:
         """Of an operation of bench: a dispatch or a combine, whichever its name begins with."""
         return self.combine(row) if operation.startswith("combine") else self.dispatch(row)
 
-    def dispatch(self, row: ReceivedRow, *, given: ReceivedRow | None = None) -> Plan:
+    def dispatch(self, row: ReceivedRow, *, given: ReceivedRow | None = None, by_ranks: bool = False) -> Plan:
         """Of rows as they are received.
 
         Args:
             given: of rows as they are given, where they are cast on their way: the network carries those.
+            by_ranks: routing is given by ranks, without expert ids. The network carries masks of ranks.
         """
+        masks_bytes = node_masks_bytes(self.to_node.shape[1]) if by_ranks else 0
         return Plan(
-            Flow(self.network_rows, record_bytes(given or row)), Flow(self.nvlink_rows, row.total_bytes)
+            Flow(self.network_rows, record_bytes(given or row, masks_bytes)),
+            Flow(self.nvlink_rows, row.total_bytes),
         )
 
     def combine(self, row: ReceivedRow) -> Plan:
@@ -180,6 +183,7 @@ def num_nodes_of(num_ranks: int, ranks_per_node: int) -> int:
     return num_ranks // ranks_per_node
 
 
-def record_bytes(row: ReceivedRow) -> int:
+def record_bytes(row: ReceivedRow, masks_bytes: int = 0) -> int:
     """Of a row on the network."""
-    return Parts.of((row.row_bytes, row.sf_bytes, row.idx_bytes, row.weights_bytes)).record_bytes
+    parts = row.row_bytes, row.sf_bytes, row.idx_bytes, row.weights_bytes, masks_bytes
+    return Parts.of(parts).record_bytes

@@ -4,6 +4,8 @@
 // on
 //            each other node how many of its tokens come, and to how many each rank there belongs; from those
 //            of all nodes it knows the list of tokens that it will dispatch within its own (Segments).
+// Masks      without expert ids another node cannot tell to which of its ranks a token goes. A byte for each
+//            node says so; they cross ahead of the rows, as ids do.
 // Reuse      messages come in two sets, by parity of the call: who sends that of call c + 2 has heard from
 //            the receiver in c + 1, which it entered after it had read all of c.
 // Launch     one block of at least kMaxNodes threads, a multiple of 32.
@@ -24,12 +26,13 @@ struct InternodeLayoutArgs {
     NetworkPlan* plan;
     const uint8_t* topk_idx;
     const uint8_t* is_token_in_rank;  // [num_tokens, all ranks], read where there are no expert ids
+    uint8_t* node_masks;              // made of that, see IntranodeDispatchArgs
     int32_t* lists;                   // [num_nodes, num_tokens]: the tokens for each node, in order
     int32_t* positions;               // [num_tokens, num_nodes]: the number of a token there, or -1
     uint64_t timeout_ns;
     uint32_t digest;
     int32_t rank, num_ranks;  // of the node
-    int32_t node, num_nodes, num_tokens, num_topk, num_experts, idx_bytes;
+    int32_t node, num_nodes, num_tokens, num_topk, num_experts, idx_bytes, node_masks_bytes;
     uint8_t* slabs[kMaxLocalRanks];
 };
 
@@ -60,13 +63,25 @@ struct InternodeLayout {
                                    : reinterpret_cast<const int32_t*>(args.topk_idx)[at];
     }
 
+    __device__ bool goes_to(int32_t token, int32_t rank) const {
+        return args.is_token_in_rank[int64_t{token} * num_all() + rank] != 0;
+    }
+
     // Finds out where a token goes. An id that does not exist is none.
     __device__ void find_ranks(int32_t token) const {
         for (int32_t rank = 0; rank < num_all(); rank += 32) ranks(rank) = 0;
         if (token >= args.num_tokens) return;
         if (args.topk_idx == nullptr) {
-            for (int32_t rank = 0; rank < num_all(); ++rank)
-                if (args.is_token_in_rank[int64_t{token} * num_all() + rank]) ranks(rank) |= 1u << rank % 32;
+            for (int32_t n = 0; n < args.num_nodes; ++n) {
+                const int32_t first = n * args.num_ranks;
+                uint32_t mask = 0;
+#pragma unroll
+                for (int32_t r = 0; r < kMaxLocalRanks; ++r)
+                    if (r < args.num_ranks) mask |= uint32_t{goes_to(token, first + r)} << r;
+                args.node_masks[int64_t{token} * args.node_masks_bytes + n] = mask;
+                for (int32_t r = 0; r < args.num_ranks; ++r)
+                    ranks(first + r) |= (mask >> r & 1) << (first + r) % 32;
+            }
             return;
         }
         for (int32_t first = 0; first < args.num_topk; first += kBatch) {

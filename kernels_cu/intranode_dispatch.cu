@@ -12,8 +12,9 @@
 // Cached     the positions come from an earlier call; offers then carry no counts, and there is no metadata.
 // Segmented  of several nodes, the ranks of one dispatch all tokens that have come to it: see `Segments`.
 //            Rows are in the order of all ranks of all nodes: segment, then source rank, then token. Counts
-//            are offered by segment, and known before the layout is: block 0 offers them first of all. There
-//            are always expert ids, those of all nodes; the experts of this one count from first_expert.
+//            are offered by segment, and known before the layout is: block 0 offers them first of all. Expert
+//            ids are those of all nodes; the experts of this one count from first_expert. Without ids there
+//            are masks, see internode_layout.cu.
 //            Tokens of other nodes may still be on their way, see internode_exchange.cu: this kernel waits
 //            for them, and ends after the exchange. Whoever waits for a peer here waits longer than the
 //            exchange does, which knows the node that is late.

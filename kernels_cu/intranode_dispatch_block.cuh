@@ -25,7 +25,7 @@ struct IntranodeDispatchArgs {
     const uint8_t* sf;  // not with kCfg.quantizes
     const uint8_t* topk_idx;
     const float* topk_weights;
-    const uint8_t* is_token_in_rank;  // read where there are no expert ids
+    const uint8_t* is_token_in_rank;  // read where there are no expert ids, on one node
     int32_t* send_row;                // [num_tokens, kMaxLocalRanks]
     SendPlan* send_plan;
     uint8_t* masks;       // [num_tokens], scratch
@@ -46,9 +46,13 @@ struct IntranodeDispatchArgs {
     const uint8_t* landed_sf;
     const uint8_t* landed_topk_idx;
     const float* landed_topk_weights;
-    const uint64_t* order;        // stamped: the tokens of other segments, as they land
+    const uint64_t* order;  // stamped: the tokens of other segments, as they land
+    // [tokens, node_masks_bytes], without expert ids: a byte for each node, with a bit for each of its ranks
+    // that the token goes to.
+    const uint8_t *node_masks, *landed_node_masks;
+    int32_t node_masks_bytes;
     int32_t first_expert;         // of this node: ids count from the first expert of all nodes
-    int32_t waits_for_announced;  // ids, weights and scale factors of those tokens may be on their way
+    int32_t waits_for_announced;  // all but the rows of those tokens may be on its way
     int32_t num_exchange_blocks;  // of the exchange that brings them; 0: it has ended
 };
 
@@ -103,6 +107,7 @@ struct DispatchBlock {
     __device__ void lay_out_alone();
     __device__ Reason lay_out_together();
     __device__ uint32_t destinations(int32_t token) const;
+    __device__ uint32_t told_destinations(int32_t token) const;
     __device__ void count_tokens();
     __device__ Reason add_up_blocks();
     __device__ void place(uint32_t mask, int32_t& running, int32_t (&position)[kMaxLocalRanks]);

@@ -15,9 +15,21 @@
 
 namespace ep {
 
-// Bit d: the token has an expert on rank d.
+// As destinations, of several nodes and without expert ids.
+template <IntranodeDispatchCfg kCfg>
+__device__ uint32_t DispatchBlock<kCfg>::told_destinations(int32_t token) const {
+    const SegmentIndex& index = shared.segments.index;
+    const int32_t landed = index.landed(token);
+    const uint8_t* masks = landed < 0 ? args.node_masks : args.landed_node_masks;
+    const int64_t at = landed < 0 ? token - index.own_begin : landed;
+    return masks[at * args.node_masks_bytes + args.segments->own];
+}
+
+// Bit d: the token goes to rank d, where it has an expert.
 template <IntranodeDispatchCfg kCfg>
 __device__ uint32_t DispatchBlock<kCfg>::destinations(int32_t token) const {
+    if constexpr (kCfg.segmented)
+        if (args.topk_idx == nullptr) return told_destinations(token);
     uint32_t mask = 0;
     if (kCfg.segmented || args.topk_idx != nullptr) {
 #pragma unroll 8

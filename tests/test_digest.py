@@ -46,6 +46,11 @@ def dispatch(handle_call: int = 0, **changes: Any) -> int:
         {"topk_idx": np.zeros((3, 2), np.int32)},
         {"topk_idx": np.zeros((3, 1), np.int64)},
         {"topk_weights": np.zeros((3, 2), np.float32)},
+        {
+            "topk_idx": None,
+            "is_token_in_rank": np.zeros((3, 2), np.bool_),
+            "num_tokens_per_expert": np.zeros(8, np.int32),
+        },
         {"num_experts": 16},
         {"num_worst_tokens": 5},
         {"handle_call": 3},

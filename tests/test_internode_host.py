@@ -11,9 +11,10 @@ import pytest
 from numpy.typing import NDArray
 
 from ep_rt import arrays
-from ep_rt.cuda import nvshmem, plan
+from ep_rt.arrays import ArrayView
+from ep_rt.cuda import kernels, nvshmem, plan
 from ep_rt.cuda.hang import Farewell, Names, Report, verdict
-from ep_rt.cuda.internode import Internode
+from ep_rt.cuda.internode import Bringing, Internode
 from ep_rt.cuda.layout import (
     FIRST_COMBINE_ZONE,
     MAX_CHANNELS,
@@ -62,6 +63,38 @@ def test_parts_of_a_row() -> None:
     assert (ahead.order, ahead.num_ahead) == ((2, 3, 0), 2)
     assert ahead.record_bytes == parts.record_bytes
     assert ahead.places(10) == parts.places(10)
+
+
+@pytest.mark.parametrize("num_nodes", [2, 3, 32])
+def test_masks_go_ahead_where_there_are_no_ids(num_nodes: int) -> None:
+    def bringing(*views: ArrayView | None, is_cached: bool = False) -> Bringing:
+        return made.bringing(views, num_tokens=5, num_experts=2 * num_nodes, is_cached=is_cached)
+
+    made = object.__new__(Internode)
+    internode: Any = made
+    internode.num_nodes, internode.max_tokens = num_nodes, 8
+    internode._rings = plan.rings(num_nodes, 0, plan.record_bytes(96, 1))
+    internode._rings_fields = internode._common = {}
+    internode._domain = SimpleNamespace(max_blocks=2)
+    internode.order = internode.progress = 0
+    internode._layout, internode._exchange = (
+        SimpleNamespace(spec=spec, bind=lambda args, **_: args)
+        for spec in (kernels.internode_layout(), kernels.internode_exchange())
+    )
+    x, sf, ids = (
+        arrays.view(np.zeros((5, width), dtype), name="x")
+        for width, dtype in ((24, np.float32), (3, np.float32), (2, np.int64))
+    )
+    by_ranks, by_ids = bringing(x, sf, None, None), bringing(x, sf, ids, None)
+    cached = bringing(x, sf, None, None, is_cached=True)
+    masks_bytes = plan.node_masks_bytes(num_nodes)
+    assert num_nodes <= masks_bytes < num_nodes + 4
+    assert by_ranks.parts.num_bytes == (96, 12, 0, 0, masks_bytes)
+    assert (by_ranks.parts.order, by_ranks.parts.num_ahead) == ((1, 4, 0), 2)
+    layout: Any = by_ranks.layout
+    assert layout["node_masks_bytes"] == masks_bytes
+    assert (by_ids.parts.order, cached.parts.order) == ((1, 2, 0), (1, 0))
+    assert cached.layout is None
 
 
 def test_hosts_add_what_ranks_of_all_nodes_counted() -> None:

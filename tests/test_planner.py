@@ -9,6 +9,7 @@ from ep_rt import __main__ as program
 from ep_rt import reference
 from ep_rt.bench.workload import Routing
 from ep_rt.cuda.layout import ReceivedRow
+from ep_rt.cuda.plan import node_masks_bytes
 from ep_rt.errors import ConfigError
 from ep_rt.planner import Array, Flow, Plan, Routes, record_bytes
 
@@ -56,6 +57,16 @@ def test_rows_are_those_that_counting_gives(num_nodes: int, size: int, seed: int
     assert np.array_equal(back.network.rows, network.T)
     assert np.array_equal(back.nvlink.received_bytes, plan.nvlink.sent_bytes)
     assert plan.nvlink.busiest_bytes == max(0, *(nvlink.sum(axis=axis).max() * 104 for axis in (0, 1)))
+
+
+def test_without_ids_masks_cross() -> None:
+    ids, num_experts = drawn(3, 3, 2)
+    routes = Routes.of(ids, num_experts=num_experts, ranks_per_node=2)
+    row = ReceivedRow(row_bytes=48, sf_bytes=20, idx_bytes=0, weights_bytes=0)
+    by_ids, by_ranks = routes.dispatch(row), routes.dispatch(row, by_ranks=True)
+    assert (by_ids.network.row_bytes, by_ranks.network.row_bytes) == (80, 96)
+    assert record_bytes(row, node_masks_bytes(17)) == 112
+    assert by_ids.nvlink.row_bytes == by_ranks.nvlink.row_bytes == 68
 
 
 @pytest.mark.parametrize(("num_nodes", "size"), SIZES)

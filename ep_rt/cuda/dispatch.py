@@ -400,11 +400,11 @@ class Dispatch:
         internode, bringing, args = self._internode, found.bringing, found.launch.args
         assert internode is not None
         assert bringing is not None
-        brought = internode.bring(
-            bringing, crossing, pointers[:4], call, num_sms=found.num_sms, digest=digest
-        )
+        brought = internode.bring(bringing, crossing, pointers, call, num_sms=found.num_sms, digest=digest)
         args.segments = brought.crossing.segments
-        args.landed_x, args.landed_sf, args.landed_topk_idx, args.landed_topk_weights = brought.landed
+        args.landed_x, args.landed_sf, args.landed_topk_idx, args.landed_topk_weights = brought.landed[:4]
+        args.node_masks, args.landed_node_masks = brought.node_masks, brought.landed[4]
+        args.node_masks_bytes = bringing.parts.num_bytes[4]
         args.order = internode.order
         args.first_expert = internode.node * bringing.num_node_experts
         args.waits_for_announced = bringing.parts.ahead_bytes > 0

@@ -83,6 +83,7 @@ class Bringing:
 
     Attributes:
         layout: None with a handle.
+        parts: x, scale factors, ids, weights, and node masks where there are no ids to say where tokens go.
         num_node_experts: of one node; 0 with a handle.
     """
 
@@ -98,11 +99,13 @@ class Brought:
     """Tokens of other nodes that come, or have come, for a dispatch within this node.
 
     Attributes:
-        landed: where the parts of them lie, in the order of `Bringing.parts`.
+        node_masks: those of this rank's own tokens, made without expert ids.
+        landed: where the parts of the others lie, in the order of `Bringing.parts`.
         num_blocks: of the exchange that brings them.
     """
 
     crossing: Crossing
+    node_masks: int
     landed: tuple[int, ...]
     num_blocks: int
 
@@ -254,25 +257,26 @@ class Internode:
         num_experts: int,
         is_cached: bool,
     ) -> Bringing:
-        """Of x, scale factors, ids and weights.
+        """Of x, scale factors, ids and weights. Without ids and handle routing is given by ranks.
 
         Raises:
             ConfigError: rows that do not fit into a slot.
         """
-        parts = Parts.of([row_bytes(view) for view in views], num_ahead=3)
         ids = views[2]
+        by_ranks = ids is None and not is_cached
+        masks_bytes = plan.node_masks_bytes(self.num_nodes) if by_ranks else 0
+        parts = Parts.of([*map(row_bytes, views), masks_bytes], num_ahead=4)
         layout = None
         if not is_cached:
-            if ids is None:
-                raise ConfigError("across nodes a dispatch needs topk_idx, or the handle of such a dispatch")
             layout = bind(
                 self._layout,
                 1,
                 {
                     "num_tokens": num_tokens,
-                    "num_topk": ids.shape[1],
+                    "num_topk": 0 if ids is None else ids.shape[1],
                     "num_experts": num_experts,
-                    "idx_bytes": itemsize(ids),
+                    "idx_bytes": 0 if ids is None else itemsize(ids),
+                    "node_masks_bytes": masks_bytes,
                 },
                 self._common,
             )
@@ -294,29 +298,35 @@ class Internode:
 
         Args:
             crossing: of the handle; None for a new one.
-            pointers: of the parts here.
+            pointers: of x, scale factors, ids, weights and is_token_in_rank here.
         """
         domain, parts = self._domain, found.parts
-        if crossing is None:
-            crossing = self._lay_out(found, pointers, call, digest=digest)
+        *sources, in_rank = pointers
         places = parts.places((self.num_nodes - 1) * self.max_tokens)
-        landed = domain.heap.take(places[-1], is_capturing=call.is_capturing)
+        landed = domain.heap.take(
+            places[-1] + parts.num_bytes[-1] * found.num_tokens, is_capturing=call.is_capturing
+        )
         call.temporaries.append(landed)
-        targets = tuple(landed.pointer + place for place in places[:-1])
+        *targets, masks = (landed.pointer + place for place in places)
+        if crossing is None:
+            crossing = self._lay_out(found, sources[2], in_rank, masks, call, digest=digest)
         found.exchange.args.lists = crossing.lists  # never set on the way back
         num_blocks = self._launch_exchange(
-            found.exchange, parts, crossing, pointers, targets, call.stream, num_sms
+            found.exchange, parts, crossing, (*sources, masks), targets, call.stream, num_sms
         )
-        return Brought(crossing, targets, num_blocks)
+        return Brought(crossing, masks, tuple(targets), num_blocks)
 
-    def _lay_out(self, found: Bringing, pointers: Sequence[int], call: Call, *, digest: int) -> Crossing:
+    def _lay_out(
+        self, found: Bringing, ids: int, in_rank: int, masks: int, call: Call, *, digest: int
+    ) -> Crossing:
         num_tokens = found.num_tokens
         num_bytes = crossing_bytes(num_tokens, self.num_nodes)
         block = self._domain.heap.take(num_bytes, is_capturing=call.is_capturing)
         crossing = Crossing(block, num_tokens, self.num_nodes)
         assert found.layout is not None
         args = found.layout.args
-        args.topk_idx, args.plan = pointers[2], crossing.plan
+        args.topk_idx, args.is_token_in_rank, args.node_masks = ids, in_rank, masks
+        args.plan = crossing.plan
         args.lists, args.positions = crossing.lists, crossing.positions
         args.digest = digest
         found.layout(call.stream)

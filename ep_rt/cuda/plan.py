@@ -186,6 +186,11 @@ class Parts:
         return tuple(accumulate(sizes, initial=0))
 
 
+def node_masks_bytes(num_nodes: int) -> int:
+    """Of a token that no expert ids go with: a mask of ranks for each node, in whole words."""
+    return align_up(num_nodes, 4)
+
+
 # On two H200 channels of warps, with slots for two rows, had half the speed of these. A slot is a message on
 # the network.
 _MIN_SLOT_BYTES: Final = 128 << 10

@@ -28,6 +28,7 @@ from ep_rt.cuda.layout import (
 from .kernels import Kernels, bound
 from .machine import Array, EmulatedKernel, Machine, Memory
 from .runtime import Kind
+from .segments import node_masks
 
 NUM_CHANNELS = 3
 NUM_SLOTS = 2
@@ -37,30 +38,47 @@ ELEMENT = "float32"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """What all ranks send. Rows are float32, so that what is moved can be summed as well."""
+    """What all ranks send. Rows are float32, so that what is moved can be summed as well.
+
+    Attributes:
+        by_ranks: the kernels are told to which ranks tokens go, and no ids.
+    """
 
     x: Sequence[Array]
     topk_idx: Sequence[Array]
     num_experts: int
+    by_ranks: bool = False
 
     @classmethod
-    def draw(cls, rng: np.random.Generator, num_ranks: int, *, hidden: int, max_tokens: int) -> Layer:
+    def draw(
+        cls,
+        rng: np.random.Generator,
+        num_ranks: int,
+        *,
+        hidden: int,
+        max_tokens: int,
+        by_ranks: bool = False,
+    ) -> Layer:
         num_topk, num_experts = int(rng.integers(1, 4)), num_ranks * int(rng.integers(1, 3))
         counts = rng.integers(0, max_tokens + 1, num_ranks)
         return cls(
             x=[rng.standard_normal((int(n), hidden)).astype(np.float32) for n in counts],
             topk_idx=[rng.integers(-1, num_experts + 1, (int(n), num_topk)) for n in counts],
             num_experts=num_experts,
+            by_ranks=by_ranks,
         )
 
-    def nodes(self, rank: int, num_nodes: int) -> Array:
-        """bool [T, N]: where the tokens of a rank go."""
+    def ranks(self, rank: int) -> Array:
+        """bool [T, R]: where the tokens of a rank go."""
         ids = self.topk_idx[rank]
         ids = np.where(ids < self.num_experts, ids, -1)
-        in_rank = reference.dispatch_layout(
-            ids, num_experts=self.num_experts, num_ranks=len(self.x)
-        ).is_token_in_rank
-        return np.asarray(in_rank.reshape(len(ids), num_nodes, len(self.x) // num_nodes).any(axis=2))
+        layout = reference.dispatch_layout(ids, num_experts=self.num_experts, num_ranks=len(self.x))
+        return layout.is_token_in_rank
+
+    def nodes(self, rank: int, num_nodes: int) -> Array:
+        """bool [T, N]: the same by node."""
+        in_rank = self.ranks(rank)
+        return np.asarray(in_rank.reshape(len(in_rank), num_nodes, len(self.x) // num_nodes).any(axis=2))
 
 
 class Exchanges:
@@ -163,35 +181,44 @@ class Exchanges:
         common = self.common(rank) | {"plan": plan, "num_tokens": num_tokens}
         lists = machine.allocate(rank, 4 * num_nodes * num_tokens, "lists").address
         positions = machine.allocate(rank, 4 * num_nodes * num_tokens, "positions").address
-        given = {name: machine.put(rank, array, name) for name, array in (("x", x), ("ids", ids))}
+        x_at = machine.put(rank, x, "x")
+        # What says where tokens go: ids, or masks that the layout makes.
+        told = layer.topk_idx
+        if layer.by_ranks:
+            told = [node_masks(layer.ranks(src), num_nodes) for src in self.ranks]
+            told_at = machine.allocate(rank, told[rank].nbytes, "node masks").address
+            routing = {
+                "is_token_in_rank": machine.put(rank, layer.ranks(rank).view(np.uint8), "in_rank"),
+                "node_masks": told_at,
+                "node_masks_bytes": told[rank].shape[1],
+            }
+        else:
+            told_at = machine.put(rank, ids, "ids")
+            routing = {"topk_idx": told_at or positions, "num_topk": num_topk, "idx_bytes": 8}
         machine.launch(
             rank,
             self._layout(),
             bound(
                 self._layout(),
                 {
-                    "topk_idx": given["ids"] or positions,
                     "lists": lists,
                     "positions": positions,
                     "digest": digest,
-                    "num_topk": num_topk,
                     "num_experts": layer.num_experts,
-                    "idx_bytes": 8,
                 },
+                routing,
                 common,
             ),
             1,
         )
         coming = [goes[src][:, node] for src in sources]
         landed_x = np.concatenate([layer.x[src][mask] for src, mask in zip(sources, coming, strict=True)])
-        landed_ids = np.concatenate(
-            [layer.topk_idx[src][mask] for src, mask in zip(sources, coming, strict=True)]
-        )
-        row_bytes, idx_bytes = 4 * hidden, 8 * num_topk
+        landed_told = np.concatenate([told[src][mask] for src, mask in zip(sources, coming, strict=True)])
+        row_bytes, told_bytes = 4 * hidden, told[rank].itemsize * told[rank].shape[1]
         self._send(
             rank,
             common | {"lists": lists, "order": self.orders[rank].address},
-            [(given["ids"], landed_ids, idx_bytes), (given["x"], landed_x, row_bytes)],
+            [(told_at, landed_told, told_bytes), (x_at, landed_x, row_bytes)],
             "landed",
             num_ahead=1,
         )

@@ -96,6 +96,27 @@ SEGMENTED: Final = (
         "segmented-r2-sm90",
     ),
     Mutation(
+        "segments: masks are taken for the first node's",
+        "intranode_dispatch_layout.cuh",
+        "return masks[at * args.node_masks_bytes + args.segments->own];",
+        "return masks[at * args.node_masks_bytes];",
+        "segmented-by-ranks-r2-sm90",
+    ),
+    Mutation(
+        "segments: masks of own tokens are looked up in the list",
+        "intranode_dispatch_layout.cuh",
+        "landed < 0 ? token - index.own_begin : landed;",
+        "landed < 0 ? token : landed;",
+        "segmented-by-ranks-r2-sm90",
+    ),
+    Mutation(
+        "segments: masks of what has landed are looked up with the own tokens in between",
+        "intranode_dispatch_layout.cuh",
+        "landed < 0 ? token - index.own_begin : landed;",
+        "landed < 0 ? token - index.own_begin : token;",
+        "segmented-by-ranks-r2-sm90",
+    ),
+    Mutation(
         "segments: rows that do not fit are sent",
         "intranode_dispatch_block.cuh",
         "return row < shared.plan.limit[destination] ? row : -1;",

@@ -61,6 +61,7 @@ def dispatch(
     quantizes: bool = False,
     handle: Handle | None = None,
     in_rank: Sequence[Array] | None = None,
+    masks: Sequence[Array] | None = None,
     places: Sequence[int],
     max_redundant_tokens: int = 512,
     only: Collection[int] | None = None,
@@ -72,7 +73,7 @@ def dispatch(
     Args:
         lists: of several nodes: the tokens of all arrays are those of these lists.
         places: of the slab, by rank.
-        in_rank: for a dispatch without ids.
+        in_rank, masks: for a dispatch without ids, on one node and of several.
         only: ranks that take part, if not all: a mistake of the program.
         digests: of the ranks' arguments, where they differ.
     """
@@ -115,12 +116,13 @@ def dispatch(
                 **_token_inputs(
                     ranks,
                     rank,
-                    {"x": x, "sf": sf, "topk_idx": ids, "topk_weights": weights},
+                    {"x": x, "sf": sf, "topk_idx": ids, "topk_weights": weights, "node_masks": masks},
                     None if lists is None else lists[rank],
                 ),
                 "segments": segments[rank] if segments else 0,
                 "order": 0 if lists is None else _order(ranks, rank, lists[rank]),
                 "first_expert": 0 if lists is None else lists[rank].node * num_experts,
+                "node_masks_bytes": 0 if masks is None else masks[rank].shape[1],
                 "is_token_in_rank": _input(
                     ranks, rank, None if in_rank is None else in_rank[rank], "in_rank"
                 ),

@@ -123,8 +123,16 @@ def _normal(num_calls: int, max_tokens: int, elements: Sequence[str] = BF16) -> 
     return partial(cases.draw_normal, num_calls=num_calls, max_tokens=max_tokens, elements=elements)
 
 
-def _segmented(num_ranks: int, num_calls: int, max_tokens: int, **fields: Any) -> dict[str, Any]:
-    draw = partial(segmented_cases.draw_segmented, num_calls=num_calls, max_tokens=max_tokens, elements=BF16)
+def _segmented(
+    num_ranks: int, num_calls: int, max_tokens: int, *, by_ranks: bool = False, **fields: Any
+) -> dict[str, Any]:
+    draw = partial(
+        segmented_cases.draw_segmented,
+        num_calls=num_calls,
+        max_tokens=max_tokens,
+        elements=BF16,
+        by_ranks=by_ranks,
+    )
     return {"num_ranks": num_ranks, "draw": draw, "kernels": _segmented_kernels, **fields}
 
 
@@ -209,6 +217,8 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     **_each_path("segmented-r2", **_segmented(2, 4, 4)),
     **_each_path("segmented-r3", **_segmented(3, 4, 3, epochs=(0, *_NEAR_WRAP))),
     **_each_path("segmented-r8", **_segmented(8, 2, 2, max_blocks=1)),
+    **_each_path("segmented-by-ranks-r2", **_segmented(2, 3, 4, by_ranks=True)),
+    **_each_path("segmented-by-ranks-r3", **_segmented(3, 3, 3, by_ranks=True, epochs=(0, *_NEAR_WRAP))),
     **_each_path("segmented-product-r2", **_segmented(2, 2, 8, max_blocks=1, is_small=False)),
     **_each_path(
         "segmented-quantized-r2",
@@ -300,6 +310,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     **_each_path("dead-r2", num_ranks=2, draw=_normal(3, 4), dies=True),
     **_each_path("dead-r4", num_ranks=4, draw=_normal(2, 4), dies=True, max_dead_step=150_000),
     **_each_path("segmented-dead-r3", **_segmented(3, 3, 3, dies=True)),
+    "segmented-by-ranks-dead-r3": Scenario(**_segmented(3, 3, 3, by_ranks=True, dies=True)),
     **_each_path("segmented-expiring-r2", **_segmented(2, 3, 3, expires=True)),
     "other-call-r3": Scenario(
         num_ranks=3,

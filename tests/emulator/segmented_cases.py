@@ -16,7 +16,7 @@ from . import normal
 from .cases import DTYPES, Routing, random_bits, random_values, repeat
 from .machine import Array
 from .ranks import Ranks
-from .segments import SegmentList, over_lists, segment_lists
+from .segments import SegmentList, node_masks, over_lists, segment_lists
 
 
 class Nodes:
@@ -54,6 +54,7 @@ class Nodes:
             slack=int(rng.integers(4)),
         )
         self.num_node_experts = self.num_experts // num_nodes
+        self.masks = [node_masks(each, num_nodes, padding=0x7B) for each in in_rank]
 
     def rows(self, rng: np.random.Generator, width: int, dtype: object) -> list[Array]:
         return [random_bits(rng, (count, width), dtype) for count in self.routing.num_tokens]
@@ -93,8 +94,13 @@ def draw_segmented(
     num_calls: int,
     max_tokens: int,
     elements: Sequence[str] = ELEMENTS,
+    by_ranks: bool = False,
 ) -> None:
-    """Dispatches of lists, repeated ones, combines and barriers, all enqueued at once."""
+    """Dispatches of lists, repeated ones, combines and barriers, all enqueued at once.
+
+    Args:
+        by_ranks: routing is given by ranks, without ids.
+    """
     done = 0
     while done < num_calls:
         nodes = Nodes(rng, ranks, max_tokens=max_tokens)
@@ -112,13 +118,14 @@ def draw_segmented(
             return [int(number) for number in rng.integers(0, ranks.num_places, ranks.num_ranks)]
 
         x, sf = rows(), scales() if sf_width else None
-        weights = nodes.routing.weights if with_weights else None
+        weights = nodes.routing.weights if with_weights and not by_ranks else None
         expected = nodes.dispatched(x, weights, sf, num_worst_tokens=worst)
         handle, _ = normal.dispatch(
             ranks,
             nodes.over_lists(x),
             expected,
-            ids=nodes.over_lists(nodes.ids),
+            ids=None if by_ranks else nodes.over_lists(nodes.ids),
+            masks=nodes.over_lists(nodes.masks) if by_ranks else None,
             weights=None if weights is None else nodes.over_lists(weights),
             sf=None if sf is None else nodes.over_lists(sf),
             num_experts=nodes.num_node_experts,

@@ -9,6 +9,7 @@ import numpy as np
 
 from ep_rt import reference
 from ep_rt.cuda.layout import SEGMENTS
+from ep_rt.cuda.plan import node_masks_bytes
 
 from .machine import Array
 
@@ -78,6 +79,15 @@ def segment_lists(
         lists.append(SegmentList(tokens=tokens, node=node, counts=counts, max_tokens=0))
     longest = max(each.first[-1] for each in lists)
     return [replace(each, max_tokens=longest + slack) for each in lists]
+
+
+def node_masks(is_token_in_rank: Array, num_nodes: int, *, padding: int = 0) -> Array:
+    """uint8 [T, N and padding]: bool [T, R] of all ranks, with a bit for each rank of a node."""
+    num_tokens, num_ranks = is_token_in_rank.shape
+    by_node = is_token_in_rank.reshape(num_tokens, num_nodes, num_ranks // num_nodes)
+    masks = np.full((num_tokens, node_masks_bytes(num_nodes)), padding, np.uint8)
+    masks[:, :num_nodes] = np.packbits(by_node, axis=2, bitorder="little")[:, :, 0]
+    return masks
 
 
 def over_lists(

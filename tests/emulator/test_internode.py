@@ -33,6 +33,7 @@ def drawn(
     slot_bytes: int = 256,
     sources: Path = KERNELS_CU,
     is_virtual: bool = False,
+    by_ranks: bool = False,
 ) -> Exchanges:
     rng = np.random.default_rng(seed)
     load = Kernels(sources=sources)
@@ -40,7 +41,8 @@ def drawn(
     num_ranks = num_nodes * num_local_ranks
     for _ in range(num_layers):
         hidden = 4 * int(rng.integers(*vectors))
-        exchanges.layer(Layer.draw(rng, num_ranks, hidden=hidden, max_tokens=max_tokens), rng)
+        layer = Layer.draw(rng, num_ranks, hidden=hidden, max_tokens=max_tokens, by_ranks=by_ranks)
+        exchanges.layer(layer, rng)
     return exchanges
 
 
@@ -51,6 +53,18 @@ def test_rows_cross_and_come_back(num_nodes: int, num_local_ranks: int, is_virtu
         exchanges = drawn(num_nodes, num_local_ranks, drawing, is_virtual=is_virtual)
         for seed in range(NUM_SEEDS):
             exchanges.machine.run(seed, orders_queue_pairs=bool(seed % 2))
+            assert not exchanges.has_failed
+
+
+# Of 33 ranks the bits of a node are in two words.
+@pytest.mark.parametrize(("num_nodes", "num_local_ranks"), [(2, 1), (2, 2), (3, 2), (5, 1), (2, 8), (11, 3)])
+def test_routing_by_ranks_crosses_as_masks(num_nodes: int, num_local_ranks: int) -> None:
+    is_large = num_nodes * num_local_ranks > 8
+    for drawing in range(1 if is_large else 3):
+        max_tokens = 3 if is_large else 9
+        exchanges = drawn(num_nodes, num_local_ranks, drawing, by_ranks=True, max_tokens=max_tokens)
+        for seed in range(2 if is_large else 6):
+            exchanges.machine.run(seed)
             assert not exchanges.has_failed
 
 
@@ -175,10 +189,46 @@ MUTATIONS = (
 )
 
 
+MUTATIONS_BY_RANKS = (
+    Mutation(
+        "all nodes get the mask of the first",
+        "internode_layout.cu",
+        "mask |= uint32_t{goes_to(token, first + r)} << r;",
+        "mask |= uint32_t{goes_to(token, r)} << r;",
+        "",
+    ),
+    Mutation(
+        "masks lie without the bytes between them",
+        "internode_layout.cu",
+        "int64_t{token} * args.node_masks_bytes + n",
+        "int64_t{token} * args.num_nodes + n",
+        "",
+    ),
+    Mutation(
+        "tokens of the first ranks alone",
+        "internode_layout.cu",
+        "ranks(first + r) |= (mask >> r & 1) << (first + r) % 32;",
+        "ranks(first + r) |= (mask & 1) << (first + r) % 32;",
+        "",
+    ),
+)
+
+
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 def test_planted_bugs_are_found(mutation: Mutation) -> None:
     with sources_with(mutation) as sources, pytest.raises(FoundError):
         _run_all(sources, mutation.max_seeds)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS_BY_RANKS, ids=lambda mutation: mutation.name)
+def test_planted_bugs_of_routing_by_ranks_are_found(mutation: Mutation) -> None:
+    with sources_with(mutation) as sources, pytest.raises(FoundError):
+        _run_by_ranks(sources)
+
+
+def _run_by_ranks(sources: Path) -> None:
+    for drawing in range(4):
+        drawn(2, 2, drawing, by_ranks=True, sources=sources).machine.run(0)
 
 
 def _run_all(sources: Path, num_seeds: int) -> None:

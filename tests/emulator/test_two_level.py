@@ -50,13 +50,32 @@ def test_copies_of_the_bytes_of_a_handle_stand_for_it(
             ranks.machine.run(seed)
 
 
+@pytest.mark.parametrize("architecture", [900, 800])
+@pytest.mark.parametrize("is_virtual", [False, True])
+@pytest.mark.parametrize(("num_nodes", "num_local_ranks"), [(2, 1), (2, 2), (3, 2), (2, 3), (5, 1)])
+def test_routing_by_ranks_equals_the_oracle(
+    num_nodes: int, num_local_ranks: int, is_virtual: bool, architecture: int
+) -> None:
+    for drawing in range(2):
+        rng = np.random.default_rng(drawing)
+        load = Kernels(architecture=architecture, counts=True)
+        ranks = TwoLevel(num_nodes, num_local_ranks, load, is_virtual=is_virtual)
+        ranks.layer(rng, max_tokens=8, by_ranks=True)
+        ranks.layer(rng, max_tokens=8, by_ranks=bool(drawing))
+        ranks.layer(rng, max_tokens=8, payload=("scaled", "cast")[drawing], by_ranks=True)
+        ranks.compare_bytes()
+        for seed in range(3):
+            ranks.machine.run(seed)
+
+
+@pytest.mark.parametrize("by_ranks", [False, True])
 @pytest.mark.parametrize("dead_rank", [0, 3])
 @pytest.mark.parametrize("architecture", [900, 800])
 def test_a_rank_that_stops_ends_the_exchange_and_the_dispatch_beside_it(
-    dead_rank: int, architecture: int
+    dead_rank: int, architecture: int, by_ranks: bool
 ) -> None:
     ranks = TwoLevel(2, 2, Kernels(architecture=architecture), is_virtual=True)
-    ranks.layer(np.random.default_rng(1), max_tokens=8)
+    ranks.layer(np.random.default_rng(1), max_tokens=8, by_ranks=by_ranks)
     ranks.machine.checks.clear()
     num_failed = 0
     for seed in range(24):
@@ -188,12 +207,17 @@ def test_planted_bugs_are_found(mutation: Mutation) -> None:
         _run_all(sources)
 
 
-def _run_all(sources: Path) -> None:
+def test_masks_that_are_not_awaited_are_found() -> None:
+    with sources_with(MUTATIONS[0]) as sources, pytest.raises(FoundError):
+        _run_all(sources, by_ranks=True)
+
+
+def _run_all(sources: Path, *, by_ranks: bool = False) -> None:
     for drawing in range(6):
         rng = np.random.default_rng(drawing)
         ranks = TwoLevel(2 + drawing % 2, 1, Kernels(sources=sources), is_virtual=bool(drawing // 2 % 2))
         for _ in range(2):
-            ranks.layer(rng, max_tokens=8)
+            ranks.layer(rng, max_tokens=8, by_ranks=by_ranks)
         for seed in range(8):
             ranks.machine.run(seed)
             if any(slab.array(SLAB_HEADER, (1,))["failed"][0] for slab in ranks.slabs):

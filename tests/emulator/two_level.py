@@ -142,6 +142,15 @@ class Rows:
         return x[rank], None if sf is None else sf[rank]
 
 
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a dispatch is given: rows, columns of ids and weights, and whether it is told of ranks instead."""
+
+    rows: Rows
+    num_topk: int
+    by_ranks: bool
+
+
 class TwoLevel:
     """Ranks of several nodes, with the memory that a buffer has.
 
@@ -254,11 +263,13 @@ class TwoLevel:
         *,
         max_tokens: int,
         payload: str = "moved",
+        by_ranks: bool = False,
         is_flat: bool = False,
     ) -> None:
         """Enqueue a dispatch, a repeated one, and a combine of rows, weights and biases, on all ranks.
 
         Args:
+            by_ranks: the first dispatch is told to which ranks tokens go, and no ids.
             payload: "moved" rows of the element that is summed, or "scaled" bytes with scale factors; or
                 "cast", of bfloat16 that travels within a node as FP8.
             is_flat: the second and the third have the handle of the first by copies of its bytes.
@@ -270,7 +281,7 @@ class TwoLevel:
         width = 16 // self.element.itemsize * int(rng.integers(1, 12))
         first, second = (Rows.draw(rng, counts, payload, self.element, width) for _ in range(2))
         ids = [rng.integers(-2, num_experts + 2, (count, num_topk)) for count in counts]
-        weights = [rng.random(each.shape, np.float32) for each in ids]
+        weights = None if by_ranks else [rng.random(each.shape, np.float32) for each in ids]
         valid = [np.where((each < 0) | (each >= num_experts), -1, each) for each in ids]
         x, sf = first.received
         sent = reference.dispatch(x, valid, num_experts=num_experts, topk_weights=weights, sf=sf)
@@ -292,11 +303,19 @@ class TwoLevel:
         )
         self.num_calls += 3
         routes = Routes.of(ids, num_experts=num_experts, ranks_per_node=self.num_local)
-        self._plan(routes, [(first, num_topk), (second, 0)], y, num_topk)
+        new = Given(first, 0 if by_ranks else num_topk, by_ranks)
+        self._plan(routes, [new, Given(second, 0, False)], y, num_topk)
+        in_rank = [
+            reference.dispatch_layout(
+                each, num_experts=num_experts, num_ranks=num_ranks
+            ).is_token_in_rank.view(np.uint8)
+            for each in valid
+        ]
         for rank in self.ranks:
-            crossing, routed = self._dispatch(
-                rank, first.of(rank), (ids[rank], weights[rank]), num_experts, sent[rank], None
-            )
+            routing: tuple[Array | None, ...] = None, None, in_rank[rank]
+            if weights is not None:
+                routing = ids[rank], weights[rank], None
+            crossing, routed = self._dispatch(rank, first.of(rank), routing, num_experts, sent[rank], None)
             if is_flat:
                 shape = FlatShape(
                     HandleShape(counts[rank], num_topk, len(sent[rank].recv_x), "rank"),
@@ -304,7 +323,7 @@ class TwoLevel:
                     num_local_experts=num_experts // num_ranks,
                 )
                 crossing, routed = self._copied(rank, shape, crossing, routed, sent[rank])
-            self._dispatch(rank, second.of(rank), (None, None), 0, again[rank], (crossing, routed))
+            self._dispatch(rank, second.of(rank), (None, None, None), 0, again[rank], (crossing, routed))
             self._combine(rank, crossing, routed, (y[rank], given[rank], biases[rank]), combined[rank])
 
     def _copied(
@@ -361,9 +380,7 @@ class TwoLevel:
         assert again.crossing is not None
         return again.crossing, {**routed, **_routing_fields(again.routing.pointer)}
 
-    def _plan(
-        self, routes: Routes, dispatches: list[tuple[Rows, int]], y: list[Array], num_topk: int
-    ) -> None:
+    def _plan(self, routes: Routes, dispatches: list[Given], y: list[Array], num_topk: int) -> None:
         """Add what a layer must move to what the counters are compared with."""
 
         def row(x: Array, sf: Array | None, num_topk: int) -> ReceivedRow:
@@ -375,10 +392,11 @@ class TwoLevel:
             )
 
         back = replace(row(y[0], None, num_topk), idx_bytes=0)
-        for rows, num in dispatches:
-            x, sf = rows.received
-            received = row(x[0], None if sf is None else sf[0], num)
-            plan = routes.dispatch(received, given=row(*rows.of(0), num))
+        for each in dispatches:
+            x, sf = each.rows.received
+            received = row(x[0], None if sf is None else sf[0], each.num_topk)
+            given = row(*each.rows.of(0), each.num_topk)
+            plan = routes.dispatch(received, given=given, by_ranks=each.by_ranks)
             self.nvlink_bytes += plan.nvlink.sent_bytes
             self._add_network(plan.network)
         plan = routes.combine(back)
@@ -472,21 +490,24 @@ class TwoLevel:
         self,
         rank: int,
         rows: tuple[Array, Array | None],
-        routing: tuple[Array | None, Array | None],
+        routing: tuple[Array | None, ...],
         num_experts: int,
         sent: reference.Dispatched,
         earlier: tuple[Crossing, dict[str, int]] | None,
     ) -> tuple[Crossing, dict[str, int]]:
-        """A new dispatch of rows, ids and weights, or one of other rows with the routes of an earlier one.
+        """A new dispatch of rows, or one of other rows with the routes of an earlier one.
+
+        Args:
+            routing: ids, weights, and is_token_in_rank.
 
         Returns what later calls need: the tokens that crossed, and fields of the kernels within a node.
         """
         machine, internode = self.machine, self.internodes[rank]
-        (x, sf), (ids, weights) = rows, routing
+        (x, sf), (ids, weights, in_rank) = rows, routing
         num_topk = 0 if ids is None else ids.shape[1]
         parts = (x, sf, ids, weights)
         views = [None if each is None else arrays.view(each, name="x") for each in parts]
-        pointers = [0 if each is None else self._put(rank, each) for each in parts]
+        pointers = [0 if each is None else self._put(rank, each) for each in (*parts, in_rank)]
         call: Any = SimpleNamespace(stream=rank, is_capturing=False, temporaries=[])
         found = internode.bringing(
             views, num_tokens=len(x), num_experts=num_experts, is_cached=earlier is not None
@@ -514,8 +535,9 @@ class TwoLevel:
             bound(
                 kernel,
                 {
-                    **dict(zip(_OWN, pointers, strict=True)),
+                    **dict(zip(_OWN, (*pointers[:4], brought.node_masks), strict=True)),
                     **{f"landed_{name}": at for name, at in zip(_OWN, brought.landed, strict=True)},
+                    "node_masks_bytes": found.parts.num_bytes[-1],
                     "segments": crossing.segments,
                     "order": internode.order,
                     "first_expert": internode.node * found.num_node_experts,
@@ -546,7 +568,7 @@ class TwoLevel:
         self._compare("recv_x", rank, base + at.x, sent.recv_x)
         if sent.recv_sf is not None:
             self._compare("recv_sf", rank, base + at.sf, sent.recv_sf)
-        if earlier is None:
+        if ids is not None:
             assert sent.recv_topk_weights is not None
             self._compare("recv_topk_idx", rank, base + at.topk_idx, sent.recv_topk_idx.astype(np.int64))
             self._compare("recv_topk_weights", rank, base + at.topk_weights, sent.recv_topk_weights)
@@ -583,4 +605,4 @@ def _routing_fields(place: int) -> dict[str, int]:
     }
 
 
-_OWN = ("x", "sf", "topk_idx", "topk_weights")
+_OWN = ("x", "sf", "topk_idx", "topk_weights", "node_masks")
