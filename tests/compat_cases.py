@@ -52,8 +52,15 @@ def options_of(buffer: Any, number: int) -> dict[str, Any]:
     return options
 
 
-def check_normal(buffer: Any, seed: int, *, ranks_per_node: int | None = None) -> None:
-    """One layer, with and without ids, FP8 or bfloat16, cached, worst case, and combined."""
+def check_normal(
+    buffer: Any, seed: int, *, ranks_per_node: int | None = None, rounds_nodes: bool = False
+) -> None:
+    """One layer, with and without ids, FP8 or bfloat16, cached, worst case, and combined.
+
+    Args:
+        rounds_nodes: a combine rounds the sums of each node.
+    """
+    summed_ranks = ranks_per_node if rounds_nodes else None
     num_ranks, rank = buffer.group_size, buffer.rank
     case = Case.draw(seed, num_ranks, hidden=128 * (1 + seed % 3))
     rng, ids = case.rng, case.topk_idx
@@ -139,7 +146,12 @@ def check_normal(buffer: Any, seed: int, *, ranks_per_node: int | None = None) -
             biases = [each[0] if each else None for each in biases]
         weights = [each.recv_topk_weights for each in expected if each.recv_topk_weights is not None]
         combined = reference.combine(
-            y, expected, num_tokens=counts, bias=biases, topk_weights=weights if with_topk else None
+            y,
+            expected,
+            num_tokens=counts,
+            bias=biases,
+            topk_weights=weights if with_topk else None,
+            ranks_per_node=summed_ranks,
         )[rank]
         bias = biases[rank]
         if bias is not None:
@@ -174,7 +186,7 @@ def check_normal(buffer: Any, seed: int, *, ranks_per_node: int | None = None) -
             assert (worst_idx[rows:] == -1).all()
             y_worst = np.concatenate([y[rank], np.ones((capacity - rows, hidden), BF16)])
             back = buffer.combine(tensor(y_worst), worst_handle)
-            plain = reference.combine(y, expected, num_tokens=counts)[rank]
+            plain = reference.combine(y, expected, num_tokens=counts, ranks_per_node=summed_ranks)[rank]
             assert equal(back[0], plain.x)
 
 

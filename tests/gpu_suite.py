@@ -36,8 +36,9 @@ SANITIZED_ON_ONE_GPU = (
     "tests/gpu/test_low_latency.py::test_any_number_of_ranks[1-virtual]",
     "tests/gpu/test_low_latency.py::test_any_number_of_ranks[2-virtual]",
 )
-OVER_NODES = tuple(
-    f"tests/gpu/test_{name}.py" for name in ("internode", "normal", "expert_major", "low_latency")
+OVER_NODES = (
+    *(f"tests/gpu/test_{name}.py" for name in ("internode", "normal", "expert_major", "low_latency")),
+    "tests/gpu/test_compat_on_gpus.py::test_normal_mode_equals_the_oracle",
 )
 WITHOUT_NVLINK = (
     "tests/gpu/test_internode.py::test_nodes_are_chosen_and_so_are_gpus",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import IS_UNDER_MPI, PLACES, device_count
+from ranks import IS_UNDER_MPI, PLACES, RANKS_PER_NODE, device_count
 
 import ep_rt
 from ep_rt import Group
@@ -77,9 +77,10 @@ def run(place: str, check: Callable[[Any], None], **options: Any) -> None:
 def test_normal_mode_equals_the_oracle(place: str) -> None:
     def check(buffer: Any) -> None:
         for seed in range(8):
-            cases.check_normal(buffer, seed)
+            cases.check_normal(buffer, seed, ranks_per_node=RANKS_PER_NODE, rounds_nodes=True)
 
-    run(place, check)
+    # Over nodes symmetric memory is taken once for all tests.
+    run(place, check, num_rdma_bytes=64 << 20 if RANKS_PER_NODE else 0)
 
 
 @on_every_place

@@ -39,6 +39,17 @@ def on_ranks(body: Callable[[Group], None]) -> None:
     run_ranks("mpi", body)
 
 
+def routing_to(rank: int, num_tokens: int, group: Group, *, by_ranks: bool) -> dict[str, Any]:
+    """Arguments of a dispatch of all tokens to one rank. Each has an expert."""
+    if not by_ranks:
+        return {"topk_idx": put(np.full((num_tokens, 1), rank))}
+    goes = np.arange(group.size) == rank
+    return {
+        "is_token_in_rank": put(np.repeat(goes[None], num_tokens, axis=0)),
+        "num_tokens_per_expert": put(np.where(goes, num_tokens, 0).astype(np.int32)),
+    }
+
+
 def test_counts_by_node() -> None:
     def body(group: Group) -> None:
         with cuda_buffer(group) as buffer:
@@ -118,22 +129,20 @@ def test_bytes_counted_are_those_planned(counts: bool) -> None:
     on_ranks(body)
 
 
-def test_a_missing_rank_is_named_by_its_number_among_all_and_reset_helps() -> None:
+@pytest.mark.parametrize("by_ranks", [False, True])
+def test_a_missing_rank_is_named_by_its_number_among_all_and_reset_helps(by_ranks: bool) -> None:
     def body(group: Group) -> None:
         missing = group.size - 1
         with cuda_buffer(group, timeout_s=SHORT_S) as buffer:
             check_normal(buffer, 1)
+            routing = routing_to(missing, 4, group, by_ranks=by_ranks)
             for _ in range(2):
                 group.barrier()
                 if group.rank != missing:
                     error: Any = None
                     start = time.monotonic()
                     try:
-                        buffer.dispatch(
-                            put(np.ones((4, 16), np.float32)),
-                            topk_idx=put(np.full((4, 1), missing)),
-                            num_experts=group.size,
-                        )
+                        buffer.dispatch(put(np.ones((4, 16), np.float32)), **routing, num_experts=group.size)
                     except ep_rt.EpError as raised:
                         error = raised
                     assert SHORT_S * 0.9 < time.monotonic() - start < SHORT_S * 4
@@ -145,6 +154,50 @@ def test_a_missing_rank_is_named_by_its_number_among_all_and_reset_helps() -> No
                 context_is_alive()
                 group.barrier()
                 check_normal(buffer, 2)
+
+    on_ranks(body)
+
+
+@pytest.mark.parametrize("by_ranks", [False, True])
+def test_what_does_not_fit_is_known_to_its_node(by_ranks: bool) -> None:
+    """The ranks of other nodes go on, and all stay in step."""
+
+    def body(group: Group) -> None:
+        assert RANKS_PER_NODE is not None
+        num_tokens, hidden = 512, 1024
+        with cuda_buffer(group, num_nvl_bytes=2 << 20) as buffer:
+            routing = routing_to(0, num_tokens, group, by_ranks=by_ranks)
+            for _ in range(2):
+                error = ""
+                try:
+                    counts = buffer.dispatch(
+                        put(np.ones((num_tokens, hidden), np.float32)), **routing, num_experts=group.size
+                    ).num_recv_tokens_per_expert_list
+                    assert counts == [0]
+                except ep_rt.ConfigError as raised:
+                    error = str(raised)
+                assert ("does not fit" in error) == (group.rank < RANKS_PER_NODE)
+                assert ("rank 0 receives" in error) == (group.rank == 0)
+                group.barrier()
+            check_normal(buffer, 5)
+
+    on_ranks(body)
+
+
+def test_ids_on_some_ranks_and_none_on_others_is_an_error_on_all() -> None:
+    def body(group: Group) -> None:
+        with cuda_buffer(group, timeout_s=SHORT_S) as buffer:
+            routing = routing_to(0, 4, group, by_ranks=group.rank == group.size - 1)
+            error: Any = None
+            try:
+                buffer.dispatch(put(np.ones((4, 16), np.float32)), **routing, num_experts=group.size)
+            except ep_rt.EpError as raised:
+                error = raised
+            assert isinstance(error, ep_rt.ConfigError)
+            assert "ranks differ" in str(error)
+            group.barrier()
+            buffer.reset()
+            check_normal(buffer, 2)
 
     on_ranks(body)
 

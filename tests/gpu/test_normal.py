@@ -213,30 +213,62 @@ def test_ids_out_of_range_go_nowhere(place: str) -> None:
 
 
 def test_layout_and_dispatch_from_a_layout(place: str) -> None:
-    if RANKS_PER_NODE:
-        pytest.skip("over several nodes a dispatch needs expert ids")
-
     def body(group: Group) -> None:
         with cuda_buffer(group) as buffer:
             for seed, dtype in enumerate((np.int64, np.int32, np.int64)):
                 case = Case.draw(seed, group.size, max_tokens=3000)
                 ids = case.topk_idx[group.rank].astype(dtype)
-                expected = reference.dispatch_layout(ids, num_experts=case.num_experts, num_ranks=group.size)
+                expected = reference.dispatch_layout(
+                    ids,
+                    num_experts=case.num_experts,
+                    num_ranks=group.size,
+                    ranks_per_node=RANKS_PER_NODE or group.size,
+                )
                 layout = buffer.get_dispatch_layout(put(ids), case.num_experts)
                 assert same_bits(fetch(layout.num_tokens_per_rank), expected.num_tokens_per_rank)
                 assert same_bits(fetch(layout.num_tokens_per_expert), expected.num_tokens_per_expert)
                 assert same_bits(fetch(layout.is_token_in_rank), expected.is_token_in_rank)
-                assert layout.num_tokens_per_rdma_rank is None
-                x = [np.full((count, 16), rank, np.float32) for rank, count in enumerate(case.num_tokens)]
-                mine = reference.dispatch(x, case.topk_idx, num_experts=case.num_experts)[group.rank]
-                out = buffer.dispatch(
-                    put(x[group.rank]),
-                    is_token_in_rank=layout.is_token_in_rank,
-                    num_tokens_per_expert=layout.num_tokens_per_expert,
+                if buffer.topology.num_nodes == 1:
+                    assert layout.num_tokens_per_rdma_rank is None
+                else:
+                    assert same_bits(fetch(layout.num_tokens_per_rdma_rank), expected.num_tokens_per_node)
+                rng = case.rng
+                x, again = (
+                    [random_values(rng, (count, 16), np.float32) for count in case.num_tokens]
+                    for _ in range(2)
                 )
+                alignment, capacity = (1, 8, 128)[seed], max(1, sum(case.num_tokens) // 2)
+                everyone = reference.dispatch(
+                    x, case.topk_idx, num_experts=case.num_experts, expert_alignment=alignment
+                )
+                mine = everyone[group.rank]
+                routing = {
+                    "is_token_in_rank": layout.is_token_in_rank,
+                    "num_tokens_per_expert": layout.num_tokens_per_expert,
+                }
+                out = buffer.dispatch(put(x[group.rank]), **routing, expert_alignment=alignment)
                 assert same_bits(fetch(out.recv_x), mine.recv_x)
                 assert out.recv_topk_idx is None
+                assert out.recv_topk_weights is None
                 assert out.num_recv_tokens_per_expert_list == mine.num_recv_tokens_per_expert
+                by_rank = np.bincount(mine.src_rank, minlength=group.size)
+                assert out.handle.num_recv_tokens_per_rank == by_rank.tolist()
+
+                worst = buffer.dispatch(put(x[group.rank]), **routing, num_worst_tokens=capacity)
+                rows = min(capacity, mine.num_recv_tokens)
+                assert worst.recv_x.shape == (capacity, 16)
+                assert same_bits(fetch(worst.recv_x)[:rows], mine.recv_x[:rows])
+                assert worst.handle.overflow == (mine.num_recv_tokens > capacity)
+
+                cached = buffer.dispatch(put(again[group.rank]), handle=out.handle)
+                expected_x, _ = reference.dispatch_cached(again, everyone)[group.rank]
+                assert same_bits(fetch(cached.recv_x), expected_x)
+                y = [random_values(rng, each.recv_x.shape, np.float32) for each in everyone]
+                combined = reference.combine(
+                    y, everyone, num_tokens=case.num_tokens, ranks_per_node=RANKS_PER_NODE
+                )
+                back = buffer.combine(put(y[group.rank]), out.handle)
+                assert same_bits(fetch(back.combined_x), combined[group.rank].x)
 
     run(place, body)
 
