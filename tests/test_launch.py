@@ -96,9 +96,14 @@ def test_a_launch_that_starts_early_says_so_to_the_driver(monkeypatch: pytest.Mo
         return (status,)
 
     monkeypatch.setattr(driver, "cuLaunchKernelEx", launched)
-    early = launch._early_launch(lambda code: RuntimeError(code))
-    early(0x100, 5, 1, 1, 256, 1, 1, 4096, 0x200, 0x300, 0)
+    early = launch._early_launch(0x100, 256, 4096, 0x300, lambda code: RuntimeError(code))
+    early(0x200, 5)
     assert seen == [(5, 1, 1), (256, 1, 1, 4096), (0x200, 0x100, 0x300, 0, 1, attribute), 1]
+    del seen[:]
+    early(0x200, 6)
+    early(0x201, 7)
+    assert seen[::4] == [(6, 1, 1), (7, 1, 1)]
+    assert [where[0] for where in seen[2::4]] == [0x200, 0x201]
     status = driver.CUresult.CUDA_ERROR_INVALID_CONTEXT
     with pytest.raises(RuntimeError, match="201"):
-        early(0x100, 5, 1, 1, 256, 1, 1, 4096, 0x200, 0x300, 0)
+        early(0x200, 5)

@@ -105,18 +105,13 @@ class Launch:
     ) -> None:
         from cupy.cuda import driver
 
-        self._keep_alive = (kernel, args)
+        params = np.array([args.ctypes.data], np.uint64)
+        self._keep_alive = (kernel, args, params)
         self.args: Any = fields
-        self._params = np.array([args.ctypes.data], np.uint64)
         self._max_blocks = num_blocks
-        self._function = kernel.function
-        self._after_grid = (1, 1, kernel.spec.cfg.num_threads, 1, 1, kernel.shared_bytes)
-        self._params_address = self._params.ctypes.data
         self._error = driver.CUDADriverError
-        # Not that of cuda.bindings, which makes an object of every result and of every handle it is given.
-        self._launch_kernel: Callable[..., Any] = driver.launchKernel
-        if starts_early:
-            self._launch_kernel = _early_launch(self._error)
+        where = kernel.function, kernel.spec.cfg.num_threads, kernel.shared_bytes, params.ctypes.data
+        self._enqueue = _early_launch(*where, self._error) if starts_early else _launch(*where)
         self._name = kernel.spec.name
 
     def saved(self) -> bytes:
@@ -140,22 +135,36 @@ class Launch:
             num_blocks = self._max_blocks
         elif num_blocks > self._max_blocks:
             raise DeviceError(f"launching {self._name}: {num_blocks} blocks, bound were {self._max_blocks}")
-        where = self._function, num_blocks, *self._after_grid, stream, self._params_address, 0
         try:
-            self._launch_kernel(*where)
+            self._enqueue(stream, num_blocks)
         except self._error as error:
             if error.status != _INVALID_CONTEXT:
                 raise DeviceError(f"launching {self._name}: {error}") from error
             # This thread has not used CUDA yet.
             make_context_current()
             try:
-                self._launch_kernel(*where)
+                self._enqueue(stream, num_blocks)
             except self._error as again:
                 raise DeviceError(f"launching {self._name}: {again}") from again
 
 
-def _early_launch(error: Callable[[int], Exception]) -> Callable[..., None]:
-    """What CuPy's ``launchKernel`` does, for a kernel that may start before the one in front of it ends.
+def _launch(function: int, num_threads: int, shared_bytes: int, params: int) -> Callable[[int, int], None]:
+    """What enqueues a kernel: a function of the stream and the number of blocks."""
+    from cupy.cuda import driver
+
+    # Not that of cuda.bindings, which makes an object of every result and of every handle it is given.
+    launch_kernel = driver.launchKernel
+
+    def enqueue(stream: int, num_blocks: int) -> None:
+        launch_kernel(function, num_blocks, 1, 1, num_threads, 1, 1, shared_bytes, stream, params, 0)
+
+    return enqueue
+
+
+def _early_launch(
+    function: int, num_threads: int, shared_bytes: int, params: int, error: Callable[[int], Exception]
+) -> Callable[[int, int], None]:
+    """The same for a kernel that may start before the one in front of it ends, which CuPy has no launch for.
 
     A programmatic dependent launch: CUDA C++ Programming Guide.
     """
@@ -166,17 +175,22 @@ def _early_launch(error: Callable[[int], Exception]) -> Callable[..., None]:
     attribute.value.programmaticStreamSerializationAllowed = 1
     config = driver.CUlaunchConfig()
     config.attrs, config.numAttrs = [attribute], 1
+    config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+    config.blockDimX, config.sharedMemBytes = num_threads, shared_bytes
+    kernel, success = driver.CUfunction(function), driver.CUresult.CUDA_SUCCESS
+    launch_kernel = driver.cuLaunchKernelEx
+    last_stream = None
 
-    def launch(function: int, *where: int) -> None:
-        config.gridDimX, config.gridDimY, config.gridDimZ = where[:3]
-        config.blockDimX, config.blockDimY, config.blockDimZ = where[3:6]
-        config.sharedMemBytes = where[6]
-        config.hStream = driver.CUstream(where[7])
-        (status,) = driver.cuLaunchKernelEx(config, driver.CUfunction(function), *where[8:])
-        if status != driver.CUresult.CUDA_SUCCESS:
+    def enqueue(stream: int, num_blocks: int) -> None:
+        nonlocal last_stream
+        if stream != last_stream:
+            config.hStream, last_stream = driver.CUstream(stream), stream
+        config.gridDimX = num_blocks
+        (status,) = launch_kernel(config, kernel, params, 0)
+        if status != success:
             raise error(int(status))
 
-    return launch
+    return enqueue
 
 
 def current_architecture() -> str:
