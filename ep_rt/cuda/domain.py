@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -168,7 +169,7 @@ class Domain:
         """Blocks of a kernel that waits for its peers, see `plan.num_blocks`."""
         return plan.num_blocks(num_sms, num_device_sms=self.num_device_sms, num_sharing=self.num_sharing)
 
-    @property
+    @cached_property
     def max_blocks(self) -> int:
         """The most that `num_blocks` can answer."""
         return self.num_blocks(min(self.num_device_sms, MAX_BLOCKS))

@@ -19,7 +19,7 @@ from .handle import (
     routing_bytes,
 )
 from .heap import Block
-from .internode import Crossing, Internode, crossing_bytes
+from .internode import Crossing, Internode, crossing_bytes, lists_bytes
 
 
 class _Part(NamedTuple):
@@ -90,7 +90,8 @@ def unflatten(
     places = next(blocks) if shape.handle.layout == "expert" else None
     crossing = None
     if internode is not None:
-        crossing = Crossing(next(blocks), shape.handle.num_tokens, internode.num_nodes)
+        num_nodes = internode.num_nodes
+        crossing = Crossing.over(next(blocks), lists_bytes(shape.handle.num_tokens, num_nodes), num_nodes)
     landed = CudaHandleShape(
         num_ranks=domain.group.size if internode is None else internode.num_ranks,
         num_local_experts=shape.num_local_experts,

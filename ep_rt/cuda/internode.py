@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
@@ -40,41 +40,45 @@ if TYPE_CHECKING:
     from .nvshmem import Network, SymmetricMemory  # which programs of one node never load
 
 _AREA_BYTES: Final = align_up(NETWORK_AREA.itemsize, OFFSET_UNIT)
+_PLAN_BYTES: Final = align_up(NETWORK_PLAN.itemsize, OFFSET_UNIT)
+
+_Sections = tuple[tuple[Any, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Crossing:
+class Crossing(NamedTuple):
     """Which tokens of a dispatch cross the network, on the device; kept by its handle.
 
     Attributes:
         block: a `NETWORK_PLAN`, then the tokens for each node, then the number of each token there.
+        plan, lists, positions: addresses of these.
     """
 
     block: Block
-    num_tokens: int
     num_nodes: int
+    plan: int
+    lists: int
+    positions: int
 
-    @property
-    def plan(self) -> int:
-        return self.block.pointer
+    @classmethod
+    def over(cls, block: Block, lists_bytes: int, num_nodes: int) -> Crossing:
+        """Over the memory of a block."""
+        lists = block.pointer + _PLAN_BYTES
+        return cls(block, num_nodes, block.pointer, lists, lists + lists_bytes)
 
     @property
     def segments(self) -> int:
         """The `SEGMENTS`, with which the plan begins."""
-        return self.block.pointer
+        return self.plan
 
-    @property
-    def lists(self) -> int:
-        return self.plan + align_up(NETWORK_PLAN.itemsize, OFFSET_UNIT)
 
-    @property
-    def positions(self) -> int:
-        return self.lists + _lists_bytes(self.num_tokens, self.num_nodes)
+def lists_bytes(num_tokens: int, num_nodes: int) -> int:
+    """Of the tokens for all nodes; of their numbers there."""
+    return align_up(4 * num_tokens * num_nodes, OFFSET_UNIT)
 
 
 def crossing_bytes(num_tokens: int, num_nodes: int) -> int:
     """Of the block of a `Crossing`."""
-    return align_up(NETWORK_PLAN.itemsize, OFFSET_UNIT) + 2 * _lists_bytes(num_tokens, num_nodes)
+    return _PLAN_BYTES + 2 * lists_bytes(num_tokens, num_nodes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,18 +88,24 @@ class Bringing:
     Attributes:
         layout: None with a handle.
         parts: x, scale factors, ids, weights, and node masks where there are no ids to say where tokens go.
+        sections: of the exchange, see `_sections`.
+        places: of the parts in memory for all tokens that may come, and its end.
+        masks_bytes: of this rank's own tokens.
+        lists_bytes: see `Crossing.over`.
         num_node_experts: of one node; 0 with a handle.
     """
 
     layout: Launch | None
     exchange: Launch
+    sections: _Sections
     parts: Parts
-    num_tokens: int
+    places: tuple[int, ...]
+    masks_bytes: int
+    lists_bytes: int
     num_node_experts: int
 
 
-@dataclass(frozen=True, slots=True)
-class Brought:
+class Brought(NamedTuple):
     """Tokens of other nodes that come, or have come, for a dispatch within this node.
 
     Attributes:
@@ -112,18 +122,20 @@ class Brought:
 
 @dataclass(frozen=True, slots=True)
 class Returning:
-    """The way back for combines of certain shapes, of rows and their weights."""
+    """The way back for combines of certain shapes, of rows and their weights.
+
+    Attributes:
+        sections: of the exchange, see `_sections`.
+        here_places: where this node's sums of both lie in memory for all tokens of the list; its end.
+        returned_places: the same of what comes from the others.
+    """
 
     exchange: Launch
     total: Launch
-    parts: Parts
-    num_tokens: int
+    sections: _Sections
     capacity: int
-
-    @property
-    def here_places(self) -> tuple[int, ...]:
-        """Where this node's sums of rows and weights lie in memory for all tokens of the list; its end."""
-        return self.parts.places(self.capacity)
+    here_places: tuple[int, ...]
+    returned_places: tuple[int, ...]
 
 
 class Internode:
@@ -282,7 +294,16 @@ class Internode:
             )
         num_node_experts = num_experts // self.num_nodes
         exchange = self._bind_exchange(parts, num_tokens, is_back=False)
-        return Bringing(layout, exchange, parts, num_tokens, num_node_experts)
+        return Bringing(
+            layout,
+            exchange,
+            _sections(exchange, parts),
+            parts,
+            parts.places((self.num_nodes - 1) * self.max_tokens),
+            parts.num_bytes[-1] * num_tokens,
+            lists_bytes(num_tokens, self.num_nodes),
+            num_node_experts,
+        )
 
     def bring(
         self,
@@ -300,29 +321,27 @@ class Internode:
             crossing: of the handle; None for a new one.
             pointers: of x, scale factors, ids, weights and is_token_in_rank here.
         """
-        domain, parts = self._domain, found.parts
         *sources, in_rank = pointers
-        places = parts.places((self.num_nodes - 1) * self.max_tokens)
-        landed = domain.heap.take(
-            places[-1] + parts.num_bytes[-1] * found.num_tokens, is_capturing=call.is_capturing
-        )
+        x_at, sf_at, ids_at, weights_at, masks_at, num_bytes = found.places
+        landed = self._domain.heap.take(num_bytes + found.masks_bytes, is_capturing=call.is_capturing)
         call.temporaries.append(landed)
-        *targets, masks = (landed.pointer + place for place in places)
+        base = landed.pointer
+        masks = base + num_bytes
+        targets = base + x_at, base + sf_at, base + ids_at, base + weights_at, base + masks_at
         if crossing is None:
             crossing = self._lay_out(found, sources[2], in_rank, masks, call, digest=digest)
         found.exchange.args.lists = crossing.lists  # never set on the way back
         num_blocks = self._launch_exchange(
-            found.exchange, parts, crossing, (*sources, masks), targets, call.stream, num_sms
+            found.exchange, found.sections, crossing, (*sources, masks), targets, call.stream, num_sms
         )
-        return Brought(crossing, masks, tuple(targets), num_blocks)
+        return Brought(crossing, masks, targets, num_blocks)
 
     def _lay_out(
         self, found: Bringing, ids: int, in_rank: int, masks: int, call: Call, *, digest: int
     ) -> Crossing:
-        num_tokens = found.num_tokens
-        num_bytes = crossing_bytes(num_tokens, self.num_nodes)
+        num_bytes = _PLAN_BYTES + 2 * found.lists_bytes
         block = self._domain.heap.take(num_bytes, is_capturing=call.is_capturing)
-        crossing = Crossing(block, num_tokens, self.num_nodes)
+        crossing = Crossing.over(block, found.lists_bytes, self.num_nodes)
         assert found.layout is not None
         args = found.layout.args
         args.topk_idx, args.is_token_in_rank, args.node_masks = ids, in_rank, masks
@@ -352,7 +371,15 @@ class Internode:
             self._common,
         )
         exchange = self._bind_exchange(parts, num_tokens, is_back=True)
-        return Returning(exchange, total, parts, num_tokens, self.list_capacity(num_tokens))
+        capacity = self.list_capacity(num_tokens)
+        return Returning(
+            exchange,
+            total,
+            _sections(exchange, parts),
+            capacity,
+            parts.places(capacity),
+            parts.places((self.num_nodes - 1) * num_tokens),
+        )
 
     def take_back(
         self,
@@ -371,18 +398,18 @@ class Internode:
             here: this node's sums of all tokens of the list, and of their weights.
             out: where the results go, and their weights.
         """
-        domain, parts = self._domain, found.parts
-        places = parts.places((self.num_nodes - 1) * found.num_tokens)
-        returned = domain.heap.take(places[-1], is_capturing=call.is_capturing)
+        domain = self._domain
+        rows_at, weights_at, num_bytes = found.returned_places
+        returned = domain.heap.take(num_bytes, is_capturing=call.is_capturing)
         call.temporaries.append(returned)
-        targets = returned.pointer + places[0], returned.pointer + places[1]
-        self._launch_exchange(found.exchange, parts, crossing, here, targets, call.stream, num_sms)
+        targets = returned.pointer + rows_at, returned.pointer + weights_at
+        self._launch_exchange(found.exchange, found.sections, crossing, here, targets, call.stream, num_sms)
         args = found.total.args
         args.plan, args.positions = crossing.plan, crossing.positions
         args.here, args.here_weights = here
         args.returned, args.returned_weights = targets
-        for number in range(2):
-            args.bias[number] = biases[number] if number < len(biases) else 0
+        for number, bias in enumerate(biases):
+            args.bias[number] = bias
         args.out, args.out_weights = out
         max_blocks = plan.SUM_BLOCKS_PER_SM * domain.max_blocks
         found.total(call.stream, plan.num_local_blocks(2 * num_sms, max_blocks=max_blocks))
@@ -420,7 +447,7 @@ class Internode:
     def _launch_exchange(
         self,
         launch: Launch,
-        parts: Parts,
+        sections: _Sections,
         crossing: Crossing,
         sources: Sequence[int],
         targets: Sequence[int],
@@ -428,9 +455,8 @@ class Internode:
         num_sms: int,
     ) -> int:
         """Returns the number of its blocks."""
-        args = launch.args
-        args.plan = crossing.plan
-        for section, number in zip(args.sections, parts.order, strict=False):
+        launch.args.plan = crossing.plan
+        for section, number in sections:
             section.source, section.target = sources[number], targets[number]
         most = min(num_sms, self._domain.max_blocks) * plan.EXCHANGE_BLOCKS_PER_SM // 2
         num_blocks = 2 * min(self._rings.num_channels, most)
@@ -438,5 +464,6 @@ class Internode:
         return num_blocks
 
 
-def _lists_bytes(num_tokens: int, num_nodes: int) -> int:
-    return align_up(4 * num_tokens * num_nodes, OFFSET_UNIT)
+def _sections(exchange: Launch, parts: Parts) -> _Sections:
+    """The sections among the arguments of an exchange, each with the number of its part."""
+    return tuple(zip(exchange.args.sections, parts.order, strict=False))
