@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Hashable, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 from . import arrays
@@ -25,12 +26,20 @@ def glance(objects: Sequence[Any]) -> tuple[tuple[Hashable, ...], list[int]] | N
     """
     facts: list[Hashable] = []
     pointers: list[int] = []
+    cupy = sys.modules.get("cupy")
+    cupy_type = None if cupy is None else cupy.ndarray
     for each in objects:
         if each is None:
             facts.append(None)
             pointers.append(0)
             continue
         kind = type(each)
+        if kind is cupy_type:
+            memory = each.data
+            # Hashing a NumPy dtype takes longer than all else here; its number says the same.
+            facts += (kind, each.shape, each.strides, each.dtype.num, memory.device_id)
+            pointers.append(memory.ptr)
+            continue
         look = _LOOKS.get(kind) or _look_at(kind)
         if look is None:
             return None
@@ -46,17 +55,9 @@ _LOOKS: dict[Any, _Look] = {}
 
 
 def _look_at(kind: Any) -> _Look | None:
-    """How to look at arrays of this very type, which exists only once its framework was imported."""
-    cupy, torch = sys.modules.get("cupy"), sys.modules.get("torch")
-    if cupy is not None and kind is cupy.ndarray:
-
-        def at_cupy(obj: Any) -> tuple[Hashable, int]:
-            memory = obj.data
-            # Hashing a NumPy dtype takes longer than all else here; its number says the same.
-            return (kind, obj.shape, obj.strides, obj.dtype.num, memory.device_id), memory.ptr
-
-        _LOOKS[kind] = at_cupy
-    elif torch is not None and (kind is torch.Tensor or kind is torch.nn.Parameter):
+    """How to look at arrays of this very type, not CuPy's, which exists only once its framework is loaded."""
+    torch = sys.modules.get("torch")
+    if torch is not None and (kind is torch.Tensor or kind is torch.nn.Parameter):
         strided = torch.strided
 
         def at_torch(obj: Any) -> tuple[Hashable, int]:
@@ -80,17 +81,22 @@ def current_stream(framework: str, device: int) -> int:
 
 
 class Column(NamedTuple):
-    """One array of a result: its dtype, and its shape behind the first axis."""
+    """One array of a result: its dtype, and its shape behind the first axis.
+
+    Attributes:
+        is_swapped: the array is seen with its last two axes swapped; `shape` says how it lies.
+    """
 
     dtype: str
     shape: tuple[int, ...]
+    is_swapped: bool = False
 
 
 class ResultArrays:
-    """Makes the arrays of one result, C-contiguous, over an allocation that they keep alive together.
+    """Makes the arrays of one result over an allocation that they keep alive together.
 
     Args:
-        columns: the arrays; None gives None.
+        columns: the arrays, C-contiguous but where they are swapped; None gives None.
         framework: "cupy", "torch" or "jax".
         stream: for JAX, see `arrays.cuda_to_framework`; the others' streams wait already.
     """
@@ -118,7 +124,7 @@ class ResultArrays:
         if self._framework == "cupy":
             return self._placed_cupy(places)
         if self._framework == "torch" and any(num_rows for _, num_rows in places):
-            return self._placed_torch(places)
+            return self._swapping(self._placed_torch(places))
 
         def make(pointer: int, num_bytes: int, owner: object) -> list[Any]:
             return [
@@ -136,14 +142,30 @@ class ResultArrays:
                 for column, (offset, num_rows) in zip(self._columns, places, strict=True)
             ]
 
-        return make
+        return self._swapping(make)
+
+    def _swapping(
+        self, make: Callable[[int, int, object], list[Any]]
+    ) -> Callable[[int, int, object], list[Any]]:
+        swapped = [number for number, column in enumerate(self._columns) if column and column.is_swapped]
+        if not swapped:
+            return make
+
+        def made(pointer: int, num_bytes: int, owner: object) -> list[Any]:
+            results = make(pointer, num_bytes, owner)
+            for number in swapped:
+                results[number] = results[number].swapaxes(-1, -2)
+            return results
+
+        return made
 
     def _placed_cupy(self, places: Sequence[tuple[int, int]]) -> Callable[[int, int, object], list[Any]]:
         cupy = sys.modules["cupy"]
-        memory_of, at, array_of = cupy.cuda.UnownedMemory, cupy.cuda.MemoryPointer, cupy.ndarray
+        memory_of, at = cupy.cuda.UnownedMemory, cupy.cuda.MemoryPointer
+        array_of = _array_maker(cupy.ndarray)
         device = self._device
         absent: list[Any] = [None] * len(self._columns)
-        wanted: list[tuple[int, tuple[int, ...], Any, int]] = []
+        wanted: list[tuple[int, tuple[int, ...], Any, int, tuple[int, ...] | None]] = []
         for number, (column, (offset, num_rows)) in enumerate(zip(self._columns, places, strict=True)):
             if column is None:
                 continue
@@ -151,13 +173,18 @@ class ResultArrays:
             kind = arrays.np_dtype("uint8" if column.dtype == "float8_e4m3fn" else column.dtype)
             # By its letter CuPy finds a dtype faster, but for those that NumPy itself does not have.
             letter = kind.char if kind.isbuiltin == 1 else kind
-            wanted.append((number, (num_rows, *column.shape), letter, offset))
+            shape: tuple[int, ...] = (num_rows, *column.shape)
+            strides = None
+            if column.is_swapped:
+                *outer, last, second = (kind.itemsize * prod(shape[axis + 1 :]) for axis in range(len(shape)))
+                shape, strides = (*shape[:-2], shape[-1], shape[-2]), (*outer, second, last)
+            wanted.append((number, shape, letter, offset, strides))
 
         def make(pointer: int, num_bytes: int, owner: object) -> list[Any]:
             memory = memory_of(pointer, num_bytes, owner, device)
             made = absent.copy()
-            for number, shape, kind, offset in wanted:
-                made[number] = array_of(shape, kind, at(memory, offset))
+            for number, shape, kind, offset, strides in wanted:
+                made[number] = array_of(shape, kind, at(memory, offset), strides)
             return made
 
         return make
@@ -173,3 +200,20 @@ class ResultArrays:
             return torch_tensors(wanted, pointer, num_bytes, device=device, owner=owner)
 
         return make
+
+
+def _array_maker(ndarray: Any) -> Callable[[tuple[int, ...], Any, Any, tuple[int, ...] | None], Any]:
+    """What makes a CuPy array of a shape and a dtype over a `MemoryPointer`, as the class ``ndarray`` does.
+
+    Around what does the work, which is in C, the class calls two methods that are not and take as long.
+    """
+    if not hasattr(ndarray, "_init"):
+        return ndarray  # type: ignore[no-any-return]
+    blank = ndarray.__base__.__new__
+
+    def make(shape: tuple[int, ...], kind: Any, memory: Any, strides: tuple[int, ...] | None) -> Any:
+        array = blank(ndarray)
+        array._init(shape, kind, memory, strides)
+        return array
+
+    return make

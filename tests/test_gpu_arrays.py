@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from ep_rt import arrays
+from ep_rt.cuda_arrays import Column, ResultArrays
 from ep_rt.errors import ArrayError
 
 pytestmark = pytest.mark.gpu
@@ -129,6 +130,36 @@ def test_cupy_in_and_out(dtype: str, cupy: Any) -> None:
     part = arrays.view(array[::2, 8:40])
     assert (part.shape, part.strides) == ((3, 32), (2 * COLUMNS, 1))
     same(fetch(cupy, part), slab.expected.view(arrays.np_dtype(carried))[::2, 8:40])
+
+
+@pytest.mark.parametrize("is_swapped", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_are_arrays_as_cupy_makes_them(dtype: str, is_swapped: bool, cupy: Any) -> None:
+    slab = Slab(cupy, dtype)
+    rows = ROWS // 2, 2, COLUMNS
+    results = ResultArrays(
+        [Column(dtype, rows[1:], is_swapped), None, Column("uint8", ())], device=0, framework="cupy"
+    )
+    array, absent, numbers = results.over(
+        slab.pointer, slab.memory.nbytes, slab, [(0, rows[0]), (0, 0), (3, 5)]
+    )
+    like = slab.give("cupy").reshape(rows)
+    if is_swapped:
+        like = like.swapaxes(1, 2)
+    assert (absent, numbers.shape, numbers.data.ptr) == (None, (5,), slab.pointer + 3)
+    assert type(array) is cupy.ndarray
+    assert array.data.ptr == like.data.ptr
+    for name in ("dtype", "shape", "strides", "size", "nbytes", "ndim"):
+        assert getattr(array, name) == getattr(like, name)
+    assert str(array.flags).split("OWNDATA")[0] == str(like.flags).split("OWNDATA")[0]
+    gone = weakref.ref(slab)
+    part = array[1:]
+    del slab, like, array, numbers
+    gc.collect()
+    assert gone() is not None
+    del part
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

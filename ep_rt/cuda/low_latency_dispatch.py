@@ -161,7 +161,11 @@ class LowLatencyDispatch:
         sf_inner = (scale_words, num_rows) if is_packed else (sizes.num_max_tokens, scale_words)
         num_outer = num_local_experts if is_packed else num_ranks
         results = domain.results(
-            [Column(element, inner), Column(sf_type, sf_inner) if request.use_fp8 else None], frameworks[0]
+            [
+                Column(element, inner),
+                Column(sf_type, sf_inner, is_swapped=is_packed) if request.use_fp8 else None,
+            ],
+            frameworks[0],
         )
         sf_offset = align_up(num_outer * prod(inner[:-1]) * row_bytes, OFFSET_UNIT)
         at = HandleLayout.of(sizes, num_tokens, with_rows=not is_packed)
@@ -310,7 +314,7 @@ class LowLatencyDispatch:
         num_bytes = here.end - here.rows if results is None else found.results_bytes
         recv_x, recv_sf = found.make[zone](rows, num_bytes, owner)
         if recv_sf is not None:
-            recv_x = recv_x, recv_sf if results is None else recv_sf.swapaxes(1, 2)
+            recv_x = recv_x, recv_sf
         (recv_count,) = found.make_count(base, at.end, block)
         lists = partial(found.make_lists, base, at.end, block)
         # By position: names take longer than everything else here.

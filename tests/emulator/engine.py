@@ -46,7 +46,8 @@ class _Results:
                 kind, shape = arrays.np_dtype(column.dtype), (num_rows, *column.shape)
                 size = kind.itemsize * int(np.prod(shape))
                 assert offset + size <= num_bytes
-                made.append(at(pointer + offset, size).view(kind).reshape(shape))
+                array = at(pointer + offset, size).view(kind).reshape(shape)
+                made.append(array.swapaxes(-1, -2) if column.is_swapped else array)
             return made
 
         return make
