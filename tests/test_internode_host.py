@@ -78,7 +78,7 @@ def test_masks_go_ahead_where_there_are_no_ids(num_nodes: int) -> None:
     internode._domain = SimpleNamespace(max_blocks=2)
     internode.order = internode.progress = 0
     internode._layout, internode._exchange = (
-        SimpleNamespace(spec=spec, bind=lambda args, **_: args)
+        SimpleNamespace(spec=spec, bind=lambda args, **_: SimpleNamespace(args=args.view(np.recarray)[0]))
         for spec in (kernels.internode_layout(), kernels.internode_exchange())
     )
     x, sf, ids = (
@@ -92,7 +92,7 @@ def test_masks_go_ahead_where_there_are_no_ids(num_nodes: int) -> None:
     assert by_ranks.parts.num_bytes == (96, 12, 0, 0, masks_bytes)
     assert (by_ranks.parts.order, by_ranks.parts.num_ahead) == ((1, 4, 0), 2)
     layout: Any = by_ranks.layout
-    assert layout["node_masks_bytes"] == masks_bytes
+    assert layout.args.node_masks_bytes == masks_bytes
     assert (by_ids.parts.order, cached.parts.order) == ((1, 2, 0), (1, 0))
     assert cached.layout is None
 

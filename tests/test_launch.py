@@ -60,6 +60,25 @@ def test_saved_arguments_come_back_in_place() -> None:
     assert args.tobytes() == launch.pack(spec.args, **ARGS).tobytes()
 
 
+def test_fields_that_lie_one_after_the_other_are_set_at_once() -> None:
+    spec = kernels.intranode_combine("bfloat16")
+    args = np.zeros(1, spec.args)
+    bound = object.__new__(launch.Launch)  # without a device
+    bound.args = launch.fields_type(spec.args).from_address(args.ctypes.data)
+    set_pointers = bound.setter("send_row", "send_plan", "y", "bias", "out", "out_weights")
+    set_pointers(1, 2, 1 << 63, 3, 4, 5, 6)
+    bound.setter("digest", "y_offset", "weights_offset")(2**32 - 1, 7, 8)
+    bound.setter("rank", "num_ranks")(-1, True)
+    wanted = {"send_row": 1, "send_plan": 2, "y": 1 << 63, "out": 5, "out_weights": 6}
+    wanted |= {"digest": 2**32 - 1, "y_offset": 7, "weights_offset": 8, "rank": -1, "num_ranks": 1}
+    names = spec.args.names or ()
+    assert {name: args[name][0] for name in names if np.any(args[name]) and name != "bias"} == wanted
+    assert args["bias"][0].tolist() == [3, 4]
+    for apart in (("send_row", "y"), ("out_weights", "digest"), ("send_plan", "send_row")):
+        with pytest.raises(AssertionError, match="one after the other"):
+            bound.setter(*apart)
+
+
 def test_more_ranks_than_a_domain_has() -> None:
     assert kernels.barrier(layout.MAX_RANKS).name == f"barrier_r{layout.MAX_RANKS}_t{layout.MAX_RANKS}"
     with pytest.raises(TopologyError, match="at most 128"):

@@ -28,6 +28,7 @@ class _Plan:
     """A combine of certain shapes: what holds for every call of it.
 
     Attributes:
+        set_pointers, set_offsets: assign to the arguments of the launch.
         x, weights, biases: what the arrays are like.
         collapse: for layout "expert": makes the rows that peers pull, of `collapsed_bytes`.
         num_stagers: blocks besides `num_blocks`, for an x that lies outside the slab.
@@ -37,6 +38,8 @@ class _Plan:
     """
 
     launch: Launch
+    set_pointers: Callable[..., None]
+    set_offsets: Callable[..., None]
     collapse: Launch | None
     collapsed_bytes: int
     x: Input
@@ -131,15 +134,18 @@ class Combine:
             ],
             frameworks[0],
         )
+        launch = self._operations.combine(
+            x.dtype,
+            num_tokens=num_tokens if returning is None else returning.capacity,
+            num_rows=x.shape[0],
+            row_bytes=row_bytes(x),
+            num_topk=num_topk,
+            num_pullers=num_blocks,
+        )
         return _Plan(
-            launch=self._operations.combine(
-                x.dtype,
-                num_tokens=num_tokens if returning is None else returning.capacity,
-                num_rows=x.shape[0],
-                row_bytes=row_bytes(x),
-                num_topk=num_topk,
-                num_pullers=num_blocks,
-            ),
+            launch=launch,
+            set_pointers=launch.setter("send_row", "send_plan", "y", "bias", "out", "out_weights"),
+            set_offsets=launch.setter("digest", "y_offset", "weights_offset"),
             collapse=self._expert_major.collapse(
                 x.dtype,
                 num_topk=handle.num_topk,
@@ -188,40 +194,39 @@ class Combine:
         domain.order(call)
 
         args, routing = found.launch.args, handle.routing
-        args.send_plan = routing.pointer + SEND_PLAN_OFFSET
-        args.send_row = routing.pointer + SEND_ROW_OFFSET
         results = out.pointer, out.pointer + found.weights_offset
-        biases = [
-            inputs.readable(bias, pointers[2 + number], call) for number, bias in enumerate(found.biases)
-        ]
+        biases: list[int] = []
+        for number, bias in enumerate(found.biases):
+            biases.append(inputs.readable(bias, pointers[2 + number], call))
         returning, here = found.returning, results
+        first_bias = second_bias = 0
         if returning is None:
-            for number, pointer in enumerate(biases):
-                args.bias[number] = pointer
+            first_bias, second_bias, *_ = *biases, 0, 0
         else:
             here = self._before_return(returning, handle, args, call)
-        args.out, args.out_weights = here
-        args.digest = along(found.digest, handle.call)
-        args.y = args.num_stagers = 0
+        y = num_stagers = 0
         num_blocks = found.num_blocks
         if isinstance(weights_at, Lease):
             assert weights is not None
             weights_at = inputs.stage(weights, pointers[1], weights_at, call)
-        args.weights_offset = weights_at
         if not isinstance(x_at, Lease):
-            args.y_offset = x_at
+            y_offset = x_at
         elif found.collapse is not None:
             self._collapse(found, found.collapse, pointers, handle, x_at, call)
-            args.y_offset = domain.offset(x_at)
+            y_offset = domain.offset(x_at)
         elif returning is not None or not x.is_readable(pointers[0]):
-            args.y_offset = inputs.stage(x, pointers[0], x_at, call)
+            y_offset = inputs.stage(x, pointers[0], x_at, call)
         else:
-            args.y = pointers[0]  # the kernel stages it
-            args.y_offset = domain.offset(x_at)
-            args.num_stagers = found.num_stagers or max(1, num_blocks // 2)
+            y = pointers[0]  # the kernel stages it
+            y_offset = domain.offset(x_at)
+            num_stagers = found.num_stagers or max(1, num_blocks // 2)
             num_blocks += found.num_stagers
             inputs.num_staged += 1
             call.temporaries.append(x_at)
+        base = routing.pointer
+        found.set_pointers(base + SEND_ROW_OFFSET, base + SEND_PLAN_OFFSET, y, first_bias, second_bias, *here)
+        found.set_offsets(along(found.digest, handle.call), y_offset, weights_at)
+        args.num_stagers = num_stagers
         found.launch(call.stream, num_blocks)
         self.num_calls += 1
         if returning is None:

@@ -53,6 +53,7 @@ class _Plan:
     """A dispatch of certain shapes: what holds for every call of it.
 
     Attributes:
+        set_pointers, set_call, set_landed: assign to the arguments of the launch.
         inputs: what x, sf, ids, weights and is_token_in_rank are like; None where absent.
         counted: the caller's counts by expert, where there are no ids.
         is_readable: they need no copy where their addresses are aligned.
@@ -71,6 +72,9 @@ class _Plan:
     """
 
     launch: Launch
+    set_pointers: Callable[..., None]
+    set_call: Callable[..., None]
+    set_landed: Callable[..., None]
     inputs: tuple[Input | None, ...]
     counted: ArrayView | None
     is_readable: bool
@@ -218,18 +222,32 @@ class Dispatch:
         num_rows = request.num_worst_tokens if handle is None else handle.landed.num_landed_rows
         results = domain.results(columns, frameworks[0])
         spare_factor = 2 if row.row_bytes == hidden else 1
+        launch = self._operations.dispatch(
+            quantizes=request.quantize is not None,
+            num_tokens=num_listed,
+            num_topk=num_topk,
+            num_experts=request.num_experts // num_nodes,
+            row_bytes=row.row_bytes,
+            sf_row_bytes=row.sf_bytes,
+            idx_bytes=0 if ids is None else itemsize(ids),
+            is_cached=is_cached,
+            fill_rows=0 if is_cached else num_rows,
+            max_redundant_tokens=plan.MAX_REDUNDANT_TOKENS,
+        )
         return _Plan(
-            launch=self._operations.dispatch(
-                quantizes=request.quantize is not None,
-                num_tokens=num_listed,
-                num_topk=num_topk,
-                num_experts=request.num_experts // num_nodes,
-                row_bytes=row.row_bytes,
-                sf_row_bytes=row.sf_bytes,
-                idx_bytes=0 if ids is None else itemsize(ids),
-                is_cached=is_cached,
-                fill_rows=0 if is_cached else num_rows,
-                max_redundant_tokens=plan.MAX_REDUNDANT_TOKENS,
+            launch=launch,
+            set_pointers=launch.setter(
+                "result",
+                *("x", "sf", "topk_idx", "topk_weights", "is_token_in_rank"),
+                *("send_row", "send_plan"),
+                *("masks", "send_token"),
+            ),
+            set_call=launch.setter("call", "digest", "recv_offset", "recv_capacity"),
+            set_landed=launch.setter(
+                "segments",
+                *("landed_x", "landed_sf", "landed_topk_idx", "landed_topk_weights", "landed_node_masks"),
+                *("node_masks", "order", "node_masks_bytes"),
+                *("first_expert", "waits_for_announced", "num_exchange_blocks"),
             ),
             inputs=inputs,
             counted=request.num_tokens_per_expert if num_topk == 0 else None,
@@ -326,19 +344,18 @@ class Dispatch:
         number = self.num_calls + 1
         digest = found.digest if handle is None else along(found.digest, handle.call)
         crossing = None if handle is None else handle.crossing
-        args, base = found.launch.args, routing.pointer
+        base, send_token = routing.pointer, scratch.pointer
         if found.bringing is not None:
             crossing = self._bring(found, crossing, pointers, call, digest)
-        args.x, args.sf, args.topk_idx, args.topk_weights, args.is_token_in_rank = pointers
-        args.send_plan = base + SEND_PLAN_OFFSET
-        args.send_row = base + SEND_ROW_OFFSET
-        args.result = self._told.pointer if is_exact else base + RESULT_OFFSET
-        args.masks = scratch.pointer + 4 * MAX_LOCAL_RANKS * found.num_listed
-        args.send_token = scratch.pointer
-        args.call = number
-        args.digest = digest
-        args.recv_offset = domain.offset(lease)
-        args.recv_capacity = capacity
+        found.set_pointers(
+            self._told.pointer if is_exact else base + RESULT_OFFSET,
+            *pointers,
+            base + SEND_ROW_OFFSET,
+            base + SEND_PLAN_OFFSET,
+            send_token + 4 * MAX_LOCAL_RANKS * found.num_listed,
+            send_token,
+        )
+        found.set_call(number, digest, domain.offset(lease), capacity)
         found.launch(call.stream, found.num_blocks)
         self.num_calls = number
         if crossing is None:
@@ -397,18 +414,20 @@ class Dispatch:
         self, found: _Plan, crossing: Crossing | None, pointers: Sequence[int], call: Call, digest: int
     ) -> Crossing:
         """Enqueue what brings tokens over the network, before they are dispatched within the node."""
-        internode, bringing, args = self._internode, found.bringing, found.launch.args
+        internode, bringing = self._internode, found.bringing
         assert internode is not None
         assert bringing is not None
         brought = internode.bring(bringing, crossing, pointers, call, num_sms=found.num_sms, digest=digest)
-        args.segments = brought.crossing.segments
-        args.landed_x, args.landed_sf, args.landed_topk_idx, args.landed_topk_weights = brought.landed[:4]
-        args.node_masks, args.landed_node_masks = brought.node_masks, brought.landed[4]
-        args.node_masks_bytes = bringing.parts.num_bytes[4]
-        args.order = internode.order
-        args.first_expert = internode.node * bringing.num_node_experts
-        args.waits_for_announced = bringing.parts.ahead_bytes > 0
-        args.num_exchange_blocks = brought.num_blocks
+        found.set_landed(
+            brought.crossing.segments,
+            *brought.landed,
+            brought.node_masks,
+            internode.order,
+            bringing.parts.num_bytes[4],
+            internode.node * bringing.num_node_experts,
+            bringing.parts.ahead_bytes > 0,
+            brought.num_blocks,
+        )
         return brought.crossing
 
     def _as_it_landed(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -113,6 +115,13 @@ class Launch:
         where = kernel.function, kernel.spec.cfg.num_threads, kernel.shared_bytes, params.ctypes.data
         self._enqueue = _early_launch(*where, self._error) if starts_early else _launch(*where)
         self._name = kernel.spec.name
+
+    def setter(self, *names: str) -> Callable[..., None]:
+        """What assigns to fields that lie one after the other: a function of their values, in one step.
+
+        An array takes as many values as it has elements.
+        """
+        return _setter(self.args, names)
 
     def saved(self) -> bytes:
         """The arguments as they are now, for `restore`."""
@@ -244,6 +253,22 @@ def fields_type(struct: Struct) -> Any:
     assert ctypes.sizeof(twin) == struct.itemsize
     assert all(getattr(twin, name).offset == struct.fields[name][1] for name in names)  # type: ignore[index]
     return twin
+
+
+def _setter(fields: Any, names: Sequence[str]) -> Callable[..., None]:
+    """See `Launch.setter`."""
+    kind = type(fields)
+    types = dict(kind._fields_)
+    first = getattr(kind, names[0]).offset
+    letters = ""
+    for name in names:
+        each, count = types[name], 1
+        if issubclass(each, ctypes.Array):
+            each, count = each._type_, each._length_
+        letters += count * each._type_
+        end = getattr(kind, name).offset + getattr(kind, name).size
+        assert struct.calcsize(letters) == end - first, f"{names} do not lie one after the other"
+    return partial(struct.Struct(letters).pack_into, fields, first)
 
 
 def _allow_shared_bytes(function: int, num_bytes: int, name: str) -> None:

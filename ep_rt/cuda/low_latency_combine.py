@@ -31,6 +31,7 @@ class _Plan:
 
     Attributes:
         launches: by zone, from `FIRST_COMBINE_ZONE` on.
+        set_pointers: the same, assign to their arguments.
         inputs: what ids and weights are like.
         is_readable: they need no copy where their addresses are aligned.
         num_bytes: of an allocation: the record, and where the caller has given no array, the result.
@@ -39,7 +40,8 @@ class _Plan:
     """
 
     area: Area
-    launches: tuple[Launch, Launch]
+    launches: tuple[Launch, ...]
+    set_pointers: tuple[Callable[..., None], ...]
     inputs: tuple[Input | None, ...]
     is_readable: bool
     reads_weights: bool
@@ -136,37 +138,42 @@ class LowLatencyCombine:
         inputs = tuple(
             None if view is None else Input.of(view) for view in (request.topk_idx, request.topk_weights)
         )
+        launches = tuple(
+            self._load.combine(
+                wire,
+                state=area.state,
+                masks=self._areas.masks,
+                weights_offset=here.weights,
+                rows_offset=here.rows,
+                landed_offset=here.landed,
+                out_weights_offset=here.out_weights,
+                out_rows_offset=here.out_rows,
+                digest=low_latency_combine_digest(
+                    request, wire, FIRST_COMBINE_ZONE + number, area.max_send_blocks
+                ),
+                num_tokens=num_tokens,
+                num_topk=handle.num_topk,
+                num_experts=handle.num_experts,
+                num_max_tokens=handle.num_max_tokens_per_rank,
+                hidden=handle.hidden,
+                idx_bytes=itemsize(request.topk_idx),
+                sends_weights=sends_weights,
+                sums_at_source=at_source,
+                polls_data=is_plain and self._areas.polls,
+                num_slots=area.shape.num_slots,
+                zone=FIRST_COMBINE_ZONE + number,
+                max_send_blocks=area.max_send_blocks,
+                num_sum_blocks=num_sum_blocks,
+                areas=area.pointers,
+            )
+            for number, here in enumerate(area.layout.combine)
+        )
         return _Plan(
             area=area,
-            launches=tuple(  # type: ignore[arg-type]
-                self._load.combine(
-                    wire,
-                    state=area.state,
-                    masks=self._areas.masks,
-                    weights_offset=here.weights,
-                    rows_offset=here.rows,
-                    landed_offset=here.landed,
-                    out_weights_offset=here.out_weights,
-                    out_rows_offset=here.out_rows,
-                    digest=low_latency_combine_digest(
-                        request, wire, FIRST_COMBINE_ZONE + number, area.max_send_blocks
-                    ),
-                    num_tokens=num_tokens,
-                    num_topk=handle.num_topk,
-                    num_experts=handle.num_experts,
-                    num_max_tokens=handle.num_max_tokens_per_rank,
-                    hidden=handle.hidden,
-                    idx_bytes=itemsize(request.topk_idx),
-                    sends_weights=sends_weights,
-                    sums_at_source=at_source,
-                    polls_data=is_plain and self._areas.polls,
-                    num_slots=area.shape.num_slots,
-                    zone=FIRST_COMBINE_ZONE + number,
-                    max_send_blocks=area.max_send_blocks,
-                    num_sum_blocks=num_sum_blocks,
-                    areas=area.pointers,
-                )
-                for number, here in enumerate(area.layout.combine)
+            launches=launches,
+            set_pointers=tuple(
+                launch.setter("y", "routes", "topk_idx", "topk_weights", "sent_ids", "out", "wait_stats")
+                for launch in launches
             ),
             inputs=inputs,
             is_readable=all(
@@ -216,12 +223,11 @@ class LowLatencyCombine:
         base, at = handle.block.pointer, handle.at
         launch = found.launches[zone - FIRST_COMBINE_ZONE]
         args = launch.args
-        args.y, args.topk_idx, args.topk_weights = x, ids, weights
-        args.out, args.wait_stats = out, wait_stats
         args.record = block.pointer
         args.dispatch_record = base + at.record
-        args.routes = base + at.routes
-        args.sent_ids = base + at.sent_ids
+        found.set_pointers[zone - FIRST_COMBINE_ZONE](
+            x, base + at.routes, ids, weights, base + at.sent_ids, out, wait_stats
+        )
         args.dispatch_zone = handle.zone if handle.area is area else -1
         if found.make is not None:
             call.keep_with(block, handle.block)

@@ -34,6 +34,7 @@ class _Plan:
 
     Attributes:
         launches: by zone.
+        set_pointers: by zone, assign to their arguments.
         inputs: what x, ids and weights are like; None where absent.
         num_blocks: of the send phase, of the receive phase, and of both in one.
         shape: of the handle.
@@ -44,7 +45,8 @@ class _Plan:
 
     area: Area
     sizes: AreaShape
-    launches: tuple[Launch, Launch]
+    launches: tuple[Launch, ...]
+    set_pointers: tuple[Callable[..., None], ...]
     inputs: tuple[Input | None, ...]
     is_readable: bool
     frameworks: tuple[str, ...]
@@ -186,39 +188,47 @@ class LowLatencyDispatch:
             num_copy_blocks = plan.num_copy_blocks(sizes, area.max_send_blocks, max_blocks=max_blocks)
         dispatch_zones = area.layout.dispatch
         inputs = tuple(None if view is None else Input.of(view) for view in (x, ids, request.topk_weights))
+        launches = tuple(
+            self._load.dispatch(
+                quantizes=request.use_fp8,
+                state=area.state,
+                masks=self._areas.masks,
+                ids_offset=here.ids,
+                weights_offset=here.weights,
+                rows_offset=here.rows,
+                sf_offset=here.sf(area.shape),
+                landed_offset=here.landed,
+                out_ids_offset=here.out_ids,
+                out_weights_offset=here.out_weights,
+                out_rows_offset=here.out_rows,
+                out_sf_offset=here.out_sf(area.shape),
+                digest=low_latency_digest(request, zone, area.max_send_blocks),
+                num_tokens=num_tokens,
+                num_topk=num_topk,
+                num_experts=request.num_experts,
+                num_max_tokens=sizes.num_max_tokens,
+                hidden=hidden,
+                idx_bytes=itemsize(ids),
+                scale_mode=scale_mode,
+                has_weights=request.topk_weights is not None,
+                zone=zone,
+                max_send_blocks=area.max_send_blocks,
+                num_clear_blocks=num_clear_blocks,
+                num_copy_blocks=num_copy_blocks,
+                areas=area.pointers,
+            )
+            for zone, here in enumerate(dispatch_zones[:FIRST_COMBINE_ZONE])
+        )
         return _Plan(
             area=area,
             sizes=sizes,
-            launches=tuple(  # type: ignore[arg-type]
-                self._load.dispatch(
-                    quantizes=request.use_fp8,
-                    state=area.state,
-                    masks=self._areas.masks,
-                    ids_offset=here.ids,
-                    weights_offset=here.weights,
-                    rows_offset=here.rows,
-                    sf_offset=here.sf(area.shape),
-                    landed_offset=here.landed,
-                    out_ids_offset=here.out_ids,
-                    out_weights_offset=here.out_weights,
-                    out_rows_offset=here.out_rows,
-                    out_sf_offset=here.out_sf(area.shape),
-                    digest=low_latency_digest(request, zone, area.max_send_blocks),
-                    num_tokens=num_tokens,
-                    num_topk=num_topk,
-                    num_experts=request.num_experts,
-                    num_max_tokens=sizes.num_max_tokens,
-                    hidden=hidden,
-                    idx_bytes=itemsize(ids),
-                    scale_mode=scale_mode,
-                    has_weights=request.topk_weights is not None,
-                    zone=zone,
-                    max_send_blocks=area.max_send_blocks,
-                    num_clear_blocks=num_clear_blocks,
-                    num_copy_blocks=num_copy_blocks,
-                    areas=area.pointers,
+            launches=launches,
+            set_pointers=tuple(
+                launch.setter(
+                    *("x", "topk_idx", "topk_weights", "sent_ids", "recv_x", "recv_sf", "recv_count"),
+                    *("src_info", "expert_rows", "layout_range", "routes", "recv_stats", "wait_stats"),
                 )
-                for zone, here in enumerate(dispatch_zones[:FIRST_COMBINE_ZONE])
+                for launch in launches
             ),
             inputs=inputs,
             is_readable=all(
@@ -282,22 +292,29 @@ class LowLatencyDispatch:
         base = block.pointer
         rows = area.own + here.rows if results is None else results.pointer
         launch = found.launches[zone]
-        args = launch.args
-        args.x, args.topk_idx, args.topk_weights = x, ids, weights
-        args.recv_stats, args.wait_stats = recv_stats, wait_stats
-        args.record = base + at.record
-        args.sent_ids = base + at.sent_ids
-        args.recv_count = base + at.recv_count
-        args.src_info = base + at.src_info
-        args.layout_range = base + at.layout_range
-        args.routes = base + at.routes
         if results is None:
-            args.expert_rows = base + at.expert_rows
+            recv_x_at = recv_sf_at = 0
+            expert_rows = base + at.expert_rows
             call.keep_with(block)
         else:
-            args.recv_x = rows
-            args.recv_sf = rows + found.sf_offset
+            recv_x_at, recv_sf_at, expert_rows = rows, rows + found.sf_offset, 0
             call.keep_with(block, results)
+        launch.args.record = base + at.record
+        found.set_pointers[zone](
+            x,
+            ids,
+            weights,
+            base + at.sent_ids,
+            recv_x_at,
+            recv_sf_at,
+            base + at.recv_count,
+            base + at.src_info,
+            expert_rows,
+            base + at.layout_range,
+            base + at.routes,
+            recv_stats,
+            wait_stats,
+        )
         received: list[bool] = []
         event, hook = run(
             domain,

@@ -72,6 +72,12 @@ class _Launch:
         self._fields = fields
         self.args = SimpleNamespace()
 
+    def setter(self, *names: str) -> Callable[..., None]:
+        def assign(*values: Any) -> None:
+            vars(self.args).update(zip(names, values, strict=True))
+
+        return assign
+
     def saved(self) -> dict[str, Any]:
         return dict(vars(self.args))
 
