@@ -35,7 +35,7 @@ from .requests import (
     integer,
     local_experts,
 )
-from .results import Combined, Dispatched, DispatchLayout, LowLatencyCombined, LowLatencyDispatched
+from .results import Combined, Dispatched, DispatchLayout, LowLatencyCombined, LowLatencyDispatched, named
 from .topology import discover
 
 
@@ -785,7 +785,7 @@ class Buffer:
         self, config: Config | None, previous_event: EventOverlap | None, async_finish: bool
     ) -> Schedule:
         num_sms = self.num_sms if config is None else config.num_sms
-        return Schedule(previous_event, async_finish, num_sms)
+        return named(Schedule, (previous_event, async_finish, num_sms))
 
     def _cuda(self) -> CudaEngine:
         self._enter()

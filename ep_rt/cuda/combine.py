@@ -8,7 +8,7 @@ from typing import Any
 
 from ..cuda_arrays import Column, glance
 from ..requests import CombineRequest, Schedule
-from ..results import Combined
+from ..results import Combined, named
 from . import plan
 from .digest import along, combine_digest
 from .domain import Call, Domain
@@ -239,7 +239,7 @@ class Combine:
             call.keep_with(out, routing, crossing.block)
         event = domain.finish(call)
         combined_x, combined_weights = found.make(out.pointer, found.out_bytes, out)
-        return Combined(combined_x, combined_weights, event)
+        return named(Combined, (combined_x, combined_weights, event))
 
     def _before_return(
         self, returning: Returning, handle: CudaDispatchHandle, args: Any, call: Call

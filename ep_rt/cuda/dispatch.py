@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from ..exchange import Group
 from ..handle import HandleShape
 from ..requests import FP8_BLOCK, DispatchRequest, Schedule, local_experts
-from ..results import Dispatched
+from ..results import Dispatched, named
 from . import plan
 from .digest import along, dispatch_digest
 from .domain import Call, Domain
@@ -245,8 +245,8 @@ class Dispatch:
             set_call=launch.setter("call", "digest", "recv_offset", "recv_capacity"),
             set_landed=launch.setter(
                 "segments",
-                *("landed_x", "landed_sf", "landed_topk_idx", "landed_topk_weights", "landed_node_masks"),
-                *("node_masks", "order", "node_masks_bytes"),
+                *("landed_x", "landed_sf", "landed_topk_idx", "landed_topk_weights", "order"),
+                *("node_masks", "landed_node_masks", "node_masks_bytes"),
                 *("first_expert", "waits_for_announced", "num_exchange_blocks"),
             ),
             inputs=inputs,
@@ -408,7 +408,7 @@ class Dispatch:
         if recv_sf is not None:
             recv_x = recv_x, recv_sf
         counts = handle.num_recv_tokens_per_expert_list
-        return Dispatched(recv_x, recv_ids, recv_weights, counts, handle, event)
+        return named(Dispatched, (recv_x, recv_ids, recv_weights, counts, handle, event))
 
     def _bring(
         self, found: _Plan, crossing: Crossing | None, pointers: Sequence[int], call: Call, digest: int
@@ -420,9 +420,10 @@ class Dispatch:
         brought = internode.bring(bringing, crossing, pointers, call, num_sms=found.num_sms, digest=digest)
         found.set_landed(
             brought.crossing.segments,
-            *brought.landed,
-            brought.node_masks,
+            *brought.landed[:4],
             internode.order,
+            brought.node_masks,
+            brought.landed[4],
             bringing.parts.num_bytes[4],
             internode.node * bringing.num_node_experts,
             bringing.parts.ahead_bytes > 0,

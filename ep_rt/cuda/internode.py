@@ -16,6 +16,7 @@ import numpy as np
 
 from ..arrays import ArrayView
 from ..errors import ConfigError, TopologyError, on_all_ranks
+from ..results import named
 from ..topology import Topology
 from . import kernels, plan
 from .domain import Call, Domain
@@ -63,7 +64,7 @@ class Crossing(NamedTuple):
     def over(cls, block: Block, lists_bytes: int, num_nodes: int) -> Crossing:
         """Over the memory of a block."""
         lists = block.pointer + _PLAN_BYTES
-        return cls(block, num_nodes, block.pointer, lists, lists + lists_bytes)
+        return named(cls, (block, num_nodes, block.pointer, lists, lists + lists_bytes))
 
     @property
     def segments(self) -> int:
@@ -334,7 +335,7 @@ class Internode:
         num_blocks = self._launch_exchange(
             found.exchange, found.sections, crossing, (*sources, masks), targets, call.stream, num_sms
         )
-        return Brought(crossing, masks, targets, num_blocks)
+        return named(Brought, (crossing, masks, targets, num_blocks))
 
     def _lay_out(
         self, found: Bringing, ids: int, in_rank: int, masks: int, call: Call, *, digest: int

@@ -9,7 +9,7 @@ from typing import Any, Final
 from ..cuda_arrays import Column, glance
 from ..errors import ArrayError, ConfigError
 from ..requests import LowLatencyCombineRequest, Schedule
-from ..results import LowLatencyCombined
+from ..results import LowLatencyCombined, named
 from . import low_latency_plan as plan
 from .digest import low_latency_combine_digest
 from .domain import Domain
@@ -245,8 +245,9 @@ class LowLatencyCombine:
         )
         self.num_calls += 1
         if found.make is None:
-            return LowLatencyCombined(out_array, event, hook)
-        return LowLatencyCombined(found.make(block.pointer, found.num_bytes, block)[0], event, hook)
+            return named(LowLatencyCombined, (out_array, event, hook))
+        (combined_x,) = found.make(block.pointer, found.num_bytes, block)
+        return named(LowLatencyCombined, (combined_x, event, hook))
 
     def next_buffer(self, handle: Any) -> Any:
         """bfloat16 [El, R*M, hidden] that combines with ``zero_copy`` read, in the handle's framework."""

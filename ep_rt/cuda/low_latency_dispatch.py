@@ -14,7 +14,7 @@ from ..cuda_arrays import Column, glance
 from ..errors import ArrayError, ConfigError
 from ..handle import LowLatencyHandleShape
 from ..requests import LowLatencyDispatchRequest, Schedule
-from ..results import LowLatencyDispatched
+from ..results import LowLatencyDispatched, named
 from . import low_latency_plan as plan
 from .digest import low_latency_digest
 from .domain import Call, Domain
@@ -338,7 +338,7 @@ class LowLatencyDispatch:
         handle = CudaLowLatencyHandle(
             self._owner, lists, found.shape, block, at, area, zone, found.sizes, received
         )
-        return LowLatencyDispatched(recv_x, recv_count, handle, event, hook)
+        return named(LowLatencyDispatched, (recv_x, recv_count, handle, event, hook))
 
     def _readable(self, found: _Plan, pointers: tuple[int, ...], call: Call) -> list[int]:
         return [

@@ -38,17 +38,17 @@ class Lease:
         must_be_left: whether the place is needed for something else soon.
     """
 
-    __slots__ = ("__weakref__", "_give_back", "kept", "must_be_left", "num_bytes", "offset")
+    __slots__ = ("__weakref__", "_pool", "kept", "must_be_left", "num_bytes", "offset")
 
-    def __init__(self, give_back: Callable[[int, int], None], offset: int, num_bytes: int) -> None:
-        self._give_back = give_back
+    def __init__(self, pool: Pool, offset: int, num_bytes: int) -> None:
+        self._pool = pool
         self.offset = offset
         self.num_bytes = num_bytes
         self.kept: object = None
         self.must_be_left = False
 
     def __del__(self) -> None:
-        self._give_back(self.offset, self.num_bytes)
+        self._pool.give_back(self.offset, self.num_bytes)
 
 
 class Pool:
@@ -76,14 +76,16 @@ class Pool:
     def take(self, num_bytes: int, spare_bytes: int = 0) -> Lease | None:
         """A place of at least `num_bytes`; None when no gap is so large, or none of `spare_bytes` is left."""
         wanted = -(-num_bytes // OFFSET_UNIT) * OFFSET_UNIT
-        with self._lock:
-            if self._returned:
-                if len(self._returned) == 1 and self._returned[0][1] == wanted and self._has_gap(spare_bytes):
+        lock, returned = self._lock, self._returned
+        lock.acquire()  # in a `with` this takes as long as the rest of what a loop does
+        try:
+            if returned:
+                if len(returned) == 1 and returned[0][1] == wanted and self._has_gap(spare_bytes):
                     # What a loop does: the place of the last round, as it is.
-                    offset, _ = self._returned.popleft()
+                    offset, _ = returned.popleft()
                     self._num_settled += 1
                     self._num_taken += 1
-                    return Lease(self._give_back, offset, wanted)
+                    return Lease(self, offset, wanted)
                 self._settle()
             best, best_size, most_left = -1, 0, 0
             for number, (_, size) in enumerate(self._gaps):
@@ -104,7 +106,9 @@ class Pool:
                 if self._used_bytes > self._most_used_bytes:
                     self._most_used_bytes = self._used_bytes
             self._num_taken += 1
-        return Lease(self._give_back, offset, wanted)
+            return Lease(self, offset, wanted)
+        finally:
+            lock.release()
 
     def _has_gap(self, num_bytes: int) -> bool:
         """Under the lock."""
@@ -125,7 +129,7 @@ class Pool:
     def transfer(self, lease: Lease) -> Lease:
         """The same place in other hands: whoever still holds `lease` holds nothing any more."""
         with self._lock:
-            other = Lease(self._give_back, lease.offset, lease.num_bytes)
+            other = Lease(self, lease.offset, lease.num_bytes)
             other.kept, lease.kept, lease.num_bytes = lease.kept, None, 0
             self._num_taken += 1
         return other
@@ -156,7 +160,8 @@ class Pool:
                 num_refused=self._num_refused,
             )
 
-    def _give_back(self, offset: int, num_bytes: int) -> None:
+    def give_back(self, offset: int, num_bytes: int) -> None:
+        """A place has no holder any more; for `Lease`."""
         self._returned.append((offset, num_bytes))
         if self._when_empty is not None:
             with self._lock:
