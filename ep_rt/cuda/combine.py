@@ -199,11 +199,11 @@ class Combine:
         for number, bias in enumerate(found.biases):
             biases.append(inputs.readable(bias, pointers[2 + number], call))
         returning, here = found.returning, results
-        first_bias = second_bias = 0
+        first_bias = second_bias = returned = 0
         if returning is None:
             first_bias, second_bias, *_ = *biases, 0, 0
         else:
-            here = self._before_return(returning, handle, args, call)
+            here, returned = self._before_return(returning, handle, args, call)
         y = num_stagers = 0
         num_blocks = found.num_blocks
         if isinstance(weights_at, Lease):
@@ -235,7 +235,9 @@ class Combine:
             internode, crossing = self._internode, handle.crossing
             assert internode is not None
             assert crossing is not None
-            internode.take_back(returning, crossing, here, biases, results, call, num_sms=found.num_sms)
+            internode.take_back(
+                returning, crossing, here, returned, biases, results, call, num_sms=found.num_sms
+            )
             call.keep_with(out, routing, crossing.block)
         event = domain.finish(call)
         combined_x, combined_weights = found.make(out.pointer, found.out_bytes, out)
@@ -243,15 +245,17 @@ class Combine:
 
     def _before_return(
         self, returning: Returning, handle: CudaDispatchHandle, args: Any, call: Call
-    ) -> tuple[int, int]:
-        """Where the sums of this node go that others wait for."""
+    ) -> tuple[tuple[int, int], int]:
+        """Where the sums of this node go that others wait for, and theirs for this node."""
         assert handle.crossing is not None
-        places = returning.here_places
-        block = self._domain.heap.take(places[-1], is_capturing=call.is_capturing)
+        rows_at, weights_at, returned_at = returning.here_places
+        num_bytes = returned_at + returning.returned_places[-1]
+        block = self._domain.heap.take(num_bytes, is_capturing=call.is_capturing)
         call.temporaries.append(block)
         assert self._internode is not None
         args.segments, args.progress = handle.crossing.segments, self._internode.progress
-        return block.pointer + places[0], block.pointer + places[1]
+        base = block.pointer
+        return (base + rows_at, base + weights_at), base + returned_at
 
     def _collapse(
         self,

@@ -128,7 +128,7 @@ class Returning:
     Attributes:
         sections: of the exchange, see `_sections`.
         here_places: where this node's sums of both lie in memory for all tokens of the list; its end.
-        returned_places: the same of what comes from the others.
+        returned_places: the same of what comes from the others. Both may lie in one allocation.
     """
 
     exchange: Launch
@@ -387,6 +387,7 @@ class Internode:
         found: Returning,
         crossing: Crossing,
         here: tuple[int, int],
+        returned: int,
         biases: Sequence[int],
         out: tuple[int, int],
         call: Call,
@@ -397,13 +398,11 @@ class Internode:
 
         Args:
             here: this node's sums of all tokens of the list, and of their weights.
+            returned: memory for those that come.
             out: where the results go, and their weights.
         """
-        domain = self._domain
-        rows_at, weights_at, num_bytes = found.returned_places
-        returned = domain.heap.take(num_bytes, is_capturing=call.is_capturing)
-        call.temporaries.append(returned)
-        targets = returned.pointer + rows_at, returned.pointer + weights_at
+        rows_at, weights_at, _ = found.returned_places
+        targets = returned + rows_at, returned + weights_at
         self._launch_exchange(found.exchange, found.sections, crossing, here, targets, call.stream, num_sms)
         args = found.total.args
         args.plan, args.positions = crossing.plan, crossing.positions
@@ -412,7 +411,7 @@ class Internode:
         for number, bias in enumerate(biases):
             args.bias[number] = bias
         args.out, args.out_weights = out
-        max_blocks = plan.SUM_BLOCKS_PER_SM * domain.max_blocks
+        max_blocks = plan.SUM_BLOCKS_PER_SM * self._domain.max_blocks
         found.total(call.stream, plan.num_local_blocks(2 * num_sms, max_blocks=max_blocks))
 
     # Both.

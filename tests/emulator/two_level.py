@@ -478,6 +478,7 @@ class TwoLevel:
             returning,
             crossing,
             sums,
+            machine.allocate(rank, returning.returned_places[-1], "sums of other nodes").address,
             [self._put(rank, bias)],
             (out, out_weights),
             call,
