@@ -180,7 +180,8 @@ class Domain:
         """Raise what keeps a call from starting."""
         if self.is_closed:
             raise ClosedError("the buffer is closed")
-        self.watch.check()
+        if self.watch.word.value:
+            self.watch.check()
 
     def begin(self, frameworks: tuple[str, ...], inputs: Sequence[object], schedule: Schedule) -> Call:
         """Choose the stream of a call. Nothing is enqueued.
@@ -191,10 +192,11 @@ class Domain:
         """
         stream = self.comm.pointer
         streams: tuple[int, ...]
+        previous, is_asynchronous, _ = schedule
         if len(frameworks) == 1 and frameworks[0] != "jax":
             current = current_stream(frameworks[0], self.device)
             streams = (current,)
-            if schedule.previous_event is None and not schedule.async_finish:
+            if previous is None and not is_asynchronous:
                 stream = current
         else:
             # JAX orders its arrays by the communication stream when they are exported to it.

@@ -343,6 +343,7 @@ class HangWatch:
 
     Attributes:
         record_pointer: a `HANG_RECORD` in pinned memory; an argument of every kernel.
+        word: its first, not 0 once a kernel of this rank gave up; until `close`.
         farewells: over several nodes, of calls of an `Operation` whether peers gave up, see `Report`.
     """
 
@@ -352,6 +353,7 @@ class HangWatch:
         self._timeout_s = timeout_s
         self._pinned = PinnedStruct(HANG_RECORD)
         self._record = self._pinned.array
+        self.word = self._pinned.word
         self.record_pointer = self._pinned.pointer
         self._error: EpError | None = None
         self.farewells: Callable[[int], Sequence[int]] | None = None
@@ -366,7 +368,7 @@ class HangWatch:
             CollectiveMismatchError: ranks were in different operations.
             ConfigError: their arguments, which must agree, do not.
         """
-        if self._pinned.word.value:
+        if self.word.value:
             if self._error is None:
                 self._error = self._explain()
             raise self._error

@@ -156,21 +156,34 @@ def run(
     if pending is None:
         received.append(True)
         return event, None
-    taken, arguments = pending, launch.saved()
+    return event, _hook(domain, call, launch, num_blocks[RECEIVES - 1], pending, received, kept)
+
+
+def _hook(
+    domain: Domain,
+    call: Call,
+    launch: Launch,
+    num_blocks: int,
+    pending: Pending,
+    received: list[bool],
+    kept: tuple[Any, ...],
+) -> Callable[[], None]:
+    """What enqueues the receive phase, see `run`."""
+    arguments = launch.saved()
 
     def receive() -> None:
         domain.check()
-        taken.check()
+        pending.check()
         later = domain.begin(call.frameworks, call.inputs, Schedule())
         domain.order(later)
         launch.restore(arguments)
         launch.args.phases = RECEIVES
-        launch(later.stream, num_blocks[RECEIVES - 1])
+        launch(later.stream, num_blocks)
         received.append(True)
-        taken.is_received = True
+        pending.is_received = True
         domain.finish(later)
 
     def hook(kept: tuple[Any, ...] = kept) -> None:
         domain.on_device(receive)
 
-    return event, hook
+    return hook
