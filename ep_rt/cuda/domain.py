@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -142,6 +141,7 @@ class Domain:
         self.turns = Turns()
         self.place = Place(f"cuda:{self.device}", self.comm.pointer)
         self._spare_bytes = 0
+        self._max_blocks: int | None = None
         self.is_closed = False
         self._done = EventOverlap()
         self._kept_inputs: object = None
@@ -169,10 +169,13 @@ class Domain:
         """Blocks of a kernel that waits for its peers, see `plan.num_blocks`."""
         return plan.num_blocks(num_sms, num_device_sms=self.num_device_sms, num_sharing=self.num_sharing)
 
-    @cached_property
+    @property
     def max_blocks(self) -> int:
         """The most that `num_blocks` can answer."""
-        return self.num_blocks(min(self.num_device_sms, MAX_BLOCKS))
+        # Not a `cached_property`, which takes the attributes of its object out of their fast places.
+        if self._max_blocks is None:
+            self._max_blocks = self.num_blocks(min(self.num_device_sms, MAX_BLOCKS))
+        return self._max_blocks
 
     # The steps of every call.
 
