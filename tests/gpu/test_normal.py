@@ -546,11 +546,15 @@ def test_rank_that_stops_in_a_stream_of_calls(place: str) -> None:
             ranks_per_node=RANKS_PER_NODE,
         )[group.rank]
         with cuda_buffer(group, timeout_s=SHORT_S) as buffer:
+            given, topk_idx = (
+                put(x[group.rank]),
+                put(ids[group.rank]),
+            )  # once: copies wait for the calls before
 
             def call() -> tuple[Any, Any]:
                 out = buffer.dispatch(
-                    put(x[group.rank]),
-                    topk_idx=put(ids[group.rank]),
+                    given,
+                    topk_idx=topk_idx,
                     num_experts=2 * group.size,
                     num_worst_tokens=capacity,
                 )
