@@ -80,9 +80,9 @@ def check_expert_major(
     else:
         assert same_bits(fetch(out.recv_topk_weights), e.weights)
     assert same_bits(fetch(out.handle.psum_num_tokens_per_expert), e.psum_num_tokens_per_expert)
+    assert out.num_recv_tokens_per_expert_list == drawn.dispatched[rank].num_recv_tokens_per_expert
     handle = carry(out.handle)
     assert (handle.layout, handle.num_recv_rows) == ("expert", len(e.row))
-    assert out.num_recv_tokens_per_expert_list == drawn.dispatched[rank].num_recv_tokens_per_expert
     if not is_exact:  # else only the host is told
         assert handle.num_recv_tokens_per_expert_list == drawn.dispatched[rank].num_recv_tokens_per_expert
     assert handle.num_recv_tokens == drawn.dispatched[rank].num_recv_tokens
