@@ -229,8 +229,12 @@ def check_handle(
     assert is_token_in_rank is in_rank
 
 
-def check_low_latency(buffer: Any, seed: int) -> None:
-    """One layer of decode in every mode: formats, hooks, zero-copy, LogFMT, -1 ids, statistics."""
+def check_low_latency(buffer: Any, seed: int, *, reduce: str = "source") -> None:
+    """One layer of decode in every mode: formats, hooks, zero-copy, LogFMT, -1 ids, statistics.
+
+    Args:
+        reduce: where a combine sums unless it is told.
+    """
     num_ranks, rank = buffer.group_size, buffer.rank
     case = Case.draw(seed, num_ranks, hidden=512)
     rng, ids, counts = case.rng, case.topk_idx, case.num_tokens
@@ -286,7 +290,7 @@ def check_low_latency(buffer: Any, seed: int) -> None:
         for zero_copy, use_logfmt in ((False, False), (True, False), (False, True)):
             y = [(random_values(rng, shape, np.float32) / 64).astype(BF16) for _ in expected]
             combined = reference.low_latency_combine(
-                y, expected, ids, case.topk_weights, use_logfmt=use_logfmt
+                y, expected, ids, case.topk_weights, use_logfmt=use_logfmt, reduce=reduce
             )[rank]
             given = tensor(y[rank])
             if zero_copy:
