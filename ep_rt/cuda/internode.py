@@ -43,6 +43,10 @@ if TYPE_CHECKING:
 _AREA_BYTES: Final = align_up(NETWORK_AREA.itemsize, OFFSET_UNIT)
 _PLAN_BYTES: Final = align_up(NETWORK_PLAN.itemsize, OFFSET_UNIT)
 
+# For handles, of which several are held while their calls are on their way. The driver allocates only once
+# the device's kernels are done, so a call behind slow work would wait for it.
+_RESERVED_BYTES: Final = 32 << 20
+
 _Sections = tuple[tuple[Any, int], ...]
 
 
@@ -200,6 +204,7 @@ class Internode:
         self._layout = Kernel(kernels.internode_layout(), network=network)
         self._exchange = Kernel(kernels.internode_exchange(), network=network)
         self._sum = {element: Kernel(kernels.internode_sum(element)) for element in ELEMENTS}
+        domain.heap.reserve(_RESERVED_BYTES)
 
     @staticmethod
     def num_bytes(topology: Topology, rings: plan.Rings) -> int:
