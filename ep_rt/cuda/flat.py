@@ -47,7 +47,7 @@ def layout(shape: FlatShape, internode: Internode | None) -> FlatLayout:
         psum = FlatField(1, at.psum, shape.num_local_experts)
         expert_row = FlatField(1, at.expert_row, shape.num_landed_rows * num_topk)
     if internode is not None:
-        num_bytes.append(crossing_bytes(num_tokens, internode.num_nodes))
+        num_bytes.append(crossing_bytes(lists_bytes(num_tokens, internode.num_nodes)))
     return FlatLayout(tuple(num_bytes), num_recv_tokens, num_needed_rows, counts, psum, expert_row)
 
 

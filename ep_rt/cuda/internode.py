@@ -81,9 +81,9 @@ def lists_bytes(num_tokens: int, num_nodes: int) -> int:
     return align_up(4 * num_tokens * num_nodes, OFFSET_UNIT)
 
 
-def crossing_bytes(num_tokens: int, num_nodes: int) -> int:
+def crossing_bytes(lists_bytes: int) -> int:
     """Of the block of a `Crossing`."""
-    return _PLAN_BYTES + 2 * lists_bytes(num_tokens, num_nodes)
+    return _PLAN_BYTES + 2 * lists_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,7 +345,7 @@ class Internode:
     def _lay_out(
         self, found: Bringing, ids: int, in_rank: int, masks: int, call: Call, *, digest: int
     ) -> Crossing:
-        num_bytes = _PLAN_BYTES + 2 * found.lists_bytes
+        num_bytes = crossing_bytes(found.lists_bytes)
         block = self._domain.heap.take(num_bytes, is_capturing=call.is_capturing)
         crossing = Crossing.over(block, found.lists_bytes, self.num_nodes)
         assert found.layout is not None

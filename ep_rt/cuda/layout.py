@@ -43,8 +43,10 @@ LOW_LATENCY_ZONES: Final = 4
 FIRST_COMBINE_ZONE: Final = 2
 
 MAX_SEND_BLOCKS: Final = 256
-MAX_CLEAR_BLOCKS: Final = 32
 """Most blocks that send rows in a low-latency call."""
+
+MAX_CLEAR_BLOCKS: Final = 32
+"""Most blocks that clear the lists of a low-latency dispatch."""
 
 MAX_LOW_LATENCY_RANKS: Final = 32
 """Most ranks of all nodes that low-latency calls serve."""
