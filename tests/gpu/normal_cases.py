@@ -310,6 +310,24 @@ def wide_case(
     )
 
 
+def raised(call: Callable[[], Any]) -> Exception | None:
+    """What a call raises."""
+    try:
+        call()
+    except Exception as error:
+        return error
+    return None
+
+
+def check_after_reset(buffer: Buffer) -> None:
+    """All ranks reset after a call that was given up, and the buffer, and the device, go on."""
+    buffer.group.barrier()
+    buffer.reset()
+    context_is_alive()
+    buffer.group.barrier()
+    check_normal(buffer, 2)
+
+
 def context_is_alive() -> None:
     """Work that has nothing to do with ep_rt still runs. No rank is waiting."""
     stream = cupy.cuda.get_current_stream()

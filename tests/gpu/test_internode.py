@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from ep_rt import Group, reference
 if device_count():
     import cupy
     from device_arrays import cuda_buffer, fetch, put
-    from normal_cases import check_bytes, check_normal, context_is_alive
+    from normal_cases import check_after_reset, check_bytes, check_normal, raised
 
 pytestmark = [
     pytest.mark.gpu,
@@ -139,21 +140,13 @@ def test_a_missing_rank_is_named_by_its_number_among_all_and_reset_helps(by_rank
             for _ in range(2):
                 group.barrier()
                 if group.rank != missing:
-                    error: Any = None
-                    start = time.monotonic()
-                    try:
-                        buffer.dispatch(put(np.ones((4, 16), np.float32)), **routing, num_experts=group.size)
-                    except ep_rt.EpError as raised:
-                        error = raised
+                    x, start = put(np.ones((4, 16), np.float32)), time.monotonic()
+                    error = raised(partial(buffer.dispatch, x, **routing, num_experts=group.size))
                     assert SHORT_S * 0.9 < time.monotonic() - start < SHORT_S * 4
                     assert isinstance(error, ep_rt.PeerTimeoutError)
                     assert missing in error.peers
                     cupy.cuda.runtime.deviceSynchronize()
-                group.barrier()
-                buffer.reset()
-                context_is_alive()
-                group.barrier()
-                check_normal(buffer, 2)
+                check_after_reset(buffer)
 
     on_ranks(body)
 
@@ -188,11 +181,8 @@ def test_ids_on_some_ranks_and_none_on_others_is_an_error_on_all() -> None:
     def body(group: Group) -> None:
         with cuda_buffer(group, timeout_s=SHORT_S) as buffer:
             routing = routing_to(0, 4, group, by_ranks=group.rank == group.size - 1)
-            error: Any = None
-            try:
-                buffer.dispatch(put(np.ones((4, 16), np.float32)), **routing, num_experts=group.size)
-            except ep_rt.EpError as raised:
-                error = raised
+            x = put(np.ones((4, 16), np.float32))
+            error = raised(partial(buffer.dispatch, x, **routing, num_experts=group.size))
             assert isinstance(error, ep_rt.ConfigError)
             assert "ranks differ" in str(error)
             group.barrier()

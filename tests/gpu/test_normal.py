@@ -22,11 +22,12 @@ if device_count():
     from device_arrays import cuda_buffer, fetch, overwrite, poison, put
     from normal_cases import (
         carried,
+        check_after_reset,
         check_bytes,
         check_normal,
         check_quantized,
         check_worst_case,
-        context_is_alive,
+        raised,
         wide_case,
     )
 
@@ -39,14 +40,6 @@ NUM_ROUNDS = 1000
 
 def run(place: str, body: Callable[[Group], T]) -> list[T]:
     return run_ranks(place, body, num_virtual_ranks=4)
-
-
-def raised(call: Callable[[], Any]) -> Exception | None:
-    try:
-        call()
-    except Exception as error:
-        return error
-    return None
 
 
 @pytest.mark.parametrize("num_sms", [1, 2, 5, 16])
@@ -519,11 +512,7 @@ def test_missing_rank_is_named_and_reset_helps(place: str) -> None:
                     assert isinstance(error, ep_rt.PeerTimeoutError)
                     assert error.peers == (missing,)
                     assert "dispatch" in error.phase
-                group.barrier()
-                buffer.reset()
-                context_is_alive()
-                group.barrier()
-                check_normal(buffer, 2)
+                check_after_reset(buffer)
 
     run(place, body)
 
@@ -573,11 +562,7 @@ def test_rank_that_stops_in_a_stream_of_calls(place: str) -> None:
                 error = raised(call)
                 assert isinstance(error, ep_rt.PeerTimeoutError)
                 assert lost in error.peers
-            group.barrier()
-            buffer.reset()
-            context_is_alive()
-            group.barrier()
-            check_normal(buffer, 2)
+            check_after_reset(buffer)
 
     run(place, body)
 
