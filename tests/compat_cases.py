@@ -314,8 +314,14 @@ def check_low_latency(buffer: Any, seed: int, *, reduce: str = "source") -> None
     assert (waits >= 0).all()
 
 
-def check_elastic(buffer: Any, seed: int, *, do_cpu_sync: bool = True) -> None:
-    """One layer through `ElasticBuffer`, by rank and expanded: dispatched, repeated, combined."""
+def check_elastic(
+    buffer: Any, seed: int, *, do_cpu_sync: bool = True, summed_ranks: int | None = None
+) -> None:
+    """One layer through `ElasticBuffer`, by rank and expanded: dispatched, repeated, combined.
+
+    Args:
+        summed_ranks: so many ranks, those of a node, sum and round before the whole is summed.
+    """
     num_ranks, rank = buffer.num_ranks, buffer.rank_idx
     case = Case.draw(seed, num_ranks, hidden=128 * (1 + seed % 3))
     rng, ids, counts, hidden = case.rng, case.topk_idx, case.num_tokens, case.hidden
@@ -399,8 +405,10 @@ def check_elastic(buffer: Any, seed: int, *, do_cpu_sync: bool = True) -> None:
         assert torch.equal(handle.topk_idx, ids_here)
         assert (handle.topk_idx is ids_here) == (seed % 2 == 0)
         assert list(handle.num_recv_tokens_per_expert_list) == mine.num_recv_tokens_per_expert
-        assert handle.psum_num_recv_tokens_per_scaleup_rank.shape == (num_ranks,)
-        assert handle.psum_num_recv_tokens_per_scaleup_rank[-1] == num_recv_tokens
+        # The ranks of the same number on all nodes count together.
+        from_ranks = [np.sum((each // num_local_experts == rank).any(axis=1)) for each in ids]
+        by_number = np.reshape(from_ranks, (-1, buffer.num_scaleup_ranks)).sum(axis=0)
+        assert handle.psum_num_recv_tokens_per_scaleup_rank.tolist() == np.cumsum(by_number).tolist()
         if do_cpu_sync:
             assert handle.num_recv_tokens == num_recv_tokens
         ends = handle.psum_num_recv_tokens_per_expert
@@ -460,7 +468,9 @@ def check_elastic(buffer: Any, seed: int, *, do_cpu_sync: bool = True) -> None:
             ]
         else:
             sent = y = [random_values(rng, each.recv_x.shape, BF16) for each in dispatched]
-        expected = reference.combine(sent, dispatched, num_tokens=counts, bias=biases)[rank]
+        expected = reference.combine(
+            sent, dispatched, num_tokens=counts, bias=biases, ranks_per_node=summed_ranks
+        )[rank]
         mine_y = np.concatenate([y[rank], np.zeros((num_rows - len(y[rank]), hidden), BF16)])
         combined_x, combined_weights = launch(
             "combine",
@@ -530,11 +540,15 @@ def check_graph(
     *,
     has_threads_beside: bool,
     first: contextlib.AbstractContextManager[None] | None = None,
+    reduce: str = "source",
+    summed_ranks: int | None = None,
 ) -> None:
     """Calls of both modes in one graph, replayed with other tokens and other routing.
 
     Args:
         first: around the calls before the capture.
+        reduce: see `check_low_latency`.
+        summed_ranks: see `check_elastic`.
     """
     num_ranks, rank = buffer.group_size, buffer.rank
     num_tokens, hidden, num_experts = 24, 256, 2 * num_ranks
@@ -591,7 +605,11 @@ def check_graph(
         recv_weights = [each.recv_topk_weights for each in expected if each.recv_topk_weights is not None]
         assert equal(sent[2], recv_weights[rank])
         combined = reference.combine(
-            [each.recv_x for each in expected], expected, num_tokens=counts, topk_weights=recv_weights
+            [each.recv_x for each in expected],
+            expected,
+            num_tokens=counts,
+            topk_weights=recv_weights,
+            ranks_per_node=summed_ranks,
         )[rank]
         assert equal(back[0], combined.x)
         assert equal(back[1], combined.topk_weights)
@@ -605,9 +623,10 @@ def check_graph(
         for expert, length in enumerate(here.recv_count):
             assert equal(rows[expert, :length], here.recv_x[expert, :length])
             assert equal(scales[expert, :length], here.sf[expert, :length])
-        assert equal(
-            few_back[0], reference.low_latency_combine(all_y, dispatched, all_ids, all_weights)[rank]
-        )
+        few_combined = reference.low_latency_combine(all_y, dispatched, all_ids, all_weights, reduce=reduce)[
+            rank
+        ]
+        assert equal(few_back[0], few_combined)
 
 
 def check_order(buffer: Any, streams: Streams, mode: str) -> None:

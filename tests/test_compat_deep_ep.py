@@ -70,6 +70,17 @@ def test_elastic_buffer_equals_the_oracle(seed: int, do_cpu_sync: bool) -> None:
     ep_rt.run_local(run, 2 + seed % 3, timeout_s=20)
 
 
+def test_elastic_buffer_of_several_nodes_equals_the_oracle() -> None:
+    def run(group: Group) -> None:
+        for seed in range(2):
+            buffer = deep_ep.ElasticBuffer(group, 1 << 21, backend="host", ranks_per_node=2)
+            assert buffer.get_logical_domain_size() == (2, 2)
+            compat_cases.check_elastic(buffer, seed)
+            buffer.destroy()
+
+    ep_rt.run_local(run, 4, timeout_s=20)
+
+
 def test_tuning() -> None:
     def run(group: Group) -> None:
         buffer = deep_ep.Buffer(group, int(1e9), backend="host")

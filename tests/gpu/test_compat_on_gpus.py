@@ -34,6 +34,8 @@ pytestmark = [
 on_every_place = pytest.mark.parametrize("place", PLACES)
 under_mpi = pytest.mark.skipif(not IS_UNDER_MPI, reason="start under mpirun")
 
+# Over nodes the sums of experts' ranks come back.
+REDUCE = "rank" if RANKS_PER_NODE else "source"
 NUM_BYTES = int(1e9)
 TIMEOUT_S = 20
 
@@ -87,7 +89,7 @@ def test_normal_mode_equals_the_oracle(place: str) -> None:
 def test_low_latency_mode_equals_the_oracle(place: str) -> None:
     def check(buffer: Any) -> None:
         for seed in range(4):
-            cases.check_low_latency(buffer, seed, reduce="rank" if RANKS_PER_NODE else "source")
+            cases.check_low_latency(buffer, seed, reduce=REDUCE)
 
     run(place, check)
 
@@ -98,7 +100,7 @@ def test_elastic_buffer_equals_the_oracle(place: str, do_cpu_sync: bool) -> None
     def body(group: Group) -> None:
         with elastic_buffer(group) as buffer, meeting(buffer._buffer, place):
             for seed in range(8):
-                cases.check_elastic(buffer, seed, do_cpu_sync=do_cpu_sync)
+                cases.check_elastic(buffer, seed, do_cpu_sync=do_cpu_sync, summed_ranks=RANKS_PER_NODE)
             buffer.barrier()
 
     run_torch(place, body)
@@ -151,7 +153,13 @@ def test_graph_of_both_modes(place: str) -> None:
     def body(group: Group) -> None:
         with deep_ep_buffer(group) as buffer:
             first = meeting(buffer._buffer, place)
-            cases.check_graph(buffer, has_threads_beside=place != "mpi", first=first)
+            cases.check_graph(
+                buffer,
+                has_threads_beside=place != "mpi",
+                first=first,
+                reduce=REDUCE,
+                summed_ranks=RANKS_PER_NODE,
+            )
 
     run_torch(place, body, num_virtual_ranks=2)
 
@@ -275,7 +283,7 @@ def test_torch_process_groups(backend: str) -> None:
             cases.check_normal(buffer, 1)
             cases.check_low_latency(buffer, 1)
         with elastic_buffer(world) as buffer:
-            cases.check_elastic(buffer, 3)
+            cases.check_elastic(buffer, 3, summed_ranks=RANKS_PER_NODE)
         dist.destroy_process_group()
 
     run_torch("mpi", body)
@@ -290,7 +298,7 @@ def test_mpi_communicator() -> None:
             assert buffer.group is MPI.COMM_WORLD
             cases.check_normal(buffer, 2)
         with elastic_buffer(MPI.COMM_WORLD) as buffer:
-            cases.check_elastic(buffer, 4)
+            cases.check_elastic(buffer, 4, summed_ranks=RANKS_PER_NODE)
 
     run_torch("mpi", body)
 

@@ -73,5 +73,5 @@ def meeting(buffer: Any, place: str) -> Iterator[None]:
 def points_into_slab(buffer: Any, tensor: Any) -> bool:
     """Whether a tensor lies in the communication memory of an `ep_rt.Buffer`."""
     slab = buffer._engine._domain.slab
-    offset = tensor.data_ptr() - slab.pointers[buffer.rank]
+    offset = tensor.data_ptr() - slab.pointers[buffer.topology.local_rank]
     return bool(0 <= offset < slab.num_bytes)
