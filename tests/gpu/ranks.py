@@ -61,7 +61,7 @@ def run_ranks(place: str, fn: Callable[[Group], T], *, num_virtual_ranks: int = 
         if RANKS_PER_NODE or WITH_PUTS_ALONE:
             _open_network(group)
         try:
-            return [_on_device(group, group.rank % num_devices, fn)]
+            return [_on_device(group, _own_device(group), fn)]
         except BaseException as error:
             group.abort(error)
             raise
@@ -87,6 +87,11 @@ def _on_device(group: Group, device: int, fn: Callable[[Group], T]) -> T:
         return fn(group)
 
 
+def _own_device(group: Group) -> int:
+    """Under MPI. As many ranks share each GPU: NVSHMEM does not start otherwise."""
+    return group.rank % min(device_count(), -(-group.size // RANKS_PER_GPU))
+
+
 def _open_network(group: Group) -> None:
     """NVSHMEM once for all tests: to start it takes longer than most of them.
 
@@ -104,7 +109,7 @@ def _open_network(group: Group) -> None:
         ctypes.CDLL(plugin, mode=ctypes.RTLD_GLOBAL)
     network = _on_device(
         group,
-        group.rank % device_count(),
+        _own_device(group),
         lambda group: nvshmem.Network(group, num_bytes=_HEAP_BYTES, timeout_s=GROUP_TIMEOUT_S),
     )
     _OPENED.append(network)
