@@ -38,7 +38,7 @@ SANITIZED_ON_ONE_GPU = (
 )
 OVER_NODES = (
     *(f"tests/gpu/test_{name}.py" for name in ("internode", "normal", "expert_major", "low_latency")),
-    "tests/gpu/test_compat_on_gpus.py::test_normal_mode_equals_the_oracle",
+    "tests/gpu/test_compat_on_gpus.py",
 )
 WITHOUT_NVLINK = (
     "tests/gpu/test_internode.py::test_nodes_are_chosen_and_so_are_gpus",
@@ -54,6 +54,7 @@ OVER_MANY_NODES = (
     "tests/gpu/test_expert_major.py::test_random_layers_equal_the_oracle",
     "tests/gpu/test_low_latency.py::test_random_layers_equal_the_oracle",
 )
+OVER_LOOPBACK = ("tests/gpu/test_nvshmem.py", *OVER_MANY_NODES)
 NORMAL_MODE = ("dispatch", "dispatch-cached", "combine")
 LOW_LATENCY = ("ll-dispatch", "ll-dispatch-packed", "ll-dispatch-split", "ll-combine", "ll-pair")
 SUMMARY = re.compile(r"((?:\d+ (?:passed|failed|skipped|errors?|deselected|warnings?)(?:, )?)+) in [\d.]+s")
@@ -87,6 +88,7 @@ def main() -> int:
             nodes = ["env", f"EP_RT_RANKS_PER_NODE={ranks_per_node}", *mpirun]
             named = f"mpirun -n {num_ranks}, {num_ranks // ranks_per_node} nodes"
             parts[named] = [*nodes, *pytest, *OVER_NODES]
+            parts[f"torch, {named}"] = [*nodes, *pytest, "tests/gpu/test_torch_on_gpus.py"]
             parts[f"JAX, {named}"] = [*nodes, *pytest, "tests/gpu/test_jax_on_gpus.py"]
             parts[f"figures, {named}"] = [*nodes, *bench, "128", "4096", "--operations", *NORMAL_MODE]
             parts[f"low-latency figures, {named}"] = [*nodes, *low_latency]
@@ -96,6 +98,8 @@ def main() -> int:
             nodes += [f"EP_RT_TEST_RANKS_PER_GPU={ranks_per_gpu}", *_mpirun(many_ranks)]
             named = f"mpirun -n {many_ranks}, {many_ranks // ranks_per_node} nodes"
             parts[f"{named}, {ranks_per_gpu} on a GPU"] = [*nodes, *pytest, *OVER_MANY_NODES]
+        loopback = ["env", "EP_RT_TEST_TRANSPORT=loopback", "EP_RT_RANKS_PER_NODE=1", *mpirun]
+        parts[f"mpirun -n {num_ranks}, loopback"] = [*loopback, *pytest, *OVER_LOOPBACK]
         puts = ["env", "EP_RT_TEST_LOW_LATENCY=puts", *mpirun, *pytest, "tests/gpu/test_low_latency.py"]
         parts[f"mpirun -n {num_ranks}, puts alone"] = puts
         without_nvlink = ["env", "EP_RT_NVLINK=0", *mpirun, *pytest, *WITHOUT_NVLINK]

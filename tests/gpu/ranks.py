@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import atexit
-import ctypes
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import loopback
 import pytest
 
 # Virtual ranks wait for each other, so their streams must not share a hardware queue. Read when CUDA starts.
@@ -93,10 +93,7 @@ def _own_device(group: Group) -> int:
 
 
 def _open_network(group: Group) -> None:
-    """NVSHMEM once for all tests: to start it takes longer than most of them.
-
-    ``EP_RT_TEST_NVSHMEM_PLUGIN`` names a transport to load before, for runs that keep off NVLink.
-    """
+    """NVSHMEM once for all tests: to start it takes longer than most of them."""
     if _OPENED:
         return
     from ep_rt.cuda import nvshmem
@@ -104,9 +101,7 @@ def _open_network(group: Group) -> None:
     if RANKS_PER_GPU > 1:
         # The product refuses that: who wants speed never wants it, and NVSHMEM has less to offer then.
         nvshmem._check_members = lambda members: None
-    plugin = os.environ.get("EP_RT_TEST_NVSHMEM_PLUGIN")
-    if plugin:
-        ctypes.CDLL(plugin, mode=ctypes.RTLD_GLOBAL)
+    loopback.load_if_asked()
     network = _on_device(
         group,
         _own_device(group),

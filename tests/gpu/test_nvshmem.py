@@ -1,15 +1,14 @@
 """NVSHMEM between processes with a GPU each: ``mpirun -n 2 python -m pytest tests/gpu/test_nvshmem.py``.
 
-``EP_RT_TEST_NVSHMEM_PLUGIN`` names a transport to load before NVSHMEM starts, for runs that keep off NVLink.
+With ``EP_RT_TEST_TRANSPORT=loopback`` they keep off NVLink, see loopback.py.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
 import time
 from collections.abc import Callable, Iterator
 
+import loopback
 import pytest
 from ranks import IS_UNDER_MPI, device_count, run_ranks
 
@@ -49,9 +48,7 @@ def network() -> Iterator[Network]:
     absence = _absence()
     if absence is not None:
         pytest.skip(absence)
-    plugin = os.environ.get("EP_RT_TEST_NVSHMEM_PLUGIN")
-    if plugin:
-        ctypes.CDLL(plugin, mode=ctypes.RTLD_GLOBAL)
+    loopback.load_if_asked()
     opened: list[Network] = run_ranks("mpi", open_network)
     print(opened[0].library)
     yield opened[0]
