@@ -270,7 +270,8 @@ class MpiGroup(PeerGroup):
         # MPI's own collectives cannot say who is missing: meet first.
         self.allgather(None, op="as_group")
         duplicate, request = communicator.Idup()
-        everyone = [peer for peer in range(self.size) if peer != self.rank]
+        # A rank that has no peers waits too: with Open MPI the duplicate cannot be used before.
+        everyone = [peer for peer in range(self.size) if peer != self.rank] or [self.rank]
         self._wait(lambda deadline: [] if request.Test() else everyone, "as_group", None, False)
         duplicate.Set_errhandler(_mpi().ERRORS_RETURN)
         self._comm = duplicate

@@ -310,3 +310,29 @@ def test_a_call_that_mpi_refuses_counts_as_silence_of_the_peer(tmp_path: Path) -
     """
     done = run(tmp_path, script, num_ranks=2)
     assert done.codes == [0, 0], done
+
+
+def test_a_single_rank_waits_for_its_communicator(tmp_path: Path) -> None:
+    """Open MPI makes it while it is waited for, and a communicator that was not waited for is none."""
+    script = """
+    from ep_rt.groups import MpiGroup
+
+    class Slow:
+        def __init__(self, communicator):
+            self.communicator = communicator
+        def __getattr__(self, name):
+            return getattr(self.communicator, name)
+        def Idup(self):
+            self.duplicate, self.request = self.communicator.Idup()
+            self.left = 3
+            return self, self
+        def Test(self):
+            self.left -= 1
+            return self.left <= 0 and self.request.Test()
+        def Set_errhandler(self, handler):
+            assert self.left <= 0, "used before it is there"
+            self.duplicate.Set_errhandler(handler)
+
+    assert MpiGroup(Slow(MPI.COMM_SELF)).allgather("here") == ["here"]
+    """
+    succeed(tmp_path, script, num_ranks=1)
