@@ -65,6 +65,10 @@ def elastic_buffer(group: Any) -> Iterator[Any]:
     buffer.destroy()
 
 
+def check_normal(buffer: Any, seed: int) -> None:
+    cases.check_normal(buffer, seed, ranks_per_node=RANKS_PER_NODE, rounds_nodes=True)
+
+
 def run(place: str, check: Callable[[Any], None], **options: Any) -> None:
     """``check(buffer)`` with a `deep_ep.Buffer` on every rank."""
 
@@ -79,7 +83,7 @@ def run(place: str, check: Callable[[Any], None], **options: Any) -> None:
 def test_normal_mode_equals_the_oracle(place: str) -> None:
     def check(buffer: Any) -> None:
         for seed in range(8):
-            cases.check_normal(buffer, seed, ranks_per_node=RANKS_PER_NODE, rounds_nodes=True)
+            check_normal(buffer, seed)
 
     # Over nodes symmetric memory is taken once for all tests.
     run(place, check, num_rdma_bytes=64 << 20 if RANKS_PER_NODE else 0)
@@ -280,8 +284,8 @@ def test_torch_process_groups(backend: str) -> None:
         world = dist.group.WORLD
         with deep_ep_buffer(world) as buffer:
             assert (buffer.group, buffer.rank, buffer.group_size) == (world, group.rank, group.size)
-            cases.check_normal(buffer, 1)
-            cases.check_low_latency(buffer, 1)
+            check_normal(buffer, 1)
+            cases.check_low_latency(buffer, 1, reduce=REDUCE)
         with elastic_buffer(world) as buffer:
             cases.check_elastic(buffer, 3, summed_ranks=RANKS_PER_NODE)
         dist.destroy_process_group()
@@ -296,7 +300,7 @@ def test_mpi_communicator() -> None:
     def body(group: Group) -> None:
         with deep_ep_buffer(None, comm=MPI.COMM_WORLD) as buffer:
             assert buffer.group is MPI.COMM_WORLD
-            cases.check_normal(buffer, 2)
+            check_normal(buffer, 2)
         with elastic_buffer(MPI.COMM_WORLD) as buffer:
             cases.check_elastic(buffer, 4, summed_ranks=RANKS_PER_NODE)
 
