@@ -13,18 +13,21 @@ from math import prod
 from typing import Any, NamedTuple
 
 from . import arrays
-from .arrays import CUDA_STREAM_LEGACY, TensorPlace, torch_tensors
+from .arrays import CUDA_STREAM_LEGACY, ArrayView, TensorPlace, torch_tensors
 
-_Look = Callable[[Any], tuple[Hashable, int]]
+Fact = tuple[Any, tuple[int, ...], Hashable, Hashable, Hashable]
+"""Of an array: its type, shape, strides, dtype and device."""
+
+_Look = Callable[[Any], tuple[Fact | None, int]]
 
 
-def glance(objects: Sequence[Any]) -> tuple[tuple[Hashable, ...], list[int]] | None:
+def glance(objects: Sequence[Any]) -> tuple[tuple[Fact | None, ...], list[int]] | None:
     """All that `arrays.view` finds out about arrays but their streams: facts to compare, and the addresses.
 
     None among the arrays stands for itself, with address 0. The answer is None where one of them takes a
     `view`: JAX, NumPy, other producers, and subclasses that may be anything.
     """
-    facts: list[Hashable] = []
+    facts: list[Fact | None] = []
     pointers: list[int] = []
     cupy = sys.modules.get("cupy")
     cupy_type = None if cupy is None else cupy.ndarray
@@ -37,7 +40,7 @@ def glance(objects: Sequence[Any]) -> tuple[tuple[Hashable, ...], list[int]] | N
         if kind is cupy_type:
             memory = each.data
             # Hashing a NumPy dtype takes longer than all else here; its number says the same.
-            facts += (kind, each.shape, each.strides, each.dtype.num, memory.device_id)
+            facts.append((kind, each.shape, each.strides, each.dtype.num, memory.device_id))
             pointers.append(memory.ptr)
             continue
         look = _LOOKS.get(kind) or _look_at(kind)
@@ -51,6 +54,38 @@ def glance(objects: Sequence[Any]) -> tuple[tuple[Hashable, ...], list[int]] | N
     return tuple(facts), pointers
 
 
+def lasting_facts(views: Sequence[ArrayView | None]) -> Hashable:
+    """What `without_lengths` leaves of the facts of arrays that were looked at."""
+    split = without_lengths(
+        [
+            None if view is None else (view.framework, view.shape, view.strides, view.dtype, view.device)
+            for view in views
+        ]
+    )
+    return None if split is None else split[0]
+
+
+def without_lengths(facts: Sequence[Fact | None]) -> tuple[tuple[Hashable, ...], list[int | None]] | None:
+    """What is left of facts where arrays may be of any length, and the lengths of their first axes.
+
+    Arrays of none and of one row stay apart from longer ones: their strides say less. The answer is None
+    where an array has no axis.
+    """
+    left: list[Hashable] = []
+    lengths: list[int | None] = []
+    for fact in facts:
+        if fact is None:
+            left.append(None)
+            lengths.append(None)
+            continue
+        kind, shape, *others = fact
+        if not shape:
+            return None
+        left.append((kind, min(shape[0], 2), shape[1:], *others))
+        lengths.append(shape[0])
+    return tuple(left), lengths
+
+
 _LOOKS: dict[Any, _Look] = {}
 
 
@@ -60,7 +95,7 @@ def _look_at(kind: Any) -> _Look | None:
     if torch is not None and (kind is torch.Tensor or kind is torch.nn.Parameter):
         strided = torch.strided
 
-        def at_torch(obj: Any) -> tuple[Hashable, int]:
+        def at_torch(obj: Any) -> tuple[Fact | None, int]:
             if obj.layout is not strided or obj.is_neg():
                 return None, 0
             return (kind, obj.shape, obj.stride(), obj.dtype, obj.device), obj.data_ptr()

@@ -68,7 +68,7 @@ def test_parts_of_a_row() -> None:
 @pytest.mark.parametrize("num_nodes", [2, 3, 32])
 def test_masks_go_ahead_where_there_are_no_ids(num_nodes: int) -> None:
     def bringing(*views: ArrayView | None, is_cached: bool = False) -> Bringing:
-        return made.bringing(views, num_tokens=5, num_experts=2 * num_nodes, is_cached=is_cached)
+        return made.bringing(views, num_experts=2 * num_nodes, is_cached=is_cached)
 
     made = object.__new__(Internode)
     internode: Any = made

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..cuda_arrays import Column, glance
+from ..cuda_arrays import Column, Fact, ResultArrays, glance, lasting_facts, without_lengths
 from ..requests import CombineRequest, Schedule
 from ..results import Combined, named
 from . import plan
@@ -15,7 +15,7 @@ from .domain import Call, Domain
 from .expert_major import ExpertMajor, PlacesLayout
 from .handle import SEND_PLAN_OFFSET, SEND_ROW_OFFSET, CudaDispatchHandle
 from .inputs import Input, Inputs, row_bytes
-from .internode import Internode, Returning
+from .internode import Internode, Returning, ReturnPlaces
 from .launch import Launch
 from .layout import OFFSET_UNIT, align_up
 from .operations import Operations
@@ -24,16 +24,15 @@ from .pool import Lease
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Plan:
-    """A combine of certain shapes: what holds for every call of it.
+class _Kind:
+    """Combines that differ in the number of tokens and of rows at most: what holds for every call of them.
 
     Attributes:
         set_pointers, set_offsets: assign to the arguments of the launch.
         x, weights, biases: what the arrays are like.
-        collapse: for layout "expert": makes the rows that peers pull, of `collapsed_bytes`.
-        num_stagers: blocks besides `num_blocks`, for an x that lies outside the slab.
-        out_bytes: of the allocation that holds the results, the weights' from `weights_offset` on; `make`
-            makes them.
+        collapse: for layout "expert": makes the rows that peers pull.
+        num_topk: columns of weights that are summed, too.
+        arrays: the results.
         returning: over several nodes, the way of their sums back.
     """
 
@@ -41,19 +40,42 @@ class _Plan:
     set_pointers: Callable[..., None]
     set_offsets: Callable[..., None]
     collapse: Launch | None
-    collapsed_bytes: int
     x: Input
     weights: Input | None
     biases: tuple[Input, ...]
     frameworks: tuple[str, ...]
     num_blocks: int
+    row_bytes: int
+    num_topk: int
+    arrays: ResultArrays
+    digest: int
+    num_sms: int
+    returning: Returning | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A combine of certain shapes.
+
+    Attributes:
+        num_listed: tokens that the kernel combines.
+        x, weights: what the arrays are like.
+        num_stagers: blocks besides `num_blocks`, for an x that lies outside the slab.
+        out_bytes: of the allocation that holds the results, the weights' from `weights_offset` on; `make`
+            makes them.
+        places: over several nodes, memory for the sums that come back.
+    """
+
+    kind: _Kind
+    num_tokens: int
+    num_listed: int
+    x: Input
+    weights: Input | None
     num_stagers: int
     out_bytes: int
     weights_offset: int
     make: Callable[[int, int, object], list[Any]]
-    digest: int
-    num_sms: int
-    returning: Returning | None
+    places: ReturnPlaces | None
 
 
 class Combine:
@@ -83,6 +105,7 @@ class Combine:
         self._inputs = inputs
         self._owner = owner
         self._plans: Plans[_Plan] = Plans()
+        self._kinds: Plans[_Kind] = Plans()
         self.num_calls = 0
 
     def __call__(
@@ -99,23 +122,33 @@ class Combine:
             biases = bias if type(bias) is tuple else (bias,)
             objects += [each for each in biases if each is not None]
         key: Hashable = None
+        kind_key: Hashable = None
         found = None
         is_mine = type(handle) is CudaDispatchHandle and handle.owner is self._owner
         if is_mine and (glanced := glance(objects)) is not None:
             facts, pointers = glanced
             key = (facts, schedule.num_sms, handle.facts)
             found = self._plans.find(key)
+            if found is None and (left := _without_lengths(facts, handle)) is not None:
+                kind_key = (left, schedule.num_sms, handle.lasting_facts)
+                kind = self._kinds.find(kind_key)
+                if kind is not None:
+                    found = self._plans.keep(key, self._sized(kind, handle))
         if found is None:
             request = build(*given)
-            pointers, objects = seen(request.x, request.topk_weights, *request.biases)
-            found = self._plans.keep(key, self._prepare(request, schedule.num_sms))
+            views = request.x, request.topk_weights, *request.biases
+            pointers, objects = seen(*views)
+            if kind_key is None:
+                kind_key = (lasting_facts(views), schedule.num_sms, handle.lasting_facts)
+            kind = self._kinds.find(kind_key)
+            if kind is None:
+                kind = self._kinds.keep(kind_key, self._prepare(request, schedule.num_sms))
+            found = self._plans.keep(key, self._sized(kind, handle))
         return self._run(found, pointers, objects, handle, schedule)
 
-    def _prepare(self, request: CombineRequest, num_sms: int) -> _Plan:
+    def _prepare(self, request: CombineRequest, num_sms: int) -> _Kind:
         domain, x, weights = self._domain, request.x, request.topk_weights
         handle = request.handle
-        assert isinstance(handle, CudaDispatchHandle)  # its owner is this buffer
-        num_tokens = handle.num_tokens
         is_expert_major = handle.layout == "expert"
         # In that layout the weights multiply the rows on this rank, and do not travel.
         summed = None if is_expert_major else weights
@@ -123,50 +156,55 @@ class Combine:
         num_blocks = domain.num_blocks(num_sms)
         returning = None
         if self._internode is not None:
-            returning = self._internode.returning(x, summed, num_tokens=num_tokens, element=x.dtype)
+            returning = self._internode.returning(x, summed, element=x.dtype)
         views = (x, weights, *request.biases)
         frameworks = tuple(dict.fromkeys(view.framework for view in views if view is not None))
-        weights_offset = align_up(num_tokens * row_bytes(x), OFFSET_UNIT)
-        results = domain.results(
-            [
-                Column(x.dtype, x.shape[1:]),
-                None if summed is None else Column(summed.dtype, summed.shape[1:]),
-            ],
-            frameworks[0],
-        )
+        columns = [
+            Column(x.dtype, x.shape[1:]),
+            None if summed is None else Column(summed.dtype, summed.shape[1:]),
+        ]
         launch = self._operations.combine(
-            x.dtype,
-            num_tokens=num_tokens if returning is None else returning.capacity,
-            num_rows=x.shape[0],
-            row_bytes=row_bytes(x),
-            num_topk=num_topk,
-            num_pullers=num_blocks,
+            x.dtype, row_bytes=row_bytes(x), num_topk=num_topk, num_pullers=num_blocks
         )
-        return _Plan(
+        return _Kind(
             launch=launch,
             set_pointers=launch.setter("send_row", "send_plan", "y", "bias", "out", "out_weights"),
             set_offsets=launch.setter("digest", "y_offset", "weights_offset"),
-            collapse=self._expert_major.collapse(
-                x.dtype,
-                num_topk=handle.num_topk,
-                row_bytes=row_bytes(x),
-                row_capacity=handle.landed.num_landed_rows,
-            )
+            collapse=self._expert_major.collapse(x.dtype, num_topk=handle.num_topk, row_bytes=row_bytes(x))
             if is_expert_major
             else None,
-            collapsed_bytes=handle.landed.num_landed_rows * row_bytes(x),
             x=Input.of(x),
             weights=None if weights is None else Input.of(weights),
             biases=tuple(Input.of(bias) for bias in request.biases),
             frameworks=frameworks,
             num_blocks=num_blocks,
-            num_stagers=plan.num_stagers(num_blocks, x.shape[0] * row_bytes(x), max_blocks=domain.max_blocks),
-            out_bytes=weights_offset + 4 * num_tokens * num_topk,
-            weights_offset=weights_offset,
-            make=results.placed(((0, num_tokens), (weights_offset, num_tokens))),
+            row_bytes=row_bytes(x),
+            num_topk=num_topk,
+            arrays=domain.results(columns, frameworks[0]),
             digest=combine_digest(request),
             num_sms=num_sms,
             returning=returning,
+        )
+
+    def _sized(self, kind: _Kind, handle: CudaDispatchHandle) -> _Plan:
+        """The plan for the tokens and rows of a handle."""
+        num_tokens, num_rows = handle.num_tokens, handle.num_recv_rows
+        weights_offset = align_up(num_tokens * kind.row_bytes, OFFSET_UNIT)
+        places = None
+        if kind.returning is not None:
+            assert self._internode is not None
+            places = self._internode.return_places(kind.returning, num_tokens)
+        return _Plan(
+            kind,
+            num_tokens,
+            num_tokens if places is None else places.capacity,
+            kind.x.of_rows(num_rows),
+            None if kind.weights is None else kind.weights.of_rows(num_rows),
+            plan.num_stagers(kind.num_blocks, num_rows * kind.row_bytes, max_blocks=self._domain.max_blocks),
+            weights_offset + 4 * num_tokens * kind.num_topk,
+            weights_offset,
+            kind.arrays.placed(((0, num_tokens), (weights_offset, num_tokens))),
+            places,
         )
 
     def _run(
@@ -177,15 +215,16 @@ class Combine:
         handle: CudaDispatchHandle,
         schedule: Schedule,
     ) -> Combined:
-        domain, inputs = self._domain, self._inputs
+        domain, inputs, kind = self._domain, self._inputs, found.kind
         domain.check()
-        call = domain.begin(found.frameworks, objects, schedule)
+        call = domain.begin(kind.frameworks, objects, schedule)
         x, weights = found.x, found.weights
         # Where peers find them, or where there is room for a copy that they find.
         x_at: int | Lease
         weights_at: int | Lease = 0
-        if found.collapse is not None:
-            x_at = domain.take(found.collapsed_bytes, "a row for each received token")
+        if kind.collapse is not None:
+            num_bytes = handle.landed.num_landed_rows * kind.row_bytes
+            x_at = domain.take(num_bytes, "a row for each received token")
         else:
             x_at = inputs.slab_place(x, pointers[0], "x")
             if weights is not None:
@@ -193,28 +232,28 @@ class Combine:
         out = domain.heap.take(found.out_bytes, is_capturing=call.is_capturing)
         domain.order(call)
 
-        args, routing = found.launch.args, handle.routing
+        args, routing = kind.launch.args, handle.routing
         results = out.pointer, out.pointer + found.weights_offset
         biases: list[int] = []
-        for number, bias in enumerate(found.biases):
-            biases.append(inputs.readable(bias, pointers[2 + number], call))
-        returning, here = found.returning, results
+        for number, bias in enumerate(kind.biases):
+            biases.append(inputs.readable(bias.of_rows(found.num_tokens), pointers[2 + number], call))
+        places, here = found.places, results
         first_bias = second_bias = returned = 0
-        if returning is None:
+        if places is None:
             first_bias, second_bias, *_ = *biases, 0, 0
         else:
-            here, returned = self._before_return(returning, handle, args, call)
+            here, returned = self._before_return(places, handle, args, call)
         y = num_stagers = 0
-        num_blocks = found.num_blocks
+        num_blocks = kind.num_blocks
         if isinstance(weights_at, Lease):
             assert weights is not None
             weights_at = inputs.stage(weights, pointers[1], weights_at, call)
         if not isinstance(x_at, Lease):
             y_offset = x_at
-        elif found.collapse is not None:
-            self._collapse(found, found.collapse, pointers, handle, x_at, call)
+        elif kind.collapse is not None:
+            self._collapse(found, kind.collapse, pointers, handle, x_at, call)
             y_offset = domain.offset(x_at)
-        elif returning is not None or not x.is_readable(pointers[0]):
+        elif places is not None or not x.is_readable(pointers[0]):
             y_offset = inputs.stage(x, pointers[0], x_at, call)
         else:
             y = pointers[0]  # the kernel stages it
@@ -224,19 +263,20 @@ class Combine:
             inputs.num_staged += 1
             call.temporaries.append(x_at)
         base = routing.pointer
-        found.set_pointers(base + SEND_ROW_OFFSET, base + SEND_PLAN_OFFSET, y, first_bias, second_bias, *here)
-        found.set_offsets(along(found.digest, handle.call), y_offset, weights_at)
-        args.num_stagers = num_stagers
-        found.launch(call.stream, num_blocks)
+        kind.set_pointers(base + SEND_ROW_OFFSET, base + SEND_PLAN_OFFSET, y, first_bias, second_bias, *here)
+        kind.set_offsets(along(kind.digest, handle.call), y_offset, weights_at)
+        args.num_tokens, args.num_rows, args.num_stagers = found.num_listed, handle.num_recv_rows, num_stagers
+        kind.launch(call.stream, num_blocks)
         self.num_calls += 1
-        if returning is None:
+        if places is None:
             call.keep_with(out, routing)
         else:
-            internode, crossing = self._internode, handle.crossing
+            internode, crossing, returning = self._internode, handle.crossing, kind.returning
             assert internode is not None
             assert crossing is not None
+            assert returning is not None
             internode.take_back(
-                returning, crossing, here, returned, biases, results, call, num_sms=found.num_sms
+                returning, places, crossing, here, returned, biases, results, call, num_sms=kind.num_sms
             )
             call.keep_with(out, routing, crossing.block)
         event = domain.finish(call)
@@ -244,12 +284,12 @@ class Combine:
         return named(Combined, (combined_x, combined_weights, event))
 
     def _before_return(
-        self, returning: Returning, handle: CudaDispatchHandle, args: Any, call: Call
+        self, places: ReturnPlaces, handle: CudaDispatchHandle, args: Any, call: Call
     ) -> tuple[tuple[int, int], int]:
         """Where the sums of this node go that others wait for, and theirs for this node."""
         assert handle.crossing is not None
-        rows_at, weights_at, returned_at = returning.here_places
-        num_bytes = returned_at + returning.returned_places[-1]
+        rows_at, weights_at, returned_at = places.here
+        num_bytes = returned_at + places.returned[-1]
         block = self._domain.heap.take(num_bytes, is_capturing=call.is_capturing)
         call.temporaries.append(block)
         assert self._internode is not None
@@ -274,10 +314,23 @@ class Combine:
             num_local_experts=handle.landed.num_local_experts,
         )
         args = launch.args
+        args.row_capacity = handle.landed.num_landed_rows
         args.num_recv_tokens = handle.num_recv_tokens_pointer
         args.expert_row = handle.places.pointer + at.expert_row
         args.y = self._inputs.readable(found.x, pointers[0], call)
         args.weights = self._inputs.readable(found.weights, pointers[1], call)
         args.out = self._domain.address(out)
-        launch(call.stream, plan.num_local_blocks(found.num_blocks, max_blocks=self._domain.max_blocks))
+        launch(call.stream, plan.num_local_blocks(found.kind.num_blocks, max_blocks=self._domain.max_blocks))
         call.temporaries += (out, handle.places)
+
+
+def _without_lengths(facts: Sequence[Fact | None], handle: CudaDispatchHandle) -> Hashable:
+    """What is left of facts where there may be any number of tokens and rows. None where the numbers of
+    arrays and handle do not go together, so that the arguments must be looked at."""
+    split = without_lengths(facts)
+    if split is None:
+        return None
+    left, (num_rows, num_weights, *num_biases) = split
+    num_recv_rows, num_tokens = handle.num_recv_rows, handle.num_tokens
+    fits = num_rows == num_recv_rows and num_weights in (None, num_recv_rows)
+    return left if fits and all(length == num_tokens for length in num_biases) else None

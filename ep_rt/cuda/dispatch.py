@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from .. import arrays
 from ..arrays import ArrayView
-from ..cuda_arrays import Column, ResultArrays, glance
+from ..cuda_arrays import Column, Fact, ResultArrays, glance, lasting_facts, without_lengths
 from ..errors import ConfigError
 from ..exchange import Group
 from ..handle import HandleShape
@@ -49,8 +49,8 @@ _MAX_ROWS: Final = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Plan:
-    """A dispatch of certain shapes: what holds for every call of it.
+class _Kind:
+    """Dispatches that differ in the number of tokens at most: what holds for every call of them.
 
     Attributes:
         set_pointers, set_call, set_landed: assign to the arguments of the launch.
@@ -58,15 +58,11 @@ class _Plan:
         counted: the caller's counts by expert, where there are no ids.
         is_readable: they need no copy where their addresses are aligned.
         frameworks: of the inputs, that of x first.
-        num_listed: tokens that the kernel dispatches, at most: those of x, and over several nodes others.
-        routing_bytes: of the block that a new dispatch leaves.
         row: bytes of a received row on the wire.
-        is_exact: only the counts will tell how many rows come; `num_rows` and `num_bytes` are 0 then.
-        num_rows, num_bytes: of what lands.
+        is_exact: only the counts will tell how many rows come.
+        num_worst_tokens: 0 with a handle, too.
         spare_factor: how much more than a result may come next: experts' outputs, with wider elements.
-        spare_bytes: for what may come after a result of `num_rows`, also if only the counts will tell.
-        shape, landed: of the handle, if not `is_exact`.
-        arrays: recv_x, recv_sf, ids and weights; `make` makes those of a result of `num_rows`.
+        arrays: recv_x, recv_sf, ids and weights.
         expansion: for layout "expert".
         bringing: over several nodes, the way of tokens to other ones.
     """
@@ -80,22 +76,45 @@ class _Plan:
     is_readable: bool
     frameworks: tuple[str, ...]
     num_blocks: int
-    num_listed: int
     num_sms: int
-    routing_bytes: int
+    num_topk: int
+    layout: str
+    num_ranks: int
+    num_local_experts: int
+    expert_alignment: int
     row: ReceivedRow
     is_exact: bool
-    num_rows: int
-    num_bytes: int
+    num_worst_tokens: int
     spare_factor: int
-    spare_bytes: int
-    shape: HandleShape
-    landed: CudaHandleShape
     arrays: ResultArrays
-    make: Callable[[int, int, object], list[Any]]
     digest: int
     expansion: Expansion | None
     bringing: Bringing | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A dispatch of certain shapes.
+
+    Attributes:
+        num_listed: tokens that the kernel dispatches, at most: those of x, and over several nodes others.
+        routing_bytes: of the block that a new dispatch leaves.
+        num_rows, num_bytes: of what lands; 0 if only the counts will tell.
+        spare_bytes: for what may come after a result of `num_rows`, also if only the counts will tell.
+        shape, landed: of the handle, if that many rows come.
+        make: makes the arrays of a result of `num_rows`.
+    """
+
+    kind: _Kind
+    num_tokens: int
+    num_listed: int
+    routing_bytes: int
+    num_rows: int
+    num_bytes: int
+    spare_bytes: int
+    shape: HandleShape
+    landed: CudaHandleShape
+    make: Callable[[int, int, object], list[Any]]
 
 
 class Dispatch:
@@ -129,6 +148,7 @@ class Dispatch:
         self._inputs = inputs
         self._owner = owner
         self._plans: Plans[_Plan] = Plans()
+        self._kinds: Plans[_Kind] = Plans()
         self._told = HostResult(domain, inputs, group)
         self._scratch: list[Block] = []
         self._scratch_tokens = -1
@@ -164,20 +184,39 @@ class Dispatch:
         )
         # What decides everything but addresses. None where the arguments must be looked at each time.
         key: Hashable = None
+        kind_key: Hashable = None
         found = None
         if is_plannable and (glanced := glance(objects)) is not None:
             facts, pointers = glanced
             key = (facts, options, schedule.num_sms, None if handle is None else handle.facts)
             found = self._plans.find(key)
+            if found is None and (left := _without_lengths(facts, options, handle)) is not None:
+                kind_key = self._kind_key(left, options, schedule, handle)
+                kind = self._kinds.find(kind_key)
+                if kind is not None:
+                    found = self._plans.keep(key, self._sized(kind, x.shape[0], handle))
         if found is None:
             request = build(*given, *options)
-            pointers, objects = seen(
-                request.x, request.sf, request.topk_idx, request.topk_weights, request.is_token_in_rank
-            )
-            found = self._plans.keep(key, self._prepare(request, schedule.num_sms))
+            views = request.x, request.sf, request.topk_idx, request.topk_weights, request.is_token_in_rank
+            pointers, objects = seen(*views)
+            if kind_key is None and is_plannable:
+                kind_key = self._kind_key(lasting_facts(views), options, schedule, handle)
+            kind = self._kinds.find(kind_key)
+            if kind is None:
+                kind = self._kinds.keep(kind_key, self._prepare(request, schedule.num_sms))
+            found = self._plans.keep(key, self._sized(kind, request.x.shape[0], handle))
         return self._run(found, pointers, objects, handle, schedule)
 
-    def _prepare(self, request: DispatchRequest, num_sms: int) -> _Plan:
+    def _kind_key(
+        self,
+        left: Hashable,
+        options: tuple[Hashable, ...],
+        schedule: Schedule,
+        handle: CudaDispatchHandle | None,
+    ) -> Hashable:
+        return left, options, schedule.num_sms, None if handle is None else handle.lasting_facts
+
+    def _prepare(self, request: DispatchRequest, num_sms: int) -> _Kind:
         domain = self._domain
         x, ids, weights, sf = request.x, request.topk_idx, request.topk_weights, request.sf
         internode = self._internode
@@ -188,7 +227,7 @@ class Dispatch:
             raise ConfigError(
                 f"num_experts={request.num_experts} on {num_ranks} ranks; at most {MAX_LOCAL_EXPERTS} on each"
             )
-        num_tokens, hidden = x.shape
+        hidden = x.shape[1]
         columns = [
             None if view is None else Column(view.dtype, view.shape[1:]) for view in (x, sf, ids, weights)
         ]
@@ -210,31 +249,25 @@ class Dispatch:
         assert handle is None or isinstance(handle, CudaDispatchHandle)  # its owner is this buffer
         is_cached = handle is not None
         bringing = None
-        num_listed = num_tokens
         if internode is not None:
-            num_listed = internode.list_capacity(num_tokens)
             bringing = internode.bringing(
-                (x, sf, ids, weights),
-                num_tokens=num_tokens,
-                num_experts=request.num_experts,
-                is_cached=is_cached,
+                (x, sf, ids, weights), num_experts=request.num_experts, is_cached=is_cached
             )
-        num_rows = request.num_worst_tokens if handle is None else handle.landed.num_landed_rows
+        num_worst_tokens = 0 if is_cached else request.num_worst_tokens
         results = domain.results(columns, frameworks[0])
         spare_factor = 2 if row.row_bytes == hidden else 1
         launch = self._operations.dispatch(
             quantizes=request.quantize is not None,
-            num_tokens=num_listed,
             num_topk=num_topk,
             num_experts=request.num_experts // num_nodes,
             row_bytes=row.row_bytes,
             sf_row_bytes=row.sf_bytes,
             idx_bytes=0 if ids is None else itemsize(ids),
             is_cached=is_cached,
-            fill_rows=0 if is_cached else num_rows,
+            fill_rows=num_worst_tokens,
             max_redundant_tokens=plan.MAX_REDUNDANT_TOKENS,
         )
-        return _Plan(
+        return _Kind(
             launch=launch,
             set_pointers=launch.setter(
                 "result",
@@ -256,22 +289,43 @@ class Dispatch:
             ),
             frameworks=frameworks,
             num_blocks=domain.num_blocks(num_sms),
-            num_listed=num_listed,
             num_sms=num_sms,
-            routing_bytes=routing_bytes(num_listed),
+            num_topk=num_topk,
+            layout=request.layout,
+            num_ranks=num_ranks,
+            num_local_experts=num_local_experts,
+            expert_alignment=request.expert_alignment,
             row=row,
-            is_exact=not is_cached and num_rows == 0,
-            num_rows=num_rows,
-            num_bytes=row.layout(num_rows).end if num_rows else 0,
+            is_exact=not is_cached and num_worst_tokens == 0,
+            num_worst_tokens=num_worst_tokens,
             spare_factor=spare_factor,
-            spare_bytes=row.num_bytes(num_rows) * spare_factor,
-            shape=HandleShape(num_tokens, num_topk, num_rows, request.layout),
-            landed=CudaHandleShape(num_ranks, num_local_experts, request.expert_alignment, num_rows),
             arrays=results,
-            make=results.placed(_places(row.layout(num_rows), num_rows)),
             digest=dispatch_digest(request),
             expansion=self._expansion(request, row, columns, num_local_experts, num_sms),
             bringing=bringing,
+        )
+
+    def _sized(self, kind: _Kind, num_tokens: int, handle: CudaDispatchHandle | None) -> _Plan:
+        """The plan for so many tokens.
+
+        Raises:
+            ConfigError: more than any rank may have over several nodes.
+        """
+        internode, row = self._internode, kind.row
+        num_listed = num_tokens if internode is None else internode.list_capacity(num_tokens)
+        num_rows = kind.num_worst_tokens if handle is None else handle.landed.num_landed_rows
+        at = row.layout(num_rows)
+        return _Plan(
+            kind,
+            num_tokens,
+            num_listed,
+            routing_bytes(num_listed),
+            num_rows,
+            at.end if num_rows else 0,
+            row.num_bytes(num_rows) * kind.spare_factor,
+            HandleShape(num_tokens, kind.num_topk, num_rows, kind.layout),
+            CudaHandleShape(kind.num_ranks, kind.num_local_experts, kind.expert_alignment, num_rows),
+            kind.arrays.placed(_places(at, num_rows)),
         )
 
     def _expansion(
@@ -299,7 +353,7 @@ class Dispatch:
             num_topk=num_topk,
             num_local_experts=num_local_experts if handle is None else handle.landed.num_local_experts,
             alignment=request.expert_alignment if handle is None else handle.landed.expert_alignment,
-            num_out_rows=request.num_worst_tokens if handle is None else handle.num_recv_rows,
+            num_out_rows=request.num_worst_tokens,
             zero_padding=request.zero_padding,
             is_cached=handle is not None,
             idx_bytes=0 if ids is None else itemsize(ids),
@@ -317,17 +371,17 @@ class Dispatch:
         handle: CudaDispatchHandle | None,
         schedule: Schedule,
     ) -> Dispatched:
-        domain = self._domain
+        domain, kind = self._domain, found.kind
         domain.check()
-        call = domain.begin(found.frameworks, objects, schedule)
-        is_exact, num_rows = found.is_exact, found.num_rows
+        call = domain.begin(kind.frameworks, objects, schedule)
+        is_exact, num_rows = kind.is_exact, found.num_rows
         if is_exact and call.is_capturing:
             raise ConfigError(
                 "the number of rows of this dispatch is not known to the host, so it cannot be captured in a "
                 "CUDA graph: give num_worst_tokens, or a handle"
             )
         lease = self._take_all() if is_exact else self._take(found, call)
-        capacity = min(_MAX_ROWS, found.row.capacity(lease.num_bytes)) if is_exact else num_rows
+        capacity = min(_MAX_ROWS, kind.row.capacity(lease.num_bytes)) if is_exact else num_rows
         if handle is None:
             routing = domain.heap.take(found.routing_bytes, is_capturing=call.is_capturing)
         else:
@@ -336,18 +390,19 @@ class Dispatch:
         domain.order(call)
 
         x, sf, ids, weights, in_rank = pointers
-        if not found.is_readable or (x | sf | ids | weights | in_rank) % ROW_ALIGN_BYTES:
+        if not kind.is_readable or (x | sf | ids | weights | in_rank) % ROW_ALIGN_BYTES:
+            num_tokens = found.num_tokens
             pointers = [
-                self._inputs.readable(view, pointer, call)
-                for view, pointer in zip(found.inputs, pointers, strict=True)
+                self._inputs.readable(None if given is None else given.of_rows(num_tokens), pointer, call)
+                for given, pointer in zip(kind.inputs, pointers, strict=True)
             ]
         number = self.num_calls + 1
-        digest = found.digest if handle is None else along(found.digest, handle.call)
+        digest = kind.digest if handle is None else along(kind.digest, handle.call)
         crossing = None if handle is None else handle.crossing
         base, send_token = routing.pointer, scratch.pointer
-        if found.bringing is not None:
+        if kind.bringing is not None:
             crossing = self._bring(found, crossing, pointers, call, digest)
-        found.set_pointers(
+        kind.set_pointers(
             self._told.pointer if is_exact else base + RESULT_OFFSET,
             *pointers,
             base + SEND_ROW_OFFSET,
@@ -355,8 +410,9 @@ class Dispatch:
             send_token + 4 * MAX_LOCAL_RANKS * found.num_listed,
             send_token,
         )
-        found.set_call(number, digest, domain.offset(lease), capacity)
-        found.launch(call.stream, found.num_blocks)
+        kind.set_call(number, digest, domain.offset(lease), capacity)
+        kind.launch.args.num_tokens = found.num_listed
+        kind.launch(call.stream, kind.num_blocks)
         self.num_calls = number
         if crossing is None:
             call.keep_with(lease, routing)
@@ -367,27 +423,29 @@ class Dispatch:
             domain.launched(call)
             num_rows, counts = self._told.wait(
                 number,
-                found.row,
+                kind.row,
                 lease,
-                num_local_experts=found.landed.num_local_experts,
-                counted=found.counted,
+                num_local_experts=kind.num_local_experts,
+                counted=kind.counted,
             )
-            counts = plan.aligned(counts, found.landed.expert_alignment)
-        if found.expansion is None:
+            counts = plan.aligned(counts, kind.expert_alignment)
+        if kind.expansion is None:
             results, num_recv_rows = self._as_it_landed(found, call, lease, capacity, num_rows), num_rows
             places = psum = None
         else:
             known = is_exact or (handle is not None and handle.known_recv_tokens is not None)
             landed = Landed(lease, capacity, num_rows, 0 if known else base + NUM_RECV_TOKENS_OFFSET)
-            made = found.expansion.run(call, landed, counts if is_exact else None, handle)
+            made = kind.expansion.run(call, landed, counts if is_exact else None, handle)
             results, num_recv_rows, places, psum = made
         event = domain.finish(call)
         if handle is None:
             shape, landed_shape, read = found.shape, found.landed, domain.read
             if is_exact:
-                shape = shape._replace(num_recv_rows=num_recv_rows)
-                landed_shape = landed_shape._replace(num_landed_rows=num_rows)
-            elif shape.num_topk:
+                shape = HandleShape(found.num_tokens, kind.num_topk, num_recv_rows, kind.layout)
+                landed_shape = CudaHandleShape(
+                    kind.num_ranks, kind.num_local_experts, kind.expert_alignment, num_rows
+                )
+            elif kind.num_topk:
                 counts = LazyCounts(read, routing, landed_shape)
             known_tokens = num_rows if is_exact else None
             # By position: names take longer than everything else here.
@@ -414,11 +472,20 @@ class Dispatch:
         self, found: _Plan, crossing: Crossing | None, pointers: Sequence[int], call: Call, digest: int
     ) -> Crossing:
         """Enqueue what brings tokens over the network, before they are dispatched within the node."""
-        internode, bringing = self._internode, found.bringing
+        internode, kind = self._internode, found.kind
+        bringing = kind.bringing
         assert internode is not None
         assert bringing is not None
-        brought = internode.bring(bringing, crossing, pointers, call, num_sms=found.num_sms, digest=digest)
-        found.set_landed(
+        brought = internode.bring(
+            bringing,
+            crossing,
+            pointers,
+            call,
+            num_tokens=found.num_tokens,
+            num_sms=kind.num_sms,
+            digest=digest,
+        )
+        kind.set_landed(
             brought.crossing.segments,
             *brought.landed[:4],
             internode.order,
@@ -435,16 +502,17 @@ class Dispatch:
         self, found: _Plan, call: Call, lease: Lease, capacity: int, num_rows: int
     ) -> list[Any]:
         """The result where the peers wrote it, or a copy where it must leave room for the next."""
-        domain, row = self._domain, found.row
-        base = domain.address(lease)
-        if not found.is_exact and not lease.must_be_left:
+        domain, kind = self._domain, found.kind
+        base, row = domain.address(lease), kind.row
+        if not kind.is_exact and not lease.must_be_left:
             return found.make(base, found.num_bytes, lease)
-        here, there = row.layout(capacity), row.layout(num_rows)
-        if found.is_exact:
+        here = row.layout(capacity)
+        if kind.is_exact:
             num_bytes = here.x + num_rows * row.row_bytes
             domain.pool.trim(lease, num_bytes)
-            if domain.pool.largest_free() >= domain.spare(row.num_bytes(num_rows) * found.spare_factor):
-                return found.arrays.over(base, num_bytes, lease, _places(here, num_rows))
+            if domain.pool.largest_free() >= domain.spare(row.num_bytes(num_rows) * kind.spare_factor):
+                return kind.arrays.over(base, num_bytes, lease, _places(here, num_rows))
+        there = row.layout(num_rows)
         block = domain.heap.take(there.end)
         runtime = domain.runtime
         for source, target, each in (
@@ -463,7 +531,7 @@ class Dispatch:
                         call.stream,
                     )
         self.num_copied_results += 1
-        return found.arrays.over(block.pointer, there.end, block, _places(there, num_rows))
+        return kind.arrays.over(block.pointer, there.end, block, _places(there, num_rows))
 
     # Memory.
 
@@ -487,6 +555,23 @@ class Dispatch:
             num_bytes = plan.scratch_bytes(self._scratch_tokens)
             self._scratch.append(self._domain.heap.take(num_bytes, is_capturing=call.is_capturing))
         return self._scratch[-1]
+
+
+def _without_lengths(
+    facts: Sequence[Fact | None], options: tuple[Hashable, ...], handle: CudaDispatchHandle | None
+) -> Hashable:
+    """What is left of facts where there may be any number of tokens. None where the numbers of arrays and
+    handle do not go together, so that the arguments must be looked at."""
+    split = without_lengths(facts)
+    if split is None:
+        return None
+    left, lengths = split
+    num_tokens = lengths[0]
+    if handle is not None:
+        num_tokens, num_worst_tokens = handle.num_tokens, options[1]
+        if num_worst_tokens and num_worst_tokens != handle.num_recv_rows:
+            return None
+    return left if all(length is None or length == num_tokens for length in lengths) else None
 
 
 def _places(at: ReceiveLayout, num_rows: int) -> tuple[tuple[int, int], ...]:

@@ -42,7 +42,7 @@ class Expansion:
 
     Args:
         row: bytes of what is received, x and sf their columns.
-        num_out_rows: of the result; 0 where the counts tell.
+        num_out_rows: of the result; 0 where counts or a handle tell.
         frameworks: of x, and of the ids.
         num_blocks: that the kernel may use.
     """
@@ -97,7 +97,10 @@ class Expansion:
         """
         domain, row = self._domain, self._row
         is_exact = counts is not None
-        num_rows = num_expert_rows(counts, self._alignment) if counts is not None else self._num_out_rows
+        if counts is not None:
+            num_rows = num_expert_rows(counts, self._alignment)
+        else:
+            num_rows = self._num_out_rows if handle is None else handle.num_recv_rows
         at = PlacesLayout.of(
             row_capacity=landed.num_rows,
             num_topk=self._num_topk,

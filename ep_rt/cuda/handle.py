@@ -74,6 +74,12 @@ class CudaDispatchHandle(DispatchHandle):
         return self.shape, self.landed
 
     @property
+    def lasting_facts(self) -> Hashable:
+        """Those of them that do not change with the number of tokens, sent or received."""
+        (_, num_topk, _, layout), (num_ranks, num_local_experts, alignment, _) = self.shape, self.landed
+        return num_topk, layout, num_ranks, num_local_experts, alignment
+
+    @property
     def num_recv_tokens(self) -> int:
         if self.known_recv_tokens is not None:
             return self.known_recv_tokens

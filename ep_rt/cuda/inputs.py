@@ -42,6 +42,14 @@ class Input:
             is_empty=0 in view.shape,
         )
 
+    def of_rows(self, num_rows: int) -> Input:
+        """A like one of another length. Arrays of none and of one row are like none that are longer."""
+        view = self.view
+        if num_rows == view.shape[0]:
+            return self
+        view = replace(view, shape=(num_rows, *view.shape[1:]))
+        return Input(view, num_rows * row_bytes(view), self.is_contiguous, self.is_empty)
+
     def is_readable(self, pointer: int) -> bool:
         """Whether kernels can read it where it lies."""
         return pointer % ROW_ALIGN_BYTES == 0 and self.is_contiguous

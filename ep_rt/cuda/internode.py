@@ -88,15 +88,13 @@ def crossing_bytes(lists_bytes: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Bringing:
-    """The way out for dispatches of certain shapes.
+    """The way out for dispatches of a kind.
 
     Attributes:
         layout: None with a handle.
         parts: x, scale factors, ids, weights, and node masks where there are no ids to say where tokens go.
         sections: of the exchange, see `_sections`.
         places: of the parts in memory for all tokens that may come, and its end.
-        masks_bytes: of this rank's own tokens.
-        lists_bytes: see `Crossing.over`.
         num_node_experts: of one node; 0 with a handle.
     """
 
@@ -105,8 +103,6 @@ class Bringing:
     sections: _Sections
     parts: Parts
     places: tuple[int, ...]
-    masks_bytes: int
-    lists_bytes: int
     num_node_experts: int
 
 
@@ -127,20 +123,31 @@ class Brought(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Returning:
-    """The way back for combines of certain shapes, of rows and their weights.
+    """The way back for combines of a kind, of rows and their weights.
 
     Attributes:
         sections: of the exchange, see `_sections`.
-        here_places: where this node's sums of both lie in memory for all tokens of the list; its end.
-        returned_places: the same of what comes from the others. Both may lie in one allocation.
     """
 
     exchange: Launch
     total: Launch
     sections: _Sections
+    parts: Parts
+
+
+class ReturnPlaces(NamedTuple):
+    """Memory for the way back of so many tokens.
+
+    Attributes:
+        capacity: tokens of the list.
+        here: where this node's sums of rows and weights lie in memory for all of them; its end.
+        returned: the same of what comes from the others. Both may lie in one allocation.
+    """
+
+    num_tokens: int
     capacity: int
-    here_places: tuple[int, ...]
-    returned_places: tuple[int, ...]
+    here: tuple[int, ...]
+    returned: tuple[int, ...]
 
 
 class Internode:
@@ -271,7 +278,6 @@ class Internode:
         self,
         views: Sequence[ArrayView | None],
         *,
-        num_tokens: int,
         num_experts: int,
         is_cached: bool,
     ) -> Bringing:
@@ -290,7 +296,6 @@ class Internode:
                 self._layout,
                 1,
                 {
-                    "num_tokens": num_tokens,
                     "num_topk": 0 if ids is None else ids.shape[1],
                     "num_experts": num_experts,
                     "idx_bytes": 0 if ids is None else itemsize(ids),
@@ -299,15 +304,13 @@ class Internode:
                 self._common,
             )
         num_node_experts = num_experts // self.num_nodes
-        exchange = self._bind_exchange(parts, num_tokens, is_back=False)
+        exchange = self._bind_exchange(parts, is_back=False)
         return Bringing(
             layout,
             exchange,
             _sections(exchange, parts),
             parts,
             parts.places((self.num_nodes - 1) * self.max_tokens),
-            parts.num_bytes[-1] * num_tokens,
-            lists_bytes(num_tokens, self.num_nodes),
             num_node_experts,
         )
 
@@ -318,6 +321,7 @@ class Internode:
         pointers: Sequence[int],
         call: Call,
         *,
+        num_tokens: int,
         num_sms: int,
         digest: int,
     ) -> Brought:
@@ -329,39 +333,49 @@ class Internode:
         """
         *sources, in_rank = pointers
         x_at, sf_at, ids_at, weights_at, masks_at, num_bytes = found.places
-        landed = self._domain.heap.take(num_bytes + found.masks_bytes, is_capturing=call.is_capturing)
+        masks_bytes = found.parts.num_bytes[-1] * num_tokens  # of this rank's own tokens
+        landed = self._domain.heap.take(num_bytes + masks_bytes, is_capturing=call.is_capturing)
         call.temporaries.append(landed)
         base = landed.pointer
         masks = base + num_bytes
         targets = base + x_at, base + sf_at, base + ids_at, base + weights_at, base + masks_at
         if crossing is None:
-            crossing = self._lay_out(found, sources[2], in_rank, masks, call, digest=digest)
+            crossing = self._lay_out(
+                found, sources[2], in_rank, masks, call, num_tokens=num_tokens, digest=digest
+            )
         found.exchange.args.lists = crossing.lists  # never set on the way back
+        found.exchange.args.num_tokens = num_tokens
         num_blocks = self._launch_exchange(
             found.exchange, found.sections, crossing, (*sources, masks), targets, call.stream, num_sms
         )
         return named(Brought, (crossing, masks, targets, num_blocks))
 
     def _lay_out(
-        self, found: Bringing, ids: int, in_rank: int, masks: int, call: Call, *, digest: int
+        self,
+        found: Bringing,
+        ids: int,
+        in_rank: int,
+        masks: int,
+        call: Call,
+        *,
+        num_tokens: int,
+        digest: int,
     ) -> Crossing:
-        num_bytes = crossing_bytes(found.lists_bytes)
-        block = self._domain.heap.take(num_bytes, is_capturing=call.is_capturing)
-        crossing = Crossing.over(block, found.lists_bytes, self.num_nodes)
+        num_bytes = lists_bytes(num_tokens, self.num_nodes)
+        block = self._domain.heap.take(crossing_bytes(num_bytes), is_capturing=call.is_capturing)
+        crossing = Crossing.over(block, num_bytes, self.num_nodes)
         assert found.layout is not None
         args = found.layout.args
         args.topk_idx, args.is_token_in_rank, args.node_masks = ids, in_rank, masks
         args.plan = crossing.plan
         args.lists, args.positions = crossing.lists, crossing.positions
-        args.digest = digest
+        args.num_tokens, args.digest = num_tokens, digest
         found.layout(call.stream)
         return crossing
 
     # The way back.
 
-    def returning(
-        self, x: ArrayView, weights: ArrayView | None, *, num_tokens: int, element: str
-    ) -> Returning:
+    def returning(self, x: ArrayView, weights: ArrayView | None, *, element: str) -> Returning:
         """Of rows like those of x and, where they are summed too, of weights."""
         parts = Parts.of((row_bytes(x), row_bytes(weights)))
         num_topk = 0 if weights is None else weights.shape[1]
@@ -370,26 +384,23 @@ class Internode:
             plan.SUM_BLOCKS_PER_SM * self._domain.max_blocks,
             {
                 "header": self._common["slabs"][self._domain.group.rank],
-                "num_tokens": num_tokens,
                 "row_bytes": row_bytes(x),
                 "num_topk": num_topk,
             },
             self._common,
         )
-        exchange = self._bind_exchange(parts, num_tokens, is_back=True)
-        capacity = self.list_capacity(num_tokens)
-        return Returning(
-            exchange,
-            total,
-            _sections(exchange, parts),
-            capacity,
-            parts.places(capacity),
-            parts.places((self.num_nodes - 1) * num_tokens),
-        )
+        exchange = self._bind_exchange(parts, is_back=True)
+        return Returning(exchange, total, _sections(exchange, parts), parts)
+
+    def return_places(self, found: Returning, num_tokens: int) -> ReturnPlaces:
+        """Where things lie when so many tokens come back."""
+        capacity, places = self.list_capacity(num_tokens), found.parts.places
+        return ReturnPlaces(num_tokens, capacity, places(capacity), places((self.num_nodes - 1) * num_tokens))
 
     def take_back(
         self,
         found: Returning,
+        places: ReturnPlaces,
         crossing: Crossing,
         here: tuple[int, int],
         returned: int,
@@ -406,22 +417,23 @@ class Internode:
             returned: memory for those that come.
             out: where the results go, and their weights.
         """
-        rows_at, weights_at, _ = found.returned_places
+        rows_at, weights_at, _ = places.returned
         targets = returned + rows_at, returned + weights_at
+        args, total = found.exchange.args, found.total.args
+        args.num_tokens = total.num_tokens = places.num_tokens
         self._launch_exchange(found.exchange, found.sections, crossing, here, targets, call.stream, num_sms)
-        args = found.total.args
-        args.plan, args.positions = crossing.plan, crossing.positions
-        args.here, args.here_weights = here
-        args.returned, args.returned_weights = targets
+        total.plan, total.positions = crossing.plan, crossing.positions
+        total.here, total.here_weights = here
+        total.returned, total.returned_weights = targets
         for number, bias in enumerate(biases):
-            args.bias[number] = bias
-        args.out, args.out_weights = out
+            total.bias[number] = bias
+        total.out, total.out_weights = out
         max_blocks = plan.SUM_BLOCKS_PER_SM * self._domain.max_blocks
         found.total(call.stream, plan.num_local_blocks(2 * num_sms, max_blocks=max_blocks))
 
     # Both.
 
-    def _bind_exchange(self, parts: Parts, num_tokens: int, *, is_back: bool) -> Launch:
+    def _bind_exchange(self, parts: Parts, *, is_back: bool) -> Launch:
         if parts.record_bytes > self._rings.slot_bytes:
             raise ConfigError(
                 f"a row takes {parts.record_bytes} bytes on the network, a slot has "
@@ -432,7 +444,6 @@ class Internode:
             self._exchange,
             plan.EXCHANGE_BLOCKS_PER_SM * self._domain.max_blocks,
             {
-                "num_tokens": num_tokens,
                 "num_ahead": parts.num_ahead,
                 "num_sections": len(parts.order),
                 # Where they lie is set by each call.

@@ -438,15 +438,12 @@ class TwoLevel:
             if array.nbytes:
                 machine.copy(rank, base + PLACE_BYTES + offset, self._put(rank, array), array.nbytes)
         returning = internode.returning(
-            arrays.view(y, name="y"),
-            arrays.view(given, name="weights"),
-            num_tokens=len(bias),
-            element=self.element.name,
+            arrays.view(y, name="y"), arrays.view(given, name="weights"), element=self.element.name
         )
-        places = returning.here_places
-        here = machine.allocate(rank, places[-1], "sums of this node").address
+        places = internode.return_places(returning, len(bias))
+        here = machine.allocate(rank, places.here[-1], "sums of this node").address
         y_offset = (PAYLOAD_OFFSET + PLACE_BYTES) // OFFSET_UNIT
-        sums = here + places[0], here + places[1]
+        sums = here + places.here[0], here + places.here[1]
         exchange: Any = returning.exchange
         exchange.prepare(rank)
         machine.launch(
@@ -476,9 +473,10 @@ class TwoLevel:
         out_weights = machine.allocate(rank, max(1, combined.topk_weights.nbytes), "combined weights").address
         internode.take_back(
             returning,
+            places,
             crossing,
             sums,
-            machine.allocate(rank, returning.returned_places[-1], "sums of other nodes").address,
+            machine.allocate(rank, places.returned[-1], "sums of other nodes").address,
             [self._put(rank, bias)],
             (out, out_weights),
             call,
@@ -510,16 +508,22 @@ class TwoLevel:
         views = [None if each is None else arrays.view(each, name="x") for each in parts]
         pointers = [0 if each is None else self._put(rank, each) for each in (*parts, in_rank)]
         call: Any = SimpleNamespace(stream=rank, is_capturing=False, temporaries=[])
-        found = internode.bringing(
-            views, num_tokens=len(x), num_experts=num_experts, is_cached=earlier is not None
-        )
+        found = internode.bringing(views, num_experts=num_experts, is_cached=earlier is not None)
         if earlier is None:
             listed = internode.list_capacity(len(x))
             place = machine.allocate(rank, routing_bytes(listed), "routing").address
             routed = {**_routing_fields(place), "num_tokens": listed}
         else:
             routed = earlier[1]
-        brought = internode.bring(found, earlier and earlier[0], pointers, call, num_sms=NUM_BLOCKS, digest=7)
+        brought = internode.bring(
+            found,
+            earlier and earlier[0],
+            pointers,
+            call,
+            num_tokens=len(x),
+            num_sms=NUM_BLOCKS,
+            digest=7,
+        )
         crossing = brought.crossing
         scratch = machine.allocate(rank, scratch_bytes(routed["num_tokens"]), "scratch").address
         row = ReceivedRow(

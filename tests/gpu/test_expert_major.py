@@ -189,6 +189,24 @@ def test_torch(place: str) -> None:
     run(place, body)
 
 
+def test_any_number_of_tokens_in_turn(place: str) -> None:
+    def body(group: Group) -> None:
+        with cuda_buffer(group) as buffer:
+            for seed in range(3):
+                for number, num_tokens in enumerate((64, 1, 0, 13, 300, 2, 64)):
+                    case = wide_case(
+                        number,
+                        group.size,
+                        num_tokens=num_tokens,
+                        hidden=136,
+                        num_topk=3,
+                        num_local_experts=4,
+                    )
+                    check_expert_major(buffer, seed, case=case)
+
+    run(place, body)
+
+
 def test_no_tokens(place: str) -> None:
     def body(group: Group) -> None:
         with cuda_buffer(group) as buffer:

@@ -105,6 +105,71 @@ def test_shapes_of_models(
     run(place, body)
 
 
+@pytest.mark.parametrize("seed", [0, 5])
+def test_any_number_of_tokens_in_turn(place: str, seed: int) -> None:
+    """Calls that differ in the numbers of tokens and rows share what was worked out for the first."""
+
+    def body(group: Group) -> None:
+        with cuda_buffer(group) as buffer:
+            for number, num_tokens in enumerate((200, 0, 1, 2, 37, 8, 611, 200, 612, 15)):
+                case = wide_case(
+                    number, group.size, num_tokens=num_tokens, hidden=136, num_topk=3, num_local_experts=4
+                )
+                check_normal(buffer, seed, case=case)
+            engine: Any = buffer._engine
+            for calls in (engine._dispatch, engine._combine):
+                assert len(calls._kinds._plans) < len(calls._plans._plans)
+
+    run(place, body)
+
+
+def test_numbers_that_do_not_go_together_are_refused(place: str) -> None:
+    """Also where calls of the same kind have been made before."""
+
+    def body(group: Group) -> None:
+        def rows(count: int) -> Any:
+            return put(np.ones((count, 16), np.float32))
+
+        def ids(count: int) -> Any:
+            return put(np.arange(2 * count).reshape(count, 2) % group.size)
+
+        def columns(count: int) -> Any:
+            return put(np.ones((count, 2), np.float32))
+
+        with cuda_buffer(group) as buffer:
+
+            def dispatch(num_x: int, num_sf: int, num_ids: int, num_weights: int) -> Any:
+                return buffer.dispatch(
+                    (rows(num_x), rows(num_sf)),
+                    topk_idx=ids(num_ids),
+                    topk_weights=columns(num_weights),
+                    num_experts=group.size,
+                )
+
+            def combine(handle: Any, num_rows: int, num_weights: int, num_bias: int) -> None:
+                buffer.combine(rows(num_rows), handle, columns(num_weights), (rows(7), rows(num_bias)))
+
+            handle, other = dispatch(7, 7, 7, 7).handle, dispatch(9, 9, 9, 9).handle
+            num_rows = handle.num_recv_rows
+            assert num_rows != other.num_recv_rows
+            for numbers in ((7, 7, 9, 9), (7, 9, 7, 7), (7, 7, 7, 9)):
+                with pytest.raises(ep_rt.ArrayError, match="has shape"):
+                    dispatch(*numbers)
+            buffer.dispatch(rows(7), handle=handle, num_worst_tokens=num_rows)
+            buffer.dispatch(rows(9), handle=other)
+            with pytest.raises(ep_rt.HandleError, match="x has 9 tokens"):
+                buffer.dispatch(rows(9), handle=handle)
+            with pytest.raises(ep_rt.HandleError, match=f"num_worst_tokens={num_rows}"):
+                buffer.dispatch(rows(9), handle=other, num_worst_tokens=num_rows)
+            combine(handle, num_rows, num_rows, 7)
+            for each in ((num_rows + 1, num_rows, 7), (num_rows, num_rows + 1, 7), (num_rows, num_rows, 9)):
+                with pytest.raises(ep_rt.ArrayError, match="has shape"):
+                    combine(handle, *each)
+            check_normal(buffer, 3)
+
+    run(place, body)
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 5, 6, 7, 8])
 def test_any_number_of_ranks(place: str, num_ranks: int) -> None:
     if place != "virtual":
