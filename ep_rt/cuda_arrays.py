@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -143,6 +144,7 @@ class ResultArrays:
         self._device = device
         self._framework = framework
         self._stream = stream
+        self._cupy: _CupyColumns | None = None
 
     def over(
         self, pointer: int, num_bytes: int, owner: object, places: Sequence[tuple[int, int]]
@@ -152,12 +154,16 @@ class ResultArrays:
         Args:
             places: of each column the offset in bytes, a multiple of its itemsize, and the number of rows.
         """
-        return self.placed(places)(pointer, num_bytes, owner)
+        if self._framework != "cupy":
+            return self.placed(places)(pointer, num_bytes, owner)
+        self._cupy = self._cupy or _CupyColumns(self._columns, self._device)
+        return self._cupy.over(self._cupy.placed(places), pointer, num_bytes, owner)
 
     def placed(self, places: Sequence[tuple[int, int]]) -> Callable[[int, int, object], list[Any]]:
         """`over` for the same places again and again: a function of pointer, num_bytes and owner."""
         if self._framework == "cupy":
-            return self._placed_cupy(places)
+            self._cupy = self._cupy or _CupyColumns(self._columns, self._device)
+            return partial(self._cupy.over, self._cupy.placed(places))
         if self._framework == "torch" and any(num_rows for _, num_rows in places):
             return self._swapping(self._placed_torch(places))
 
@@ -194,36 +200,6 @@ class ResultArrays:
 
         return made
 
-    def _placed_cupy(self, places: Sequence[tuple[int, int]]) -> Callable[[int, int, object], list[Any]]:
-        cupy = sys.modules["cupy"]
-        memory_of, at = cupy.cuda.UnownedMemory, cupy.cuda.MemoryPointer
-        array_of = _array_maker(cupy.ndarray)
-        device = self._device
-        absent: list[Any] = [None] * len(self._columns)
-        wanted: list[tuple[int, tuple[int, ...], Any, int, tuple[int, ...] | None]] = []
-        for number, (column, (offset, num_rows)) in enumerate(zip(self._columns, places, strict=True)):
-            if column is None:
-                continue
-            # CuPy has no float8.
-            kind = arrays.np_dtype("uint8" if column.dtype == "float8_e4m3fn" else column.dtype)
-            # By its letter CuPy finds a dtype faster, but for those that NumPy itself does not have.
-            letter = kind.char if kind.isbuiltin == 1 else kind
-            shape: tuple[int, ...] = (num_rows, *column.shape)
-            strides = None
-            if column.is_swapped:
-                *outer, last, second = (kind.itemsize * prod(shape[axis + 1 :]) for axis in range(len(shape)))
-                shape, strides = (*shape[:-2], shape[-1], shape[-2]), (*outer, second, last)
-            wanted.append((number, shape, letter, offset, strides))
-
-        def make(pointer: int, num_bytes: int, owner: object) -> list[Any]:
-            memory = memory_of(pointer, num_bytes, owner, device)
-            made = absent.copy()
-            for number, shape, kind, offset, strides in wanted:
-                made[number] = array_of(shape, kind, at(memory, offset), strides)
-            return made
-
-        return make
-
     def _placed_torch(self, places: Sequence[tuple[int, int]]) -> Callable[[int, int, object], list[Any]]:
         device = self._device
         wanted = [
@@ -235,6 +211,50 @@ class ResultArrays:
             return torch_tensors(wanted, pointer, num_bytes, device=device, owner=owner)
 
         return make
+
+
+_CupyPlace = tuple[int, tuple[int, ...], Any, int, tuple[int, ...] | None]
+
+
+class _CupyColumns:
+    """Makes CuPy arrays: what is known of them before anything but their columns is."""
+
+    def __init__(self, columns: Sequence[Column | None], device: int) -> None:
+        cupy = sys.modules["cupy"]
+        self._memory_of, self._at = cupy.cuda.UnownedMemory, cupy.cuda.MemoryPointer
+        self._array_of = _array_maker(cupy.ndarray)
+        self._device = device
+        self._absent: list[Any] = [None] * len(columns)
+        self._wanted: list[tuple[int, tuple[int, ...], Any, tuple[int, ...] | None]] = []
+        for number, column in enumerate(columns):
+            if column is None:
+                continue
+            # CuPy has no float8.
+            kind = arrays.np_dtype("uint8" if column.dtype == "float8_e4m3fn" else column.dtype)
+            # By its letter CuPy finds a dtype faster, but for those that NumPy itself does not have.
+            letter = kind.char if kind.isbuiltin == 1 else kind
+            shape = column.shape
+            strides = None
+            if column.is_swapped:
+                *outer, last, second = (kind.itemsize * prod(shape[axis:]) for axis in range(len(shape) + 1))
+                shape, strides = (*shape[:-2], shape[-1], shape[-2]), (*outer, second, last)
+            self._wanted.append((number, shape, letter, strides))
+
+    def placed(self, places: Sequence[tuple[int, int]]) -> list[_CupyPlace]:
+        """The arrays with the places that `over` wants."""
+        return [
+            (number, (places[number][1], *shape), letter, places[number][0], strides)
+            for number, shape, letter, strides in self._wanted
+        ]
+
+    def over(self, placed: Sequence[_CupyPlace], pointer: int, num_bytes: int, owner: object) -> list[Any]:
+        """See `ResultArrays.over`."""
+        memory = self._memory_of(pointer, num_bytes, owner, self._device)
+        array_of, at = self._array_of, self._at
+        made = self._absent.copy()
+        for number, shape, letter, offset, strides in placed:
+            made[number] = array_of(shape, letter, at(memory, offset), strides)
+        return made
 
 
 def _array_maker(ndarray: Any) -> Callable[[tuple[int, ...], Any, Any, tuple[int, ...] | None], Any]:

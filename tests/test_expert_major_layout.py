@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ep_rt.cuda import expert_major
+from ep_rt.cuda import expert_major, plan
 from ep_rt.cuda.expert_major import PlacesLayout
 from ep_rt.cuda.layout import MAX_EXPAND_TOPK, OFFSET_UNIT, ReceivedRow
 from ep_rt.errors import ConfigError
@@ -33,10 +33,11 @@ def test_a_row_has_no_ids_and_one_weight() -> None:
 
 
 def test_rows_of_padded_segments() -> None:
-    assert expert_major.num_expert_rows([0, 1, 8, 9], 8) == 32
+    assert plan.aligned([0, 1, 8, 9], 8) == [0, 8, 8, 16]
+    assert expert_major.num_expert_rows([0, 8, 8, 16], 8) == 32
     assert expert_major.num_expert_rows([], 8) == 0
     with pytest.raises(ConfigError, match="expert_alignment=2147483647 pads"):
-        expert_major.num_expert_rows([1, 1], 2**31 - 1)
+        expert_major.num_expert_rows([2**31 - 1] * 2, 2**31 - 1)
     expert_major.check_columns(MAX_EXPAND_TOPK)
     with pytest.raises(ConfigError, match="at most 64"):
         expert_major.check_columns(65)

@@ -55,6 +55,25 @@ def test_a_dropped_place_is_handed_out_again_and_gaps_join() -> None:
     assert (pool.stats.num_taken, pool.num_released) == (3, 3)
 
 
+def test_the_largest_gap_is_taken_and_trimmed() -> None:
+    pool = Pool(16 * UNIT)
+    first, second, third = (taken(pool, units * UNIT) for units in (3, 1, 5))
+    del first
+    largest = pool.take_largest()
+    assert (largest.offset, largest.num_bytes) == (9 * UNIT, 7 * UNIT)
+    assert pool.stats.used_bytes == 13 * UNIT
+    assert pool.trim(largest, 2 * UNIT - 1) == 5 * UNIT
+    assert (largest.num_bytes, pool.stats.used_bytes) == (2 * UNIT, 8 * UNIT)
+    assert pool.trim(largest, 2 * UNIT) == 5 * UNIT
+    del third
+    assert pool.take_largest().num_bytes == 5 * UNIT
+    rest = [pool.take_largest() for _ in range(4)]
+    assert [each.num_bytes for each in rest] == [5 * UNIT, 5 * UNIT, 3 * UNIT, 0]
+    del second, rest, largest
+    assert pool.largest_free() == 16 * UNIT
+    assert pool.num_released == pool.stats.num_taken
+
+
 def test_the_smallest_gap_that_fits_is_taken() -> None:
     pool = Pool(16 * UNIT)
     leases = [taken(pool, units * UNIT) for units in (4, 1, 2, 1)]

@@ -380,7 +380,8 @@ class Dispatch:
                 "the number of rows of this dispatch is not known to the host, so it cannot be captured in a "
                 "CUDA graph: give num_worst_tokens, or a handle"
             )
-        lease = self._take_all() if is_exact else self._take(found, call)
+        # How many rows will come is not known yet.
+        lease = domain.pool.take_largest() if is_exact else self._take(found, call)
         capacity = min(_MAX_ROWS, kind.row.capacity(lease.num_bytes)) if is_exact else num_rows
         if handle is None:
             routing = domain.heap.take(found.routing_bytes, is_capturing=call.is_capturing)
@@ -509,8 +510,8 @@ class Dispatch:
         here = row.layout(capacity)
         if kind.is_exact:
             num_bytes = here.x + num_rows * row.row_bytes
-            domain.pool.trim(lease, num_bytes)
-            if domain.pool.largest_free() >= domain.spare(row.num_bytes(num_rows) * kind.spare_factor):
+            largest_free = domain.pool.trim(lease, num_bytes)
+            if largest_free >= domain.spare(row.num_bytes(num_rows) * kind.spare_factor):
                 return kind.arrays.over(base, num_bytes, lease, _places(here, num_rows))
         there = row.layout(num_rows)
         block = domain.heap.take(there.end)
@@ -534,10 +535,6 @@ class Dispatch:
         return kind.arrays.over(block.pointer, there.end, block, _places(there, num_rows))
 
     # Memory.
-
-    def _take_all(self) -> Lease:
-        """The largest free place: how many rows will come is not known yet."""
-        return self._domain.take(self._domain.pool.largest_free(), "a result")
 
     def _take(self, found: _Plan, call: Call) -> Lease:
         domain, num_bytes = self._domain, found.num_bytes

@@ -42,7 +42,7 @@ class Expansion:
 
     Args:
         row: bytes of what is received, x and sf their columns.
-        num_out_rows: of the result; 0 where counts or a handle tell.
+        num_out_rows: of the result; 0 where lengths or a handle tell.
         frameworks: of x, and of the ids.
         num_blocks: that the kernel may use.
     """
@@ -87,18 +87,18 @@ class Expansion:
         self._psum = domain.results([Column("int32", ())], frameworks[1])
 
     def run(
-        self, call: Call, landed: Landed, counts: Sequence[int] | None, handle: CudaDispatchHandle | None
+        self, call: Call, landed: Landed, lengths: Sequence[int] | None, handle: CudaDispatchHandle | None
     ) -> Made:
         """Enqueue the making of one result.
 
         Args:
-            counts: of the pairs by expert, where they say how many rows it has.
+            lengths: of the padded segments of all experts, where they say how many rows it has.
             handle: of the dispatch that is repeated.
         """
         domain, row = self._domain, self._row
-        is_exact = counts is not None
-        if counts is not None:
-            num_rows = num_expert_rows(counts, self._alignment)
+        is_exact = lengths is not None
+        if lengths is not None:
+            num_rows = num_expert_rows(lengths, self._alignment)
         else:
             num_rows = self._num_out_rows if handle is None else handle.num_recv_rows
         at = PlacesLayout.of(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from ..errors import ConfigError
-from . import kernels, plan
+from . import kernels
 from .heap import Workspace
 from .kernels import ELEMENTS
 from .launch import Kernel, Launch, bind
@@ -51,13 +51,13 @@ def expert_row_bytes(received: ReceivedRow) -> ReceivedRow:
     return replace(received, idx_bytes=0, weights_bytes=4 if received.weights_bytes else 0)
 
 
-def num_expert_rows(counts: Sequence[int], alignment: int) -> int:
-    """Rows of the result, for true counts by local expert.
+def num_expert_rows(lengths: Sequence[int], alignment: int) -> int:
+    """Rows of the result, for the lengths of all experts' padded segments.
 
     Raises:
         ConfigError: more than kernels can number.
     """
-    num_rows = sum(plan.aligned(counts, alignment))
+    num_rows = sum(lengths)
     if num_rows > MAX_ROWS:
         raise ConfigError(
             f"expert_alignment={alignment} pads the result to {num_rows} rows; at most {MAX_ROWS}"

@@ -236,4 +236,4 @@ def scratch_bytes(num_tokens: int) -> int:
 
 def aligned(counts: Sequence[int], alignment: int) -> list[int]:
     """Each count, rounded up to a multiple of `alignment`."""
-    return list(counts) if alignment == 1 else [align_up(count, alignment) for count in counts]
+    return list(counts) if alignment == 1 else [-(-count // alignment) * alignment for count in counts]

@@ -70,8 +70,7 @@ class Pool:
     def largest_free(self) -> int:
         """Bytes of the largest gap."""
         with self._lock:
-            self._settle()
-            return max((num_bytes for _, num_bytes in self._gaps), default=0)
+            return self._largest_gap()
 
     def take(self, num_bytes: int, spare_bytes: int = 0) -> Lease | None:
         """A place of at least `num_bytes`; None when no gap is so large, or none of `spare_bytes` is left."""
@@ -110,6 +109,26 @@ class Pool:
         finally:
             lock.release()
 
+    def take_largest(self) -> Lease:
+        """The largest gap, all of it; a place of no bytes where there is none."""
+        self._lock.acquire()
+        try:
+            if self._returned:
+                self._settle()
+            best, num_bytes, offset = -1, 0, 0
+            for number, (_, size) in enumerate(self._gaps):
+                if size > num_bytes:
+                    best, num_bytes = number, size
+            if num_bytes:
+                offset, _ = self._gaps.pop(best)
+                self._used_bytes += num_bytes
+                if self._used_bytes > self._most_used_bytes:
+                    self._most_used_bytes = self._used_bytes
+            self._num_taken += 1
+            return Lease(self, offset, num_bytes)
+        finally:
+            self._lock.release()
+
     def _has_gap(self, num_bytes: int) -> bool:
         """Under the lock."""
         for _, size in self._gaps:
@@ -117,14 +136,21 @@ class Pool:
                 return True
         return num_bytes == 0
 
-    def trim(self, lease: Lease, num_bytes: int) -> None:
-        """Give the end of a place back: what lies beyond its first `num_bytes`."""
+    def trim(self, lease: Lease, num_bytes: int) -> int:
+        """Give the end of a place back: what lies beyond its first `num_bytes`.
+
+        Returns the bytes of the largest gap then.
+        """
         kept = align_up(num_bytes, OFFSET_UNIT)
-        with self._lock:
+        self._lock.acquire()
+        try:
             freed = lease.num_bytes - kept
             if freed > 0:
                 self._insert(lease.offset + kept, freed)
                 lease.num_bytes = kept
+            return self._largest_gap()
+        finally:
+            self._lock.release()
 
     def transfer(self, lease: Lease) -> Lease:
         """The same place in other hands: whoever still holds `lease` holds nothing any more."""
@@ -166,6 +192,16 @@ class Pool:
         if self._when_empty is not None:
             with self._lock:
                 self._settle()
+
+    def _largest_gap(self) -> int:
+        """Under the lock."""
+        if self._returned:
+            self._settle()
+        largest = 0
+        for _, size in self._gaps:
+            if size > largest:
+                largest = size
+        return largest
 
     def _settle(self) -> None:
         """Account for what was given back. Under the lock."""
