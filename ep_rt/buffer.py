@@ -279,12 +279,9 @@ class Buffer:
         """
         self._enter()
         return self._engine.get_dispatch_layout(
-            lambda: LayoutRequest.of(
-                topk_idx,
-                self._num_experts(num_experts),
-                num_ranks=self.num_ranks,
-                place=self._engine.place,
-            ),
+            topk_idx,
+            self._num_experts(num_experts),
+            self._layout_request,
             self._schedule(None, previous_event, async_finish),
         )
 
@@ -949,6 +946,9 @@ class Buffer:
             num_ranks=self.num_ranks,
             place=self._engine.place,
         )
+
+    def _layout_request(self, topk_idx: object, num_experts: int) -> LayoutRequest:
+        return LayoutRequest.of(topk_idx, num_experts, num_ranks=self.num_ranks, place=self._engine.place)
 
     def _combine_request(self, x: Any, handle: DispatchHandle, weights: Any, bias: Any) -> CombineRequest:
         return CombineRequest.of(x, handle, weights, bias, owner=self._identity, place=self._engine.place)

@@ -33,12 +33,13 @@ from ..topology import Topology
 from . import flat, jit, kernels
 from .combine import Combine
 from .dispatch import Dispatch
+from .dispatch_layout import DispatchLayouts
 from .domain import Domain, together
 from .expert_major import ExpertMajor
 from .handle import CudaDispatchHandle
 from .hang import LOW_LATENCY_OPERATIONS, Names, timeout_ns
 from .heap import Block
-from .inputs import Input, Inputs, itemsize
+from .inputs import Inputs
 from .launch import current_architecture
 from .layout import WORKSPACE, field_offset
 from .low_latency import CudaLowLatency
@@ -200,6 +201,7 @@ class CudaEngine:
         self._inputs = Inputs(domain, self._operations)
         self._internode = None if self._remote is None else self._remote.internode
         parts = domain, self._operations, self._expert_major, self._inputs
+        self._layouts = DispatchLayouts(domain, self._operations, self._inputs, topology)
         self._dispatch = Dispatch(*parts, owner=owner, group=group, internode=self._internode)
         self._combine = Combine(*parts, owner=owner, internode=self._internode)
         self._num_elsewhere = 0
@@ -355,8 +357,14 @@ class CudaEngine:
 
     # Calls.
 
-    def get_dispatch_layout(self, build: Callable[[], LayoutRequest], schedule: Schedule) -> DispatchLayout:
-        return self._domain.on_device(self._get_dispatch_layout, build, schedule)
+    def get_dispatch_layout(
+        self,
+        topk_idx: object,
+        num_experts: int,
+        build: Callable[[object, int], LayoutRequest],
+        schedule: Schedule,
+    ) -> DispatchLayout:
+        return self._domain.on_device(self._layouts, topk_idx, num_experts, build, schedule)
 
     def dispatch(
         self,
@@ -371,56 +379,3 @@ class CudaEngine:
         self, given: tuple[Any, ...], build: Callable[..., CombineRequest], schedule: Schedule
     ) -> Combined:
         return self._domain.on_device(self._combine, given, build, schedule)
-
-    def _get_dispatch_layout(self, build: Callable[[], LayoutRequest], schedule: Schedule) -> DispatchLayout:
-        domain = self._domain
-        request = build()
-        ids, topology = request.topk_idx, self._topology
-        num_ranks, num_nodes = topology.num_ranks, topology.num_nodes
-        num_tokens = ids.shape[0]
-        domain.check()
-        call = domain.begin((ids.framework,), (ids.owner,), schedule)
-        counts_bytes = 4 * (num_ranks + request.num_experts + num_nodes)
-        nodes_at = 4 * (num_ranks + request.num_experts)
-        num_bytes = counts_bytes + num_tokens * num_ranks
-        block = domain.heap.take(num_bytes, is_capturing=call.is_capturing)
-        domain.order(call)
-        with device_errors("get_dispatch_layout"):
-            domain.runtime.memsetAsync(block.pointer, 0, counts_bytes, call.stream)
-        self._operations.dispatch_layout(
-            call.stream,
-            topk_idx=self._inputs.readable(Input.of(ids), ids.pointer, call),
-            num_tokens_per_rank=block.pointer,
-            num_tokens_per_expert=block.pointer + 4 * num_ranks,
-            num_tokens_per_node=block.pointer + nodes_at,
-            is_token_in_rank=block.pointer + counts_bytes,
-            num_ranks=num_ranks,
-            ranks_per_node=num_ranks // num_nodes,
-            num_tokens=num_tokens,
-            num_topk=ids.shape[1],
-            num_experts=request.num_experts,
-            idx_bytes=itemsize(ids),
-        )
-        call.keep_with(block)
-        event = domain.finish(call)
-        count = Column("int32", ())
-        per_rank, per_expert, in_rank, per_node = domain.results(
-            [count, count, Column("bool", (num_ranks,)), count], ids.framework
-        ).over(
-            block.pointer,
-            num_bytes,
-            block,
-            [
-                (0, num_ranks),
-                (4 * num_ranks, request.num_experts),
-                (counts_bytes, num_tokens),
-                (nodes_at, num_nodes),
-            ],
-        )
-        return DispatchLayout(
-            num_tokens_per_rank=per_rank,
-            num_tokens_per_rdma_rank=None if num_nodes == 1 else per_node,
-            num_tokens_per_expert=per_expert,
-            is_token_in_rank=in_rank,
-            event=event,
-        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from . import kernels
@@ -60,7 +60,7 @@ class Operations:
             Kernel(kernels.intranode_dispatch(quantizes=each, **flags)) for each in (False, True)
         ]
         self._combine = {element: Kernel(kernels.intranode_combine(element, **flags)) for element in ELEMENTS}
-        self._layout = bind(Kernel(kernels.dispatch_layout()), _LOCAL_BLOCKS, self.common)
+        self._layout = Kernel(kernels.dispatch_layout())
         self._contiguous = bind(Kernel(kernels.contiguous()), _LOCAL_BLOCKS)
 
     def dispatch(self, *, quantizes: bool, **fields: int) -> Launch:
@@ -73,16 +73,12 @@ class Operations:
         """Of intranode_combine.cu, for rows of one of `ELEMENTS`."""
         return bind(self._combine[element], self._max_blocks, fields, self.common)
 
-    def dispatch_layout(self, stream: int, **fields: int) -> None:
-        """Enqueue layout.cu."""
-        _launch(self._layout, stream, fields)
+    def dispatch_layout(self) -> Launch:
+        """Of layout.cu."""
+        return bind(self._layout, _LOCAL_BLOCKS)
 
     def contiguous(self, stream: int, **fields: int) -> None:
         """Enqueue contiguous.cu."""
-        _launch(self._contiguous, stream, fields)
-
-
-def _launch(launch: Launch, stream: int, fields: Mapping[str, int]) -> None:
-    for name, value in fields.items():
-        setattr(launch.args, name, value)
-    launch(stream)
+        for name, value in fields.items():
+            setattr(self._contiguous.args, name, value)
+        self._contiguous(stream)

@@ -52,11 +52,17 @@ class HostEngine:
 
     # Calls.
 
-    def get_dispatch_layout(self, build: Callable[[], LayoutRequest], schedule: Schedule) -> DispatchLayout:
+    def get_dispatch_layout(
+        self,
+        topk_idx: object,
+        num_experts: int,
+        build: Callable[[object, int], LayoutRequest],
+        schedule: Schedule,
+    ) -> DispatchLayout:
         _wait_for(schedule)
-        request = build()
-        topk_idx = read_topk_idx(request.topk_idx, request.num_experts)
-        is_token_in_rank = token_in_rank(topk_idx, request.num_experts, self._num_ranks)
+        request = build(topk_idx, num_experts)
+        ids = read_topk_idx(request.topk_idx, request.num_experts)
+        is_token_in_rank = token_in_rank(ids, request.num_experts, self._num_ranks)
         per_node = None
         if self._topology.num_nodes > 1:
             nodes = [self._topology.ranks_of(node) for node in range(self._topology.num_nodes)]
@@ -65,9 +71,7 @@ class HostEngine:
         return DispatchLayout(
             num_tokens_per_rank=arrays.to_framework(is_token_in_rank.sum(axis=0, dtype=np.int32), framework),
             num_tokens_per_rdma_rank=None if per_node is None else arrays.to_framework(per_node, framework),
-            num_tokens_per_expert=arrays.to_framework(
-                count_experts(topk_idx, request.num_experts), framework
-            ),
+            num_tokens_per_expert=arrays.to_framework(count_experts(ids, request.num_experts), framework),
             is_token_in_rank=arrays.to_framework(is_token_in_rank, framework),
             event=EventOverlap(),
         )
