@@ -21,6 +21,7 @@ from ep_rt.bench import check, machine, options, places, plot, report, run, wire
 from ep_rt.bench.check import CheckError, check_against_reference
 from ep_rt.bench.measure import Times
 from ep_rt.bench.options import LOW_LATENCY, OPERATIONS, Options
+from ep_rt.bench.product import BesideTimes
 from ep_rt.bench.workload import BF16, ELEMENTS, FP8, Payload, Routing, Traffic
 from ep_rt.errors import ConfigError
 from ep_rt.host.engine import HostEngine
@@ -195,6 +196,27 @@ def test_json_holds_every_reading() -> None:
     assert [(entry["way"], entry["sms"]) for entry in read["wire_limit"]] == limits
 
 
+def test_what_a_product_beside_costs() -> None:
+    times = [
+        BesideTimes(
+            op_alone_us=(8.0, 9.0), op_us=(15.0, 17.0), product_alone_us=(100.0,), product_us=(110.0 + rank,)
+        )
+        for rank in range(2)
+    ]
+    found = a_report(result(operation="ll-dispatch-packed", beside=report.Beside.of(times), num_tokens=1024))
+    found.options = Options(product=4096)
+    lines = [line for line in report.footer(found) if "beside" in line]
+    assert lines == [
+        "ll-dispatch-packed bf16, 1024 tokens, beside a 4096 x 4096 product: 16.0 us, not 8.5; "
+        "the product 110.5, not 100.0"
+    ]
+    assert len(lines[0]) <= 120
+    read = json.loads(report.as_json(found))["results"][0]["beside_product"]
+    assert read["op_us"]["ranks"] == [[15.0, 17.0]] * 2
+    assert read["product_us"]["median"] == 110.5
+    assert json.loads(report.as_json(a_report(result())))["results"][0]["beside_product"] is None
+
+
 def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     found = a_report(result(), result(num_tokens=8), result(operation="combine"))
@@ -277,7 +299,8 @@ def test_the_low_latency_mode_is_measured_when_named(dtype: str) -> None:
 
 
 def test_a_run_of_threads_with_json_on_stdout() -> None:
-    done = bench("--ranks", "3", *SMALL, "--dtype", "both", "--routing", "zipf", "--json", "-")
+    several = ["--ranks", "3", *SMALL, "--dtype", "both", "--routing", "zipf"]
+    done = bench(*several, "--beside-product", "64", "--json", "-")
     assert done.returncode == 0, done.stderr
     read = json.loads(done.stdout)
     assert read["machine"]["ranks"] == "3 ranks (threads)"
@@ -289,6 +312,7 @@ def test_a_run_of_threads_with_json_on_stdout() -> None:
         assert np.shape(entry["op_us"]["ranks"]) == (3, 2)
         assert entry["logical_gbps"] > entry["wire_gbps"] > 0
     assert "every result was compared" in done.stderr
+    assert done.stderr.count("not measured beside a product") == 1
 
 
 def test_a_run_of_processes(mpirun: MpiRun, tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ from ..exchange import Group
 from .layer import Call
 from .places import TIMEOUT_S, CudaPlace, Place
 
-_NUM_IN_GRAPH: Final = 20
+NUM_IN_GRAPH: Final = 20
+"""Operations of a CUDA graph."""
+
 _NUM_ON_STREAM: Final = 10
 _NUM_CALLS: Final = 20
 
@@ -124,6 +126,22 @@ class CudaTimer:
         barrier_us = median(self.barrier_us)
         return tuple(both_us - barrier_us for both_us in self._replayed(pair))
 
+    def captured(self, enqueue: Callable[[], Any], stream: Any) -> tuple[Any, Any]:
+        """A CUDA graph of `NUM_IN_GRAPH` operations, and what its replays need.
+
+        Collective: a rank that launches it next finds the others' kernels. `stream` is the current one.
+        """
+        stream.begin_capture()
+        for _ in range(NUM_IN_GRAPH):
+            # Only the last result is kept, so that all of them may take the same memory.
+            kept = None
+            kept = enqueue()
+        graph = stream.end_capture()
+        graph.upload(stream)
+        stream.synchronize()
+        self._group.barrier()
+        return graph, kept
+
     def close(self) -> None:
         """Collective."""
         self._meeting.close()
@@ -134,22 +152,14 @@ class CudaTimer:
     def _replayed(self, enqueue: Callable[[], Any]) -> tuple[float, ...]:
         """Microseconds for each of many in a CUDA graph, by replay. One replay before them is not counted."""
         stream = self._place.stream
-        stream.begin_capture()
-        for _ in range(_NUM_IN_GRAPH):
-            # Only the last result is kept, so that all of them may take the same memory.
-            kept = None
-            kept = enqueue()
-        graph = stream.end_capture()
-        graph.upload(stream)
+        graph, kept = self.captured(enqueue, stream)
         events = self._events(self._repeat + 1)
-        stream.synchronize()
-        self._group.barrier()
         graph.launch(stream)
         events[0].record(stream)
         for event in events[1:]:
             graph.launch(stream)
             event.record(stream)
-        readings = self._elapsed_us(events, _NUM_IN_GRAPH)
+        readings = self._elapsed_us(events, NUM_IN_GRAPH)
         # Nobody gives memory or a graph back while a peer still works.
         self._group.barrier()
         del graph, kept

@@ -35,6 +35,7 @@ differs, 2 if the benchmark cannot run.
 examples:
   mpirun -n 8 python -m ep_rt bench --sms 16 24 --dtype both --json figures.json
   mpirun -n 2 python -m ep_rt bench --compare nccl jax
+  mpirun -n 2 python -m ep_rt bench --operations ll-pair --tokens 8 128 --beside-product 4096
   python -m ep_rt bench --ranks 8 --virtual --tokens 128     eight ranks on one GPU
   python -m ep_rt bench --backend host --ranks 3 --tokens 64 no GPU needed
 """
@@ -60,6 +61,7 @@ class Options:
     is_virtual: bool = False
     with_puts: bool = False
     compare: tuple[str, ...] = ()
+    product: int = 0  # rows and columns; 0 for none
     json: str = ""
     plot: str = ""
     is_first_call: bool = False
@@ -122,6 +124,14 @@ def add_parser(commands: Any) -> None:
         default=("none",),
         help="the same rows, packed already and not summed, through NCCL's all-to-all or JAX's "
         "ragged_all_to_all; processes with a GPU each",
+    )
+    what.add_argument(
+        "--beside-product",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="also each operation beside a product of N x N float16 matrices, and what that loses; "
+        "ranks with a GPU each",
     )
     what.add_argument(
         "--first-call",
@@ -203,6 +213,7 @@ def options_of(parsed: argparse.Namespace) -> Options:
         is_virtual=parsed.virtual,
         with_puts=parsed.puts,
         compare=tuple(name for name in LIBRARIES if name in parsed.compare),
+        product=parsed.beside_product,
         json=parsed.json,
         plot=parsed.plot,
         is_first_call=parsed.first_call,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from statistics import median
 from typing import Any
 
 from .measure import Times
 from .options import Options
+from .product import BesideTimes
 from .workload import Crossing, Traffic
 
 
@@ -49,12 +50,43 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Beside:
+    """An operation and a product of matrices, alone and at the same time, on all ranks."""
+
+    op_alone: Reading
+    op: Reading
+    product_alone: Reading
+    product: Reading
+
+    @classmethod
+    def of(cls, times: Sequence[BesideTimes]) -> Beside:
+        """From the times of every rank."""
+        return cls(
+            **{
+                each.name: Reading(tuple(getattr(rank, f"{each.name}_us") for rank in times))
+                for each in fields(cls)
+            }
+        )
+
+    @property
+    def text(self) -> str:
+        return (
+            f"{self.op.median:.1f} us, not {self.op_alone.median:.1f}; "
+            f"the product {self.product.median:.1f}, not {self.product_alone.median:.1f}"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        return {f"{each.name}_us": getattr(self, each.name).as_json() for each in fields(self)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """One operation of one configuration, on all ranks.
 
     Attributes:
         row_bytes: of a row on its way, with its scale factors.
         crossing: what one call sent over the network, where that is counted.
+        beside: a product of matrices, if that was asked for.
     """
 
     element: str
@@ -67,6 +99,7 @@ class Result:
     op: Reading
     call: Reading | None
     crossing: Crossing | None = None
+    beside: Beside | None = None
 
     @classmethod
     def of(cls, times: Sequence[Times], **facts: Any) -> Result:
@@ -110,6 +143,7 @@ class Result:
             "logical_gbps": self.logical_gbps,
             "wire_gbps": self.wire_gbps,
             "network_bytes": None if self.crossing is None else asdict(self.crossing),
+            "beside_product": None if self.beside is None else self.beside.as_json(),
         }
 
 
@@ -252,6 +286,13 @@ def footer(report: Report) -> list[str]:
         if result.crossing is not None
     }
     lines += [f"{what}: a rank sent over the network {text}" for what, text in crossings.items()]
+    size = report.options.product
+    lines += [
+        f"{each.operation} {each.element}, {each.num_tokens} tokens, beside a {size} x {size} product: "
+        f"{each.beside.text}"
+        for each in report.results
+        if each.beside is not None
+    ]
     lines += [f"note: {note}" for note in report.notes]
     return [*lines, "every result was compared, byte by byte, before it was timed"]
 

@@ -20,8 +20,9 @@ from .measure import CudaTimer, HostTimer, Times, open_timer
 from .nccl import Nccl
 from .options import Options
 from .places import CudaPlace, Place, on_every_rank
+from .product import Product
 from .ragged import Ragged
-from .report import Reading, Report, Result
+from .report import Beside, Reading, Report, Result
 from .workload import BF16, ELEMENTS, Element, Routing
 
 CHECK_FAILED = 1
@@ -172,6 +173,7 @@ def _measure_calls(
     num_sms: int | None,
 ) -> None:
     num_tokens = len(layer.tokens)
+    product = _product(layer, timer, found)
     for call in layer.calls():
         console.step(f"{layer.element.name} {num_tokens} {call.name}")
         crossing = check_call(layer, call)
@@ -184,9 +186,23 @@ def _measure_calls(
             row_bytes=layer.element.row_bytes(found.options.hidden),
             traffic=layer.routing.traffic(),
             crossing=crossing,
+            beside=None
+            if product is None or not call.can_be_captured
+            else Beside.of(layer.group.allgather(product.measure(call.run), op="bench product times")),
         )
         found.results.append(result)
         console.lines([report.line(found, result)])
+
+
+def _product(layer: Layer | LowLatencyLayer, timer: CudaTimer | HostTimer, found: Report) -> Product | None:
+    options, place = found.options, layer.place
+    if not options.product:
+        return None
+    if not (isinstance(place, CudaPlace) and isinstance(timer, CudaTimer)) or place.setting.is_shared:
+        note = "not measured beside a product: that needs ranks with a GPU each"
+        found.notes += [] if note in found.notes else [note]
+        return None
+    return Product(layer.group, place, timer, options.product, options.repeat)
 
 
 def _compare(

@@ -65,6 +65,23 @@ def test_every_operation_is_checked_and_timed(place: str, tmp_path: Path) -> Non
     assert num_ranks == 1 or read["wire_limit_best_gbps"] > 1
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_operations_beside_a_product(place: str, tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    operations = ["dispatch", "dispatch-exact", "ll-pair"]
+    run_bench(place, path, "--operations", *operations, "--dtype=bf16", "--beside-product=512")
+    if IS_UNDER_MPI and as_group().rank != 0:
+        return
+    read = json.loads(path.read_text())
+    for entry in read["results"]:
+        beside = entry["beside_product"]
+        assert (beside is None) == (place == "virtual" or entry["operation"] == "dispatch-exact")
+        for reading in ("op_alone_us", "op_us", "product_alone_us", "product_us") if beside else ():
+            assert beside[reading]["min"] > 0
+    notes = [note for note in read["notes"] if "beside" in note]
+    assert len(notes) == (place == "virtual")
+
+
 @pytest.mark.skipif(IS_UNDER_MPI, reason="starts ranks of its own")
 @pytest.mark.parametrize(
     "library",
