@@ -117,7 +117,7 @@ def test_any_number_of_tokens_in_turn(place: str, seed: int) -> None:
                 )
                 check_normal(buffer, seed, case=case)
             engine: Any = buffer._engine
-            for calls in (engine._dispatch, engine._combine):
+            for calls in (engine._dispatch._plans, engine._combine):
                 assert len(calls._kinds._plans) < len(calls._plans._plans)
 
     run(place, body)
