@@ -15,7 +15,7 @@ from .layer import Call, Layer
 from .low_latency import LowLatencyLayer
 from .options import Options
 from .places import TIMEOUT_S, Place, fetch
-from .workload import BF16, Array, Crossing
+from .workload import BF16, Array, NetworkBytes
 
 _SMALL_HIDDEN: Final = 64
 _SMALL_BUFFER_BYTES: Final = 64 << 20
@@ -37,7 +37,7 @@ def agree(group: Group, problem: str | None) -> None:
         raise on_all_ranks(CheckError(listing))
 
 
-def check_call(layer: Layer | LowLatencyLayer, call: Call) -> Crossing | None:
+def check_call(layer: Layer | LowLatencyLayer, call: Call) -> NetworkBytes | None:
     """Run one call on new rows and compare, on GPUs of several nodes also the bytes that it sent.
 
     Raises:
@@ -54,14 +54,14 @@ def check_call(layer: Layer | LowLatencyLayer, call: Call) -> Crossing | None:
         problem = layer.problem(call, out)
     else:
         problem = (_combined if call.name.startswith("combine") else _dispatched)(layer, call, out)
-    crossing = None
+    network_bytes = None
     if before and isinstance(layer, Layer):
-        crossing = _crossing(layer, call, before)
-        sent, planned = crossing.counted[group.rank], crossing.planned[group.rank]
+        network_bytes = _network_bytes(layer, call, before)
+        sent, planned = network_bytes.counted[group.rank], network_bytes.planned[group.rank]
         if problem is None and sent != planned:
             problem = f"bytes sent to the nodes are {sent}, the planner says {planned}"
     agree(group, None if problem is None else f"{call.name}, {len(layer.tokens)} tokens: {problem}")
-    return crossing
+    return network_bytes
 
 
 def sent_so_far(layer: Layer | LowLatencyLayer) -> tuple[int, ...]:
@@ -71,12 +71,12 @@ def sent_so_far(layer: Layer | LowLatencyLayer) -> tuple[int, ...]:
     return layer.buffer.stats.network_bytes_by_node if is_counted else ()
 
 
-def _crossing(layer: Layer, call: Call, before: tuple[int, ...]) -> Crossing:
+def _network_bytes(layer: Layer, call: Call, before: tuple[int, ...]) -> NetworkBytes:
     group, ranks_per_node = layer.group, layer.group.size // len(before)
     sent = tuple(now - then for now, then in zip(sent_so_far(layer), before, strict=True))
     plan = layer.routing.plan(call.name, layer.element, layer.payload.hidden, ranks_per_node=ranks_per_node)
     planned = plan.network.sent_bytes_by_node(ranks_per_node)
-    return Crossing(
+    return NetworkBytes(
         counted=tuple(group.allgather(sent, op="bench bytes")),
         planned=tuple(tuple(of_rank) for of_rank in planned.tolist()),
     )

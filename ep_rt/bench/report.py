@@ -11,7 +11,7 @@ from typing import Any
 from .measure import Times
 from .options import Options
 from .product import BesideTimes
-from .workload import Crossing, Traffic
+from .workload import NetworkBytes, Traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class Result:
 
     Attributes:
         row_bytes: of a row on its way, with its scale factors.
-        crossing: what one call sent over the network, where that is counted.
+        network_bytes: what one call sent over the network, where that is counted.
         beside: a product of matrices, if that was asked for.
     """
 
@@ -98,7 +98,7 @@ class Result:
     kernel: Reading | None
     op: Reading
     call: Reading | None
-    crossing: Crossing | None = None
+    network_bytes: NetworkBytes | None = None
     beside: Beside | None = None
 
     @classmethod
@@ -142,7 +142,7 @@ class Result:
             "call_us": None if self.call is None else self.call.as_json(),
             "logical_gbps": self.logical_gbps,
             "wire_gbps": self.wire_gbps,
-            "network_bytes": None if self.crossing is None else asdict(self.crossing),
+            "network_bytes": None if self.network_bytes is None else asdict(self.network_bytes),
             "beside_product": None if self.beside is None else self.beside.as_json(),
         }
 
@@ -280,12 +280,12 @@ def footer(report: Report) -> list[str]:
         f"{tokens} tokens: the busiest link carries {busy:.2f} times the mean"
         for tokens, busy in busiest.items()
     ]
-    crossings = {
-        f"{result.operation} {result.element}, {result.num_tokens} tokens": result.crossing.text
+    sent = {
+        f"{result.operation} {result.element}, {result.num_tokens} tokens": result.network_bytes.text
         for result in report.results
-        if result.crossing is not None
+        if result.network_bytes is not None
     }
-    lines += [f"{what}: a rank sent over the network {text}" for what, text in crossings.items()]
+    lines += [f"{what}: a rank sent over the network {text}" for what, text in sent.items()]
     size = report.options.product
     lines += [
         f"{each.operation} {each.element}, {each.num_tokens} tokens, beside a {size} x {size} product: "

@@ -176,7 +176,7 @@ def _measure_calls(
     product = _product(layer, timer, found)
     for call in layer.calls():
         console.step(f"{layer.element.name} {num_tokens} {call.name}")
-        crossing = check_call(layer, call)
+        network_bytes = check_call(layer, call)
         result = Result.of(
             _gathered(layer.group, timer.measure(call)),
             element=layer.element.name,
@@ -185,7 +185,7 @@ def _measure_calls(
             operation=call.name,
             row_bytes=layer.element.row_bytes(found.options.hidden),
             traffic=layer.routing.traffic(),
-            crossing=crossing,
+            network_bytes=network_bytes,
             beside=None
             if product is None or not call.can_be_captured
             else Beside.of(layer.group.allgather(product.measure(call.run), op="bench product times")),

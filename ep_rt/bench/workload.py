@@ -81,7 +81,7 @@ class Traffic:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Crossing:
+class NetworkBytes:
     """Bytes that one call sends over the network, [rank][node]."""
 
     counted: tuple[tuple[int, ...], ...]

@@ -43,7 +43,7 @@ class Input:
         )
 
     def of_rows(self, num_rows: int) -> Input:
-        """A like one of another length. Arrays of none and of one row are like none that are longer."""
+        """The same of another length. What is known of arrays of two rows and more holds for all of these."""
         view = self.view
         if num_rows == view.shape[0]:
             return self
