@@ -23,6 +23,7 @@ from ep_rt.errors import (
     PeerFailedError,
     PeerTimeoutError,
 )
+from ep_rt.exchange import PeerGroup
 from ep_rt.groups import LATE, ByteArray, Group, as_group, run_local, thread_groups
 
 
@@ -429,6 +430,54 @@ def test_several_late_ranks_are_all_named() -> None:
     for error in outcomes(fn, 4, timeout_s=0.3):
         if isinstance(error, PeerTimeoutError) and error.rank in (0, 2):
             assert error.peers == (1, 3)
+
+
+# Parting.
+
+
+def parting(group: Group) -> PeerGroup:
+    assert isinstance(group, PeerGroup)
+    return group
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 5])
+def test_ranks_part_from_different_rounds_and_meet_again(num_ranks: int) -> None:
+    def fn(group: Group) -> None:
+        for turn in range(6):
+            # Rank r makes some calls more than the first to part; who has parted is late at once.
+            num_calls = (3 * group.rank + turn) % num_ranks
+            for call in range(num_calls):
+                values = group.allgather((turn, call), timeout_s=20, skip_late=True)
+                stays = [(3 * rank + turn) % num_ranks > call for rank in range(num_ranks)]
+                assert values == [(turn, call) if here else LATE for here in stays]
+            time.sleep(random.uniform(0, 0.01))
+            assert parting(group).part(timeout_s=20) == ()
+            if turn % 2:
+                assert group.allgather((group.rank, turn)) == [(rank, turn) for rank in range(num_ranks)]
+
+    began = time.monotonic()
+    run_local(fn, num_ranks)
+    assert time.monotonic() - began < 10
+
+
+def test_to_part_is_another_operation() -> None:
+    def fn(group: Group) -> list[Any]:
+        if group.rank == 1:
+            with pytest.raises(CollectiveMismatchError, match="close on rank 0"):
+                group.allgather(None, op="dispatch")
+        assert parting(group).part(op="close", timeout_s=5) == ()
+        return group.allgather(group.rank)
+
+    assert run_local(fn, 2) == [[0, 1]] * 2
+
+
+def test_who_does_not_part_in_time_is_named() -> None:
+    def fn(group: Group) -> tuple[int, ...]:
+        if group.rank == 2:
+            return ()
+        return parting(group).part(timeout_s=0.2)
+
+    assert run_local(fn, 3) == [(2,), (2,), ()]
 
 
 class _Chained(groups.ThreadGroup):

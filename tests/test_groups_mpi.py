@@ -336,3 +336,17 @@ def test_a_single_rank_waits_for_its_communicator(tmp_path: Path) -> None:
     assert MpiGroup(Slow(MPI.COMM_SELF)).allgather("here") == ["here"]
     """
     succeed(tmp_path, script, num_ranks=1)
+
+
+def test_ranks_part_from_different_rounds(tmp_path: Path) -> None:
+    script = """
+    for turn in range(3):
+        for call in range((rank + turn) % size):
+            values = group.allgather(call, timeout_s=10, skip_late=True)
+            gone = [(peer + turn) % size <= call for peer in range(size)]
+            assert [value is LATE for value in values] == gone
+        assert group.part(timeout_s=10) == ()
+        assert group.allgather(rank) == list(range(size))
+    assert time.monotonic() - began < 9
+    """
+    succeed(tmp_path, script)

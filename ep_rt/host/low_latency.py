@@ -13,7 +13,7 @@ from .. import arrays, reference
 from ..arrays import ArrayView
 from ..errors import ArrayError, ConfigError, EpError, HandleError
 from ..events import EventOverlap
-from ..exchange import LATE, Transfer
+from ..exchange import LATE, PeerGroup, Transfer
 from ..handle import HostLowLatencyHandle, LowLatencyHandle, LowLatencyHandleShape
 from ..requests import LowLatencyCombineRequest, LowLatencyDispatchRequest, Schedule
 from ..results import LowLatencyCombined, LowLatencyDispatched
@@ -41,7 +41,13 @@ class HostLowLatency:
 
     def close(self) -> None:
         """The last operation of the buffer, in either mode: peers have all they were sent when it returns."""
-        self._agree("close", Announcement())
+        group = self._peers.group
+        if self._enable_shrink and isinstance(group, PeerGroup):
+            # Ranks that others have lost come too, from whichever call was their last.
+            late = group.part(op=f"close{self._peers.label}", timeout_s=self._peers.timeout_s)
+            self._masked[list(late)] = True
+        else:
+            self._agree("close", Announcement())
         if not self._masked.any():  # a lost rank takes nothing any more
             self._peers.finish_all()
 
