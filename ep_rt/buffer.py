@@ -32,6 +32,7 @@ from .requests import (
     LowLatencyCombineRequest,
     LowLatencyDispatchRequest,
     Schedule,
+    check_owner,
     integer,
     local_experts,
 )
@@ -608,6 +609,7 @@ class Buffer:
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> Any:
         """The bfloat16 [El, R*M, hidden] array that the next combine with ``zero_copy`` reads. Local."""
         self._enter()
+        check_owner(handle, LowLatencyHandle, self._identity)
         return self._low_latency.next_combine_buffer(handle)
 
     def clean_low_latency_buffer(

@@ -104,7 +104,8 @@ def _load_rows(
     return rows
 
 
-def _check_owner(handle: object, kind: type, owner: object) -> None:
+def check_owner(handle: object, kind: type, owner: object) -> None:
+    """Raise `HandleError` for what is no handle of a kind, or that of another buffer."""
     if not isinstance(handle, kind):
         raise HandleError(f"handle is a {type(handle).__name__}; expected a {kind.__name__}")
     if handle.owner is not owner:  # type: ignore[attr-defined]
@@ -193,7 +194,7 @@ class DispatchRequest:
 
         ids = weights = in_rank = per_expert = None
         if handle is not None:
-            _check_owner(handle, DispatchHandle, owner)
+            check_owner(handle, DispatchHandle, owner)
             routing = (topk_idx, topk_weights, is_token_in_rank, num_tokens_per_expert)
             if any(given is not None for given in routing):
                 raise ConfigError("with handle= the routing is that of the handle; give x alone")
@@ -282,7 +283,7 @@ class CombineRequest:
         owner: object,
         place: Place,
     ) -> CombineRequest:
-        _check_owner(handle, DispatchHandle, owner)
+        check_owner(handle, DispatchHandle, owner)
         rows = _load_rows(x, "x", SUMMED_DTYPES, handle.num_recv_rows, place)
         weights = None
         if topk_weights is not None:
@@ -411,7 +412,7 @@ class LowLatencyCombineRequest:
         num_ranks: int,
         place: Place,
     ) -> LowLatencyCombineRequest:
-        _check_owner(handle, LowLatencyHandle, owner)
+        check_owner(handle, LowLatencyHandle, owner)
         num_local_experts = handle.num_experts // num_ranks
         num_rows = num_ranks * handle.num_max_tokens_per_rank
         rows = load(

@@ -411,6 +411,13 @@ def check_elastic(
         assert handle.psum_num_recv_tokens_per_scaleup_rank.tolist() == np.cumsum(by_number).tolist()
         if do_cpu_sync:
             assert handle.num_recv_tokens == num_recv_tokens
+        slots = np.full(ids[rank].shape, -1, np.int32)
+        for dst in range(num_ranks):
+            is_there = ids[rank] // num_local_experts == dst
+            numbers = np.cumsum(is_there.any(axis=1)) - 1
+            slots = np.where(is_there, numbers[:, None], slots)
+        assert equal(handle.dst_buffer_slot_idx, slots.astype(np.int32))
+        assert handle.dst_buffer_slot_idx is handle.dst_buffer_slot_idx
         ends = handle.psum_num_recv_tokens_per_expert
         if do_expand:
             assert equal(ends, e.psum_num_tokens_per_expert)

@@ -144,6 +144,11 @@ def test_the_names_are_the_same_objects_by_either_module() -> None:
         "from deep_ep import Buffer, Config, EventHandle, EventOverlap, topk_idx_t\n"
         "assert deep_ep.utils.EventOverlap is EventOverlap and deep_ep.utils.EventHandle is EventHandle\n"
         "assert deep_ep.buffer.Buffer is Buffer and deep_ep.buffer.Config is Config\n"
+        "import deep_ep.buffers.elastic, deep_ep.buffers.legacy, deep_ep.utils.event\n"
+        "from deep_ep import ElasticBuffer, EPHandle\n"
+        "assert deep_ep.buffers.legacy.Buffer is Buffer and deep_ep.buffers.elastic.EPHandle is EPHandle\n"
+        "assert deep_ep.buffers.elastic.ElasticBuffer is ElasticBuffer\n"
+        "assert deep_ep.utils.event.EventOverlap is EventOverlap\n"
         "print(topk_idx_t)\n"
     )
     done = subprocess.run(
@@ -247,6 +252,18 @@ def test_events() -> None:
 
 def one_rank(**options: Any) -> Any:
     return deep_ep.Buffer(ep_rt.groups.thread_groups(1)[0], backend="host", **options)
+
+
+def test_a_handle_that_was_taken_apart_is_refused() -> None:
+    buffer = one_rank(low_latency_mode=True)
+    x, ids = torch.ones(3, 128, dtype=torch.bfloat16), torch.zeros(3, 1, dtype=torch.int64)
+    _, _, handle, _, _ = buffer.low_latency_dispatch(x, ids, 3, 1, use_fp8=False)
+    with pytest.raises(ep_rt.HandleError, match="handle is a tuple"):
+        buffer.get_next_low_latency_combine_buffer(tuple(handle))
+    with pytest.raises(ep_rt.HandleError, match="handle is a tuple"):
+        buffer.low_latency_combine(x[None], ids, torch.ones(3, 1), tuple(handle))
+    assert buffer.get_next_low_latency_combine_buffer(handle).shape == (1, 3, 128)
+    buffer.destroy()
 
 
 def test_raw_memory() -> None:
@@ -420,8 +437,8 @@ def test_ranks_that_stop_at_different_calls() -> None:
                 break
             buffer.clean_low_latency_buffer(3, 128, 8)
             check()
-        if rank == 0:
-            buffer.destroy()
+        buffer.destroy()  # also by those that stopped, while the others go on
+        assert group.allgather(rank) == list(range(num_ranks))
 
     ep_rt.run_local(run, 4, timeout_s=20)
 

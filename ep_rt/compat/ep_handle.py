@@ -29,11 +29,12 @@ class EPHandle:
         recv_src_metadata: int32 [received tokens, 2 + num_topk]: source rank * num_max_tokens_per_rank +
             source token, ascending; the row; expanded, the row of each column, -1 elsewhere. The first look
             is collective: all ranks, in the same order of calls.
-        dst_buffer_slot_idx, token_metadata_at_forward, channel_linked_list: None; nothing here has such.
+        dst_buffer_slot_idx: int32 [num_tokens, num_topk], the number of a token among those that this rank
+            sends to the rank of the expert; -1 where there is no expert.
+        token_metadata_at_forward, channel_linked_list: None; nothing here has such.
         handle: what ep_rt's own calls take.
     """
 
-    dst_buffer_slot_idx = None
     token_metadata_at_forward = None
     channel_linked_list = None
 
@@ -94,6 +95,17 @@ class EPHandle:
         return (
             unaligned(self.psum_num_recv_tokens_per_expert, self.expert_alignment) if self.do_expand else None
         )
+
+    def _make_dst_buffer_slot_idx(self) -> Any:
+        import torch
+
+        ids, num_ranks = self.topk_idx.long(), self._owner.num_ranks
+        nowhere = ids < 0
+        ranks = (ids // (self.num_experts // num_ranks)).masked_fill(nowhere, num_ranks)
+        is_sent = torch.zeros((len(ids), num_ranks + 1), dtype=torch.int32, device=ids.device)
+        is_sent.scatter_(1, ranks, 1)
+        slots = is_sent.cumsum(0, dtype=torch.int32) - 1
+        return slots.gather(1, ranks).masked_fill(nowhere, -1)
 
     def _make_recv_src_metadata(self) -> Any:
         """The tokens say where they come from, and their ids, in one more dispatch."""
