@@ -403,6 +403,56 @@ PROCESSES = """
 """
 
 
+DISTRIBUTED = """
+    import socket
+    from functools import partial
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    import ep_rt
+    import ep_rt.jax
+
+    group = ep_rt.as_group()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = group.allgather(free.getsockname()[1])[0]
+    jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=group.size, process_id=group.rank)
+    assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (group.size, group.size, 1)
+    ids = jnp.tile(jnp.arange(group.size), (4, 1))
+
+    with ep_rt.Buffer(group, backend="host", timeout_s=60) as buffer:
+        def layer(x, ids):
+            sent = ep_rt.jax.dispatch(buffer, x, ids, num_experts=group.size, num_worst_tokens=4 * group.size)
+            return ep_rt.jax.combine(sent.recv_x * 3, sent.handle).combined_x
+
+        x = jnp.full((4, 8), 1.0 + group.rank)
+        assert (jax.jit(layer)(x, ids) == 3 * group.size * x).all()
+        slope = jax.jit(jax.grad(lambda x: layer(x, ids).sum()))(x)
+        assert (slope == 3 * group.size).all()
+
+        mesh = jax.make_mesh((group.size,), ("ranks",))
+        spec = PartitionSpec("ranks")
+        whole = [jax.make_array_from_process_local_data(NamedSharding(mesh, spec), each) for each in (x, ids)]
+        try:
+            jax.jit(jax.shard_map(layer, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))(*whole)
+        except ValueError as error:
+            assert "ordered effects are not supported for more than 1 device" in str(error), error
+            print("all as it should be", flush=True)
+"""
+
+
+def test_processes_of_one_jax_program(mpirun: MpiRun, tmp_path: Path) -> None:
+    """Each process compiles calls for its own device; programs over all devices are refused."""
+    pytest.importorskip("mpi4py")
+    script = tmp_path / "program.py"
+    script.write_text(textwrap.dedent(DISTRIBUTED))
+    done = mpirun(2, script, timeout_s=120)
+    assert done.stdout.count("all as it should be") == 2, done.stdout
+
+
 def test_processes(mpirun: MpiRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NPROC", "1")  # a process needs no thread for each rank
     script = tmp_path / "program.py"
