@@ -11,8 +11,9 @@ Leaving    a rank that gives up, or leaves with an exception, posts a farewell t
            failure it knows of, or the ranks it waited for. Who gives up listens for a moment to the
            farewells of the others and blames those that were waited for and said nothing: of a chain
            of ranks that wait for each other only the end is late.
-Parting    a rank that has nothing more to do says so, in no round, and waits for the others to say the
-           same. Until then they may go on without it; when all have, their rounds are equal again.
+Parting    a rank that has nothing more to do says so, in no round, and waits for others to say the same.
+           Until then they may go on without it; after it the rounds of those that waited for each other
+           are equal again. The n-th parting of a rank meets the n-th of the others.
 """
 
 from __future__ import annotations
@@ -216,8 +217,9 @@ class PeerGroup(abc.ABC):
         self._inbox: list[deque[Message]] = [deque() for _ in range(size)]
         # Farewells: why a peer failed, or which ranks it waited for when it gave up.
         self._left: dict[int, PeerFailedError | tuple[int, ...]] = {}
-        # Partings that this rank has not answered: the operation, and the peer's round.
-        self._parted: list[deque[tuple[str, int]]] = [deque() for _ in range(size)]
+        # Of each peer's partings the operation, and its round. What this rank has not done as often is ahead.
+        self._partings: list[list[tuple[str, int]]] = [[] for _ in range(size)]
+        self._num_partings = 0
         self._broken: EpError | None = None
 
     @property
@@ -276,8 +278,8 @@ class PeerGroup(abc.ABC):
                     messages[peer] = message
                     if message[0] > this_round and not skip_late:
                         raise self._break(PeerFailedError(rank=self.rank, peer=peer, reason=_WENT_ON))
-                if peer not in messages and self._parted[peer]:
-                    parting, _ = self._parted[peer][0]
+                if peer not in messages and self._has_parted(peer):
+                    parting, _ = self._partings[peer][self._num_partings]
                     messages[peer] = (this_round + 1 if skip_late else this_round, parting, None)
             return [peer for peer in peers if peer not in messages]
 
@@ -296,27 +298,37 @@ class PeerGroup(abc.ABC):
             raise on_all_ranks(CollectiveMismatchError(operations))
         return values
 
-    def part(self, *, op: str = "part", timeout_s: float | None = None) -> tuple[int, ...]:
-        """Say that this rank calls nothing more until all ranks have said so, and wait until they have.
+    def part(
+        self, *, op: str = "part", timeout_s: float | None = None, ranks: Sequence[int] | None = None
+    ) -> tuple[int, ...]:
+        """Say that this rank calls nothing more until the others have said so, and wait until they have.
 
         Ranks may come here from different rounds. To calls of others with `skip_late` this rank is late at
         once; without, `op` is what it does instead of their operation.
 
+        Args:
+            ranks: whom to wait for; all are told.
+
         Returns:
-            The ranks that did not say so in time, or left.
+            Those of them that did not say so in time, or left.
         """
         self._check_usable()
-        peers = [peer for peer in range(self.size) if peer != self.rank]
-        self._post([peer for peer in peers if peer not in self._left], (self._round, _PARTING, op))
+        others = [peer for peer in range(self.size) if peer != self.rank]
+        peers = [peer for peer in others if ranks is None or peer in ranks]
+        self._post([peer for peer in others if peer not in self._left], (self._round, _PARTING, op))
 
         def missing(deadline: float) -> list[int]:
-            return [peer for peer in peers if not self._parted[peer]]
+            return [peer for peer in peers if not self._has_parted(peer)]
 
         late = self._wait(missing, op, timeout_s, skip_late=True)
-        rounds = [self._parted[peer].popleft()[1] for peer in peers if self._parted[peer]]
-        if not late:
-            self._round = max(self._round, *rounds, 0)
+        heard = (self._partings[peer][self._num_partings] for peer in peers if self._has_parted(peer))
+        self._round = max([self._round, *(their_round for _, their_round in heard)])
+        self._num_partings += 1
         return late
+
+    def _has_parted(self, peer: int) -> bool:
+        """Whether a peer has parted where this rank has not."""
+        return len(self._partings[peer]) > self._num_partings
 
     def barrier(self, *, timeout_s: float | None = None) -> None:
         self.allgather(None, op="barrier", timeout_s=timeout_s)
@@ -446,7 +458,7 @@ class PeerGroup(abc.ABC):
             self._left[peer] = message[2]
             return
         if message[1] == _PARTING:
-            self._parted[peer].append((message[2], message[0]))
+            self._partings[peer].append((message[2], message[0]))
             return
         # Nobody takes the messages of a peer that is left out of the rounds: keep none that are over.
         inbox = self._inbox[peer]

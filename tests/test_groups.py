@@ -460,6 +460,25 @@ def test_ranks_part_from_different_rounds_and_meet_again(num_ranks: int) -> None
     assert time.monotonic() - began < 10
 
 
+def test_who_is_not_waited_for_may_part_later() -> None:
+    def fn(group: Group) -> None:
+        for turn in range(3):
+            lost = turn % 3
+            if group.rank == lost:
+                time.sleep(0.3)
+                assert parting(group).part(timeout_s=5) == ()
+            else:
+                others = [rank for rank in range(3) if rank != lost]
+                assert group.allgather(turn, ranks=others)[group.rank] == turn
+                began = time.monotonic()
+                assert parting(group).part(timeout_s=5, ranks=others) == ()
+                assert time.monotonic() - began < 0.25
+            # An old parting is not taken for one of now, whether it came before or comes later.
+            assert group.allgather((turn, group.rank)) == [(turn, rank) for rank in range(3)]
+
+    run_local(fn, 3)
+
+
 def test_to_part_is_another_operation() -> None:
     def fn(group: Group) -> list[Any]:
         if group.rank == 1:

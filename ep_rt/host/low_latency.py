@@ -43,8 +43,12 @@ class HostLowLatency:
         """The last operation of the buffer, in either mode: peers have all they were sent when it returns."""
         group = self._peers.group
         if self._enable_shrink and isinstance(group, PeerGroup):
-            # Ranks that others have lost come too, from whichever call was their last.
-            late = group.part(op=f"close{self._peers.label}", timeout_s=self._peers.timeout_s)
+            # Ranks that others have lost come too, from whichever call was their last, and wait for these.
+            late = group.part(
+                op=f"close{self._peers.label}",
+                timeout_s=self._peers.timeout_s,
+                ranks=np.flatnonzero(~self._masked).tolist(),
+            )
             self._masked[list(late)] = True
         else:
             self._agree("close", Announcement())
