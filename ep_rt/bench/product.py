@@ -18,8 +18,9 @@ from ..exchange import Group
 from .measure import NUM_IN_GRAPH, CudaTimer
 from .places import CudaPlace
 
-_NUM_ALONE: Final = 10  # products, or graphs, of a reading
-_EXCESS: Final = 3.0  # of what is not timed, so that it ends last
+_NUM_GRAPHS: Final = 10  # of a reading
+_NUM_PRODUCTS: Final = 100
+_EXCESS: Final = 4.0  # of what is not timed, so that it ends last
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,16 +65,19 @@ class Product:
                 for _ in range(count):
                     graph.launch(self._urgent)
 
-            op_alone = self._timed(self._urgent, operations, _NUM_ALONE)
-            product_alone = self._timed(self._stream, self._multiply, _NUM_ALONE)
-            # All ranks have the same numbers: operations of one wait for the others.
-            medians = median(op_alone) * NUM_IN_GRAPH, median(product_alone)
-            everyone = self._group.allgather(medians, op="bench product")
-            graph_us, product_us = (max(each) for each in zip(*everyone, strict=True))
-            num_products = math.ceil(_EXCESS * _NUM_ALONE * graph_us / product_us) + 2
-            num_graphs = math.ceil(_EXCESS * num_products * product_us / graph_us) + 2
-            op = self._timed(self._urgent, operations, _NUM_ALONE, lambda: self._multiply(num_products))
-            product = self._timed(self._stream, self._multiply, num_products, lambda: operations(num_graphs))
+            def most(readings: tuple[float, ...]) -> float:
+                """Of all ranks: numbers must be the same for them, whose operations wait for each other."""
+                return float(max(self._group.allgather(median(readings), op="bench product")))
+
+            op_alone = self._timed(self._urgent, operations, _NUM_GRAPHS)
+            product_alone = self._timed(self._stream, self._multiply, _NUM_PRODUCTS)
+            product_us = most(product_alone)
+            # An operation may wait for a product that fills the device, besides its own time.
+            op_beside_us = most(op_alone) + NUM_IN_GRAPH * product_us
+            num_products = math.ceil(_EXCESS * _NUM_GRAPHS * op_beside_us / product_us)
+            op = self._timed(self._urgent, operations, _NUM_GRAPHS, lambda: self._multiply(num_products))
+            num_graphs = math.ceil(_EXCESS * _NUM_PRODUCTS * product_us / most(op))
+            product = self._timed(self._stream, self._multiply, _NUM_PRODUCTS, lambda: operations(num_graphs))
         self._group.barrier()
         del kept  # not before all ranks are done
         return BesideTimes(
