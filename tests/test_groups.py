@@ -465,14 +465,14 @@ def test_who_is_not_waited_for_may_part_later() -> None:
         for turn in range(3):
             lost = turn % 3
             if group.rank == lost:
-                time.sleep(0.3)
+                time.sleep(1)
                 assert parting(group).part(timeout_s=5) == ()
             else:
                 others = [rank for rank in range(3) if rank != lost]
                 assert group.allgather(turn, ranks=others)[group.rank] == turn
                 began = time.monotonic()
                 assert parting(group).part(timeout_s=5, ranks=others) == ()
-                assert time.monotonic() - began < 0.25
+                assert time.monotonic() - began < 0.8
             # An old parting is not taken for one of now, whether it came before or comes later.
             assert group.allgather((turn, group.rank)) == [(turn, rank) for rank in range(3)]
 
