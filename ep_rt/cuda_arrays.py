@@ -154,15 +154,13 @@ class ResultArrays:
         Args:
             places: of each column the offset in bytes, a multiple of its itemsize, and the number of rows.
         """
-        if self._framework != "cupy":
-            return self.placed(places)(pointer, num_bytes, owner)
-        self._cupy = self._cupy or _CupyColumns(self._columns, self._device)
-        return self._cupy.over(self._cupy.placed(places), pointer, num_bytes, owner)
+        return self.placed(places)(pointer, num_bytes, owner)
 
     def placed(self, places: Sequence[tuple[int, int]]) -> Callable[[int, int, object], list[Any]]:
         """`over` for the same places again and again: a function of pointer, num_bytes and owner."""
         if self._framework == "cupy":
-            self._cupy = self._cupy or _CupyColumns(self._columns, self._device)
+            if self._cupy is None:
+                self._cupy = _CupyColumns(self._columns, self._device)
             return partial(self._cupy.over, self._cupy.placed(places))
         if self._framework == "torch" and any(num_rows for _, num_rows in places):
             return self._swapping(self._placed_torch(places))

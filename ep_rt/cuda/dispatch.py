@@ -11,7 +11,6 @@ from typing import Any, Final
 
 from ..errors import ConfigError
 from ..exchange import Group
-from ..handle import HandleShape
 from ..requests import DispatchRequest, Schedule
 from ..results import Dispatched, named
 from . import plan
@@ -26,7 +25,6 @@ from .handle import (
     SEND_PLAN_OFFSET,
     SEND_ROW_OFFSET,
     CudaDispatchHandle,
-    CudaHandleShape,
     LazyCounts,
 )
 from .heap import Block
@@ -179,10 +177,7 @@ class Dispatch:
         if handle is None:
             shape, landed_shape, read = found.shape, found.landed, domain.read
             if is_exact:
-                shape = HandleShape(found.num_tokens, kind.num_topk, num_recv_rows, kind.layout)
-                landed_shape = CudaHandleShape(
-                    kind.num_ranks, kind.num_local_experts, kind.expert_alignment, num_rows
-                )
+                shape, landed_shape = kind.shapes(found.num_tokens, num_recv_rows, num_rows)
             elif kind.num_topk:
                 counts = LazyCounts(read, routing, landed_shape)
             known_tokens = num_rows if is_exact else None

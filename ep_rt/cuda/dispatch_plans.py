@@ -70,6 +70,15 @@ class Kind:
     expansion: Expansion | None
     bringing: Bringing | None
 
+    def shapes(
+        self, num_tokens: int, num_recv_rows: int, num_landed_rows: int
+    ) -> tuple[HandleShape, CudaHandleShape]:
+        """Of the handle of a call with these numbers."""
+        return (
+            HandleShape(num_tokens, self.num_topk, num_recv_rows, self.layout),
+            CudaHandleShape(self.num_ranks, self.num_local_experts, self.expert_alignment, num_landed_rows),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -269,8 +278,7 @@ class DispatchPlans:
             num_rows,
             at.end if num_rows else 0,
             row.num_bytes(num_rows) * kind.spare_factor,
-            HandleShape(num_tokens, kind.num_topk, num_rows, kind.layout),
-            CudaHandleShape(kind.num_ranks, kind.num_local_experts, kind.expert_alignment, num_rows),
+            *kind.shapes(num_tokens, num_rows, num_rows),
             kind.arrays.placed(result_places(at, num_rows)),
         )
 
