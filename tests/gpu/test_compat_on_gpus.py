@@ -324,6 +324,6 @@ def test_tensors_of_the_cpu_are_refused(place: str) -> None:
         per_expert = torch.zeros(buffer.group_size, dtype=torch.int32)
         with pytest.raises(ep_rt.ArrayError, match="lies on cpu"):
             buffer.dispatch(x, topk_idx=ids, num_tokens_per_expert=per_expert)
-        cases.check_normal(buffer, 3)
+        check_normal(buffer, 3)
 
     run(place, check)
