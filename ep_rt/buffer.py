@@ -19,6 +19,7 @@ from .cuda.remote import RemoteSizes
 from .cuda.streams import capture
 from .errors import BackendError, ClosedError, ConfigError, EpError
 from .events import EventOverlap
+from .exchange import PeerGroup
 from .groups import as_group
 from .handle import DispatchHandle, FlatLayout, FlatShape, LowLatencyHandle
 from .host.engine import HostEngine
@@ -107,8 +108,9 @@ class Buffer:
         num_qps_per_rank: see `NetworkOptions`, whose own value wins.
         allow_mnnvl, explicitly_destroy: as in DeepEP; every value means the same.
         enable_shrink: in low-latency mode, mask a late rank and go on without it instead of raising. What
-            a rank still sends that was late and not lost may spoil rows of later calls: end it. Over several
-            nodes it is for NVSHMEM's transport to bear that a rank is lost, and that was not tried.
+            a rank still sends that was late and not lost may spoil rows of later calls: end it, or let it
+            come to `reset`, with all others. `close` waits for no masked rank, which may call it, too. Over
+            several nodes it is for NVSHMEM's transport to bear that a rank is lost, and that was not tried.
         backend: "host"; "cuda", over several nodes with NVSHMEM; or "auto": what ``EP_RT_BACKEND`` says, else
             "cuda" if the ranks are on one host, the current GPU of each is its own, and several nodes of that
             host can be served, else "host". The attribute `backend` tells.
@@ -152,6 +154,8 @@ class Buffer:
             raise ConfigError(f"timeout_s={timeout_s} must be positive")
         self.group = as_group(group)
         self._closed = False
+        self._timeout_s = timeout_s
+        self._enable_shrink = enable_shrink
         self._moe = moe
         self._network_options = network or NetworkOptions()
         peers = Peers(self.group, timeout_s)
@@ -747,12 +751,16 @@ class Buffer:
     def reset(self) -> None:
         """After an error that all ranks raised, or of a late rank that came after all: start again together.
 
-        Waits for this rank's device. Results and handles of earlier calls stay valid. Collective.
+        Waits for this rank's device. Results and handles of earlier calls stay valid, but for handles of
+        low-latency calls of a shape that a rank was masked in from the first of its calls; what such calls
+        left in a CUDA graph must not be replayed any more. Masks stay as they are. Collective.
 
         Raises:
             PeerTimeoutError, PeerFailedError: a peer did not come; make a new buffer over the others.
         """
         self._enter()
+        if self._enable_shrink and isinstance(self.group, PeerGroup):
+            self.group.rejoin(op="reset", timeout_s=self._timeout_s)
         self._engine.reset()
 
     def close(self) -> None:

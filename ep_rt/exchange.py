@@ -12,8 +12,8 @@ Leaving    a rank that gives up, or leaves with an exception, posts a farewell t
            farewells of the others and blames those that were waited for and said nothing: of a chain
            of ranks that wait for each other only the end is late.
 Parting    a rank that has nothing more to do says so, in no round, and waits for others to say the same.
-           Until then they may go on without it; after it the rounds of those that waited for each other
-           are equal again. The n-th parting of a rank meets the n-th of the others.
+           Until then they may go on without it; after it the rounds and transfers of those that waited for
+           each other are counted alike again. The n-th parting of a rank meets the n-th of the others.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import pickle
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence, Set
+from dataclasses import dataclass
 from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
@@ -124,6 +125,15 @@ class Group(Protocol):
         """Tell the peers that this rank leaves because of `error`; they raise `PeerFailedError`. Local."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Parting:
+    """What a rank says when it parts: what it does, and how many rounds and transfers it has counted."""
+
+    op: str
+    round: int
+    num_transfers: int
+
+
 class Pending(Protocol):
     """Bytes on their way. A transport's half of a `Transfer`."""
 
@@ -217,8 +227,9 @@ class PeerGroup(abc.ABC):
         self._inbox: list[deque[Message]] = [deque() for _ in range(size)]
         # Farewells: why a peer failed, or which ranks it waited for when it gave up.
         self._left: dict[int, PeerFailedError | tuple[int, ...]] = {}
-        # Of each peer's partings the operation, and its round. What this rank has not done as often is ahead.
-        self._partings: list[list[tuple[str, int]]] = [[] for _ in range(size)]
+        self._num_transfers = 0
+        # What this rank has not done as often is ahead.
+        self._partings: list[list[_Parting]] = [[] for _ in range(size)]
         self._num_partings = 0
         self._broken: EpError | None = None
 
@@ -244,8 +255,8 @@ class PeerGroup(abc.ABC):
         """Hand what has arrived to `_deliver`."""
 
     @abc.abstractmethod
-    def _start(self, send: Sequence[ByteArray], recv: Sequence[ByteArray]) -> Pending:
-        """Start moving bytes; entries of this rank itself are not to be moved."""
+    def _start(self, number: int, send: Sequence[ByteArray], recv: Sequence[ByteArray]) -> Pending:
+        """Start moving bytes; entries of this rank itself are not to be moved. `number` is that of peers."""
 
     @abc.abstractmethod
     def _idle(self, idle_rounds: int, limit_s: float) -> None:
@@ -279,8 +290,8 @@ class PeerGroup(abc.ABC):
                     if message[0] > this_round and not skip_late:
                         raise self._break(PeerFailedError(rank=self.rank, peer=peer, reason=_WENT_ON))
                 if peer not in messages and self._has_parted(peer):
-                    parting, _ = self._partings[peer][self._num_partings]
-                    messages[peer] = (this_round + 1 if skip_late else this_round, parting, None)
+                    operation = self._partings[peer][self._num_partings].op
+                    messages[peer] = (this_round + 1 if skip_late else this_round, operation, None)
             return [peer for peer in peers if peer not in messages]
 
         late = self._wait(missing, op, timeout_s, skip_late)
@@ -310,21 +321,40 @@ class PeerGroup(abc.ABC):
             ranks: whom to wait for; all are told.
 
         Returns:
-            Those of them that did not say so in time, or left.
+            Ranks that have not said so, in time if they were waited for.
         """
         self._check_usable()
         others = [peer for peer in range(self.size) if peer != self.rank]
         peers = [peer for peer in others if ranks is None or peer in ranks]
-        self._post([peer for peer in others if peer not in self._left], (self._round, _PARTING, op))
+        mine = _Parting(op, self._round, self._num_transfers)
+        self._post([peer for peer in others if peer not in self._left], (-1, _PARTING, mine))
 
         def missing(deadline: float) -> list[int]:
             return [peer for peer in peers if not self._has_parted(peer)]
 
-        late = self._wait(missing, op, timeout_s, skip_late=True)
-        heard = (self._partings[peer][self._num_partings] for peer in peers if self._has_parted(peer))
-        self._round = max([self._round, *(their_round for _, their_round in heard)])
+        self._wait(missing, op, timeout_s, skip_late=True)
+        heard = [self._partings[peer][self._num_partings] for peer in others if self._has_parted(peer)]
+        self._round = max(parting.round for parting in (mine, *heard))
+        self._num_transfers = max(parting.num_transfers for parting in (mine, *heard))
+        absent = tuple(peer for peer in others if not self._has_parted(peer))
         self._num_partings += 1
-        return late
+        return absent
+
+    def rejoin(self, *, op: str, timeout_s: float | None = None) -> None:
+        """Begin anew with all ranks, also those that others went on without. Collective.
+
+        Raises:
+            PeerTimeoutError: names the ranks that did not call. They may call later, and all others again.
+        """
+        if absent := self.part(op=op, timeout_s=timeout_s):
+            self._num_partings -= 1
+            self._post([peer for peer in range(self.size) if peer != self.rank], (-1, _PARTING, None))
+            raise PeerTimeoutError(
+                rank=self.rank,
+                peers=absent,
+                phase=op,
+                timeout_s=self.timeout_s if timeout_s is None else timeout_s,
+            )
 
     def _has_parted(self, peer: int) -> bool:
         """Whether a peer has parted where this rank has not."""
@@ -370,7 +400,8 @@ class PeerGroup(abc.ABC):
                 f"rank {self.rank} sends itself {sent[self.rank]} bytes and expects {expected[self.rank]}"
             )
         recv[self.rank][:] = send[self.rank]
-        return Transfer(self, self._start(send, recv))
+        self._num_transfers += 1
+        return Transfer(self, self._start(self._num_transfers, send, recv))
 
     def abort(self, error: BaseException) -> None:
         if self._broken is None:
@@ -457,8 +488,11 @@ class PeerGroup(abc.ABC):
         if message[1] == _FAREWELL:
             self._left[peer] = message[2]
             return
+        if message[1] == _PARTING and message[2] is None:  # taken back
+            self._partings[peer].pop()
+            return
         if message[1] == _PARTING:
-            self._partings[peer].append((message[2], message[0]))
+            self._partings[peer].append(message[2])
             return
         # Nobody takes the messages of a peer that is left out of the rounds: keep none that are over.
         inbox = self._inbox[peer]

@@ -163,7 +163,6 @@ class ThreadGroup(PeerGroup):
         super().__init__(rank, len(mailboxes), timeout_s)
         self._mailboxes = mailboxes
         self._mine = mailboxes[rank]
-        self._num_transfers = 0
 
     def _post(self, peers: Sequence[int], message: Message) -> None:
         for peer in peers:
@@ -176,9 +175,8 @@ class ThreadGroup(PeerGroup):
         while self._mine.messages:
             self._deliver(*self._mine.messages.popleft())
 
-    def _start(self, send: Sequence[ByteArray], recv: Sequence[ByteArray]) -> Pending:
-        self._num_transfers += 1
-        return _ThreadTransfer(self.rank, self._num_transfers, self._mailboxes, send, recv)
+    def _start(self, number: int, send: Sequence[ByteArray], recv: Sequence[ByteArray]) -> Pending:
+        return _ThreadTransfer(self.rank, number, self._mailboxes, send, recv)
 
     def _idle(self, idle_rounds: int, limit_s: float) -> None:
         self._mine.arrived.wait(min(limit_s, 60.0))  # no limit is math.inf, which it refuses
@@ -266,7 +264,6 @@ class MpiGroup(PeerGroup):
         self._sending: list[tuple[_Request, bytes]] = []
         self._incoming: list[tuple[int, _Request, bytearray]] = []
         self._transfers: list[_MpiTransfer] = []
-        self._num_transfers = 0
         # MPI's own collectives cannot say who is missing: meet first.
         self.allgather(None, op="as_group")
         duplicate, request = communicator.Idup()
@@ -300,10 +297,9 @@ class MpiGroup(PeerGroup):
                 self._deliver(source, unpickled(data))
         self._incoming = incomplete
 
-    def _start(self, send: Sequence[ByteArray], recv: Sequence[ByteArray]) -> Pending:
-        # Every rank counts the same transfers, so the tag tells them apart while several are in flight.
-        tag = 1 + self._num_transfers % self._NUM_TRANSFER_TAGS
-        self._num_transfers += 1
+    def _start(self, number: int, send: Sequence[ByteArray], recv: Sequence[ByteArray]) -> Pending:
+        # The tag tells transfers apart while several are in flight.
+        tag = 1 + number % self._NUM_TRANSFER_TAGS
         transfer = _MpiTransfer(self._comm, tag, self.rank, send, recv)
         # Kept until it is complete, also if the caller drops it: MPI reads and writes its arrays.
         self._transfers = [*(earlier for earlier in self._transfers if not earlier.complete), transfer]

@@ -40,7 +40,6 @@ class TorchGroup(PeerGroup):
         self._store_host = self._ranks.index(0) if 0 in self._ranks else 0
         self._posted = [0] * self.size
         self._received = [0] * self.size
-        self._num_transfers = 0
         if "gloo" not in dist.get_backend_config(process_group):
             process_group = dist.new_group(self._ranks, backend="gloo", use_local_synchronization=True)
         self._gloo = process_group
@@ -80,9 +79,8 @@ class TorchGroup(PeerGroup):
             for peer in range(self.size):
                 self._left.setdefault(peer, failure)
 
-    def _start(self, send: Sequence[ByteArray], recv: Sequence[ByteArray]) -> Pending:
-        self._num_transfers += 1
-        return _TorchTransfer(self._gloo, self._ranks, self.rank, self._num_transfers, send, recv)
+    def _start(self, number: int, send: Sequence[ByteArray], recv: Sequence[ByteArray]) -> Pending:
+        return _TorchTransfer(self._gloo, self._ranks, self.rank, number, send, recv)
 
     def _idle(self, idle_rounds: int, limit_s: float) -> None:
         time.sleep(min(limit_s, 5e-3, 1e-4 * (1 + idle_rounds)))

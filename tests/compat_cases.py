@@ -542,6 +542,52 @@ def check_masks(buffer: Any) -> None:
     assert not status.any()
 
 
+def check_ranks_that_stop(buffer: Any) -> None:
+    """Rank 1 stops where others dispatch for the first time, 2 where they combine, 3 where they clean.
+
+    Those that stop return at once.
+    """
+    rank, num_ranks = buffer.rank, buffer.group_size
+    stopping = dict(zip(("dispatch", "combine", "clean"), range(1, num_ranks), strict=False))
+    num_experts = 2 * num_ranks
+    ids = torch.tensor([[0, 2], [num_experts - 1, 1], [-1, 3]])
+    weights, x = torch.ones(ids.shape), torch.ones(3, 128, dtype=torch.bfloat16)
+    masked: set[int] = set()
+    status = torch.zeros(num_ranks, dtype=torch.int)
+
+    def stops(call: str) -> bool:
+        masked.update({stopping[call]} if call in stopping else {})
+        return rank in masked
+
+    def check() -> None:
+        buffer.low_latency_query_mask_buffer(status)
+        assert set(status.nonzero().view(-1).tolist()) == masked
+
+    for with_hook in (False, True):
+        if stops("dispatch"):
+            return
+        recv_x, recv_count, handle, _, hook = buffer.low_latency_dispatch(
+            x, ids, 3, num_experts, use_fp8=False, return_recv_hook=with_hook
+        )
+        hook() if hook else None
+        check()
+        own = (ids // 2 == rank) & (ids >= 0)
+        assert recv_count.sum().item() == own.sum().item() * (num_ranks - len(masked))
+        if stops("combine"):
+            return
+        combined_x, _, hook = buffer.low_latency_combine(
+            recv_x, ids, weights, handle, return_recv_hook=with_hook
+        )
+        hook() if hook else None
+        check()
+        is_here = torch.tensor([owner not in masked for owner in range(num_ranks)])
+        assert torch.equal(combined_x, x * ((ids >= 0) & is_here[ids // 2]).sum(dim=1, keepdim=True))
+        if stops("clean"):
+            return
+        buffer.clean_low_latency_buffer(3, 128, num_experts)
+        check()
+
+
 def check_graph(
     buffer: Any,
     *,

@@ -360,6 +360,40 @@ def test_rank_that_dies_is_masked_and_the_others_go_on(lost: int) -> None:
     assert not failures, failures
 
 
+def test_rank_that_missed_calls_is_taken_back_by_reset() -> None:
+    """It makes none while the others lose it, from their first call on, and catches up with nothing."""
+    lost, met = 1, threading.Barrier(3)
+
+    def run(group: Group) -> None:
+        with Buffer(group, backend="host", enable_shrink=True, timeout_s=1) as buffer:
+            for turn in range(2):
+                if group.rank != lost:
+                    for _ in range(1 + turn):
+                        shrunk_round(buffer, lost=lost)
+                met.wait(10)
+                buffer.reset()
+                buffer.low_latency_clean_mask_buffer()
+                check_low_latency(buffer, 10 + turn)
+                check_normal(buffer, 12 + turn)
+
+    ep_rt.run_local(run, 3, timeout_s=10)
+
+
+def test_reset_names_ranks_that_do_not_come() -> None:
+    met = threading.Barrier(2)
+
+    def run(group: Group) -> None:
+        with Buffer(group, backend="host", enable_shrink=True, timeout_s=0.3) as buffer:
+            if group.rank == 0:
+                with pytest.raises(ep_rt.PeerTimeoutError, match="rank 1 did not arrive in reset"):
+                    buffer.reset()
+            met.wait(10)
+            buffer.reset()
+            check_low_latency(buffer, 14)
+
+    ep_rt.run_local(run, 2, timeout_s=10)
+
+
 def test_masks_need_enable_shrink() -> None:
     with Buffer(backend="host") as buffer, pytest.raises(ep_rt.ConfigError, match="enable_shrink"):
         buffer.low_latency_clean_mask_buffer()

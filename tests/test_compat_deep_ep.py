@@ -395,52 +395,17 @@ def test_masked_ranks_are_left_out() -> None:
     ep_rt.run_local(run, 3, timeout_s=20)
 
 
-def test_ranks_that_stop_at_different_calls() -> None:
-    failing = {"dispatch": 1, "combine": 2, "clean": 3}
-
+@pytest.mark.parametrize("num_ranks", [2, 3, 5])
+def test_ranks_that_stop_at_different_calls(num_ranks: int) -> None:
     def run(group: Group) -> None:
-        rank, num_ranks = group.rank, 4
         buffer = deep_ep.Buffer(
             group, low_latency_mode=True, enable_shrink=True, backend="host", timeout_s=0.5
         )
-        ids, weights = torch.tensor([[0, 2], [7, 5], [-1, 3]]), torch.ones(3, 2)
-        x = torch.ones(3, 128, dtype=torch.bfloat16)
-        masked: set[int] = set()
-        status = torch.zeros(num_ranks, dtype=torch.int)
-
-        def stops(call: str) -> bool:
-            masked.add(failing[call])
-            return rank == failing[call]
-
-        def check() -> None:
-            buffer.low_latency_query_mask_buffer(status)
-            assert set(status.nonzero().view(-1).tolist()) == masked
-
-        for with_hook in (False, True):
-            if stops("dispatch"):
-                break
-            recv_x, _, handle, _, hook = buffer.low_latency_dispatch(
-                x, ids, 3, 8, use_fp8=False, return_recv_hook=with_hook
-            )
-            hook() if hook else None
-            check()
-            if stops("combine"):
-                break
-            combined_x, _, hook = buffer.low_latency_combine(
-                recv_x, ids, weights, handle, return_recv_hook=with_hook
-            )
-            hook() if hook else None
-            check()
-            is_here = torch.tensor([owner not in masked for owner in range(num_ranks)])
-            assert torch.equal(combined_x, x * ((ids >= 0) & is_here[ids // 2]).sum(dim=1, keepdim=True))
-            if stops("clean"):
-                break
-            buffer.clean_low_latency_buffer(3, 128, 8)
-            check()
+        compat_cases.check_ranks_that_stop(buffer)
         buffer.destroy()  # also by those that stopped, while the others go on
-        assert group.allgather(rank) == list(range(num_ranks))
+        assert group.allgather(group.rank) == list(range(num_ranks))
 
-    ep_rt.run_local(run, 4, timeout_s=20)
+    ep_rt.run_local(run, num_ranks, timeout_s=20)
 
 
 def test_over_an_mpi_communicator(mpirun: Any) -> None:

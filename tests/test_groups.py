@@ -471,7 +471,7 @@ def test_who_is_not_waited_for_may_part_later() -> None:
                 others = [rank for rank in range(3) if rank != lost]
                 assert group.allgather(turn, ranks=others)[group.rank] == turn
                 began = time.monotonic()
-                assert parting(group).part(timeout_s=5, ranks=others) == ()
+                assert parting(group).part(timeout_s=5, ranks=others) == (lost,)
                 assert time.monotonic() - began < 0.8
             # An old parting is not taken for one of now, whether it came before or comes later.
             assert group.allgather((turn, group.rank)) == [(turn, rank) for rank in range(3)]
@@ -497,6 +497,43 @@ def test_who_does_not_part_in_time_is_named() -> None:
         return parting(group).part(timeout_s=0.2)
 
     assert run_local(fn, 3) == [(2,), (2,), ()]
+
+
+def test_ranks_rejoin_from_different_rounds_and_transfers() -> None:
+    """One makes fewer calls of both kinds; what it was sent meanwhile is not taken for what comes."""
+
+    def fn(group: Group) -> None:
+        for turn in range(1, 4):
+            behind = turn % 3
+            if group.rank != behind:
+                others = [rank for rank in range(3) if rank != behind]
+                for _ in range(turn):
+                    assert group.allgather(turn, timeout_s=0.05, skip_late=True)[behind] is LATE
+                    sizes = [int(rank in others) for rank in range(3)]
+                    recv = [np.zeros(size, np.uint8) for size in sizes]
+                    transfer = group.ialltoallv([np.full(size, turn, np.uint8) for size in sizes], recv)
+                    assert transfer.receive(timeout_s=5) == ()
+            parting(group).rejoin(op="reset", timeout_s=5)
+            assert group.allgather((turn, group.rank)) == [(turn, rank) for rank in range(3)]
+            recv = [np.zeros(2, np.uint8) for _ in range(3)]
+            group.alltoallv([np.full(2, 10 * group.rank + dst, np.uint8) for dst in range(3)], recv)
+            assert [each.tolist() for each in recv] == [[10 * src + group.rank] * 2 for src in range(3)]
+
+    run_local(fn, 3, timeout_s=5)
+
+
+def test_who_does_not_rejoin_is_named_and_may_come_later() -> None:
+    def fn(group: Group) -> None:
+        if group.rank == 2:
+            time.sleep(0.6)
+        else:
+            with pytest.raises(PeerTimeoutError, match="reset") as caught:
+                parting(group).rejoin(op="reset", timeout_s=0.2)
+            assert 2 in caught.value.peers  # and perhaps the other one, which has given up as well
+        parting(group).rejoin(op="reset", timeout_s=5)
+        assert group.allgather(group.rank) == [0, 1, 2]
+
+    run_local(fn, 3)
 
 
 class _Chained(groups.ThreadGroup):

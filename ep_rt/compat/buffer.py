@@ -32,8 +32,8 @@ class Buffer:
     - Handles of the normal mode go back whole; `NormalHandle` says which elements there are to look at.
     - Construction, `destroy` and the first low-latency call of a shape are collective, and nothing
       collective happens when a buffer is garbage: its memory on a GPU stays until `destroy`, which may
-      always be called. With `enable_shrink`, a rank that stays away while others go on must not call it:
-      to them it is a call like any other, and not theirs.
+      always be called. With `enable_shrink` a rank that stays away may call it while others go on: it
+      waits for them as long as for a peer, and they lose it at once.
     - With `topk_idx`, tokens go where the ids say; `is_token_in_rank` and the counts are not looked at.
     - Received rows of a source rank, and of an expert, are in the order of their tokens, in every run.
     - ``*_wait_recv_cost_stats`` count microseconds.

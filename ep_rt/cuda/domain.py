@@ -147,10 +147,10 @@ class Domain:
         self._kept_inputs: object = None
         self._ordered_releases = 0
 
-    def close(self) -> None:
-        """Collective. Arrays that are still held stay valid."""
+    def close(self, confirm: Callable[[], Sequence[int]] | None = None) -> None:
+        """Collective. Arrays that are still held stay valid. For `confirm` see `Slab.close`."""
         self.is_closed = True
-        self.slab.close(timeout_s=self.timeout_s, when_unused=self.pool.close)
+        self.slab.close(timeout_s=self.timeout_s, confirm=confirm, when_unused=self.pool.close)
         self.comm.close()
         self.watch.close()
 

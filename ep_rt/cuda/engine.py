@@ -250,7 +250,8 @@ class CudaEngine:
 
     def close(self) -> None:
         """Collective. Arrays that are still held stay valid; handles do not."""
-        self._domain.close()
+        confirm = None if self.low_latency is None else self.low_latency.part()
+        self._domain.close(confirm)
         self._dispatch.close()
         if self._remote is not None:
             self._remote.close()

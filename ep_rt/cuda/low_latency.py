@@ -7,7 +7,7 @@ captured call can be replayed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -52,11 +52,16 @@ class CudaLowLatency:
         self._dispatch = LowLatencyDispatch(domain, self._areas, load, inputs, owner=owner)
         self._combine = LowLatencyCombine(domain, self._areas, load, inputs, owner=owner)
 
+    def part(self) -> Callable[[], Sequence[int]] | None:
+        """See `Areas.part`."""
+        return self._areas.part()
+
     def close(self) -> None:
         """Of the whole buffer. Collective."""
         # Arrays over landing zones may still be held; nothing else holds the areas then.
         self._dispatch.forget()
         self._combine.forget()
+        self._combine.forget_buffers()
         self._areas.forget()
         self._close()
 
@@ -88,8 +93,10 @@ class CudaLowLatency:
         return self._domain.on_device(self._combine.next_buffer, handle)
 
     def reset(self) -> None:
-        """Forget what was under way, while no rank has any work; see `HangWatch.reset`."""
-        self._domain.on_device(self._areas.reset)
+        """Forget what was under way, while no rank has any work; see `HangWatch.reset`. Collective."""
+        if self._domain.on_device(self._areas.reset):
+            self._dispatch.forget()
+            self._combine.forget()
 
     def farewells(self) -> list[int]:
         """See `Areas.farewells`."""

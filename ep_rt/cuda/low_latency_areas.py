@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
-from ..errors import ConfigError, EpError, HandleError, on_all_ranks
-from ..exchange import Group
+from ..errors import (
+    ConfigError,
+    DeviceError,
+    EpError,
+    HandleError,
+    PeerFailedError,
+    PeerTimeoutError,
+    on_all_ranks,
+)
+from ..exchange import LATE, Group, PeerGroup
 from . import low_latency_plan as plan
 from .domain import Call, Domain
 from .layout import (
@@ -55,6 +63,13 @@ class Places(Protocol):
     first_rank: int
     is_over_network: bool
 
+    @property
+    def end(self) -> int:
+        """Bytes of areas so far, where they lie one behind the other at the same offset on every rank."""
+
+    def skip_to(self, end: int) -> None:
+        """The next area begins there."""
+
     def take(self, num_bytes: int) -> Piece:
         """Memory for an area. Raises `ConfigError` when there is no room."""
 
@@ -70,10 +85,14 @@ class SlabPlaces:
 
     is_over_network = False
     first_rank = 0
+    end = 0
 
     def __init__(self, domain: Domain) -> None:
         self._domain = domain
         self.group = domain.group
+
+    def skip_to(self, end: int) -> None:
+        """Every rank's areas have offsets of their own."""
 
     def take(self, num_bytes: int) -> Piece:
         return self._domain.take(num_bytes, "the landing zones of low-latency calls (num_rdma_bytes)")
@@ -111,7 +130,7 @@ class SymmetricPlaces:
         self.group = network.group
         self._network = network
         self._memory = memory
-        self._end = 0
+        self.end = 0
         self.first_rank = self.group.rank - domain.group.rank
         reached = network.pointers(memory) if with_stores else (0,) * self.group.size
         # Puts go to the address that memory has here.
@@ -119,15 +138,18 @@ class SymmetricPlaces:
             memory.pointer if rank == self.group.rank else base for rank, base in enumerate(reached)
         )
 
+    def skip_to(self, end: int) -> None:
+        self.end = end
+
     def take(self, num_bytes: int) -> Piece:
-        left = self._memory.num_bytes - self._end
+        left = self._memory.num_bytes - self.end
         if num_bytes > left:
             raise ConfigError(
                 f"no room for the landing zones of low-latency calls and their outbox: {num_bytes} bytes, "
                 f"and {left} of {self._memory.num_bytes} are left (num_rdma_bytes)"
             )
-        piece = SymmetricPiece(self._end, num_bytes)
-        self._end += align_up(num_bytes, OFFSET_UNIT)
+        piece = SymmetricPiece(self.end, num_bytes)
+        self.end += align_up(num_bytes, OFFSET_UNIT)
         return piece
 
     def pointers(self, offsets: Sequence[int]) -> tuple[int, ...]:
@@ -163,6 +185,8 @@ class Area:
         pointers: of the area on every rank, as this rank sees them; 0 where stores do not reach.
         state: address of the `LOW_LATENCY_STATE`.
         max_blocks: blocks that an SM count allows, the same on every rank.
+        absent: ranks that took no part in making it, so that nobody knows where they have theirs.
+        is_gone: given up by `Areas.reset`.
     """
 
     def __init__(
@@ -176,6 +200,8 @@ class Area:
     ) -> None:
         import cupy
 
+        self.absent: Sequence[int] = ()
+        self.is_gone = False
         self._domain = domain
         self._piece = piece
         self.own = pointers[places.group.rank]
@@ -193,10 +219,12 @@ class Area:
         return self._piece.num_bytes
 
     def check(self, *, first: int) -> None:
-        """Raise if the next zone of a kind, see `take_zone`, must not be taken yet.
+        """Raise if the next zone of a kind, see `take_zone`, must not be taken, or not yet.
 
         Puts may arrive at any time until they are awaited, also over what a later call puts there.
         """
+        if self.is_gone:
+            raise HandleError("this handle is of calls that a rank was missing from; reset() has ended them")
         pending = self._pending[first + (self._next[first // FIRST_COMBINE_ZONE] ^ 1)]
         if self.shape.over_network and pending is not None and not pending.is_received:
             raise HandleError(
@@ -238,6 +266,11 @@ class Area:
             if pending is not None:
                 pending.is_taken = True
         self.reset_pending()
+
+    def give_up(self) -> None:
+        """Nothing may be called with it any more."""
+        self.reset()
+        self.is_gone = True
 
     def reset_pending(self) -> None:
         """No zone has been taken yet."""
@@ -288,6 +321,8 @@ class Areas:
     def get(self, shape: AreaShape, call: Call) -> Area:
         """The area of a shape. The first time it is made, by all ranks together; hosts meet then.
 
+        Where late ranks are masked those are that do not come, and those that are masked are not waited for.
+
         Raises:
             ConfigError: no room in the slab of some rank, on every rank.
         """
@@ -303,15 +338,16 @@ class Areas:
 
     def _make(self, shape: AreaShape) -> Area:
         domain, places = self._domain, self._places
-        group, layout = places.group, AreaLayout.of(shape)
+        layout = AreaLayout.of(shape)
         piece, error = None, None
         try:
             piece = places.take(layout.num_bytes)
         except EpError as failure:
             error = str(failure)
+        ranks = self._unmasked() if self.masks else list(range(self.num_ranks))
         mine = (shape, domain.max_blocks, None if piece is None else piece.offset, error)
-        answers = group.allgather(mine, op="low-latency area", timeout_s=domain.timeout_s)
-        for rank, (their_shape, _, _, text) in enumerate(answers):
+        answers = self._meet(mine, ranks, "low-latency area")
+        for rank, (their_shape, _, _, text) in answers.items():
             if their_shape != shape:
                 raise on_all_ranks(
                     ConfigError(f"low-latency calls differ: rank {rank} has {their_shape}, others {shape}")
@@ -319,12 +355,29 @@ class Areas:
             if text is not None:
                 raise on_all_ranks(ConfigError(f"rank {rank}: {text}"))
         assert piece is not None
-        pointers = places.pointers([offset for _, _, offset, _ in answers])
-        area = Area(domain, places, shape, piece, pointers, min(blocks for _, blocks, _, _ in answers))
+        # Nothing is stored to ranks that are masked, so any place will do for theirs.
+        offsets = [answers.get(rank, answers[self.rank])[2] for rank in range(self.num_ranks)]
+        max_blocks = min(blocks for _, blocks, _, _ in answers.values())
+        area = Area(domain, places, shape, piece, places.pointers(offsets), max_blocks)
         self._clear([area])
         # Peers may store here from now on.
-        group.allgather(None, op="low-latency area ready", timeout_s=domain.timeout_s)
+        ready = self._meet(None, list(answers), "low-latency area ready")
+        area.absent = [rank for rank in range(self.num_ranks) if rank not in ready]
+        if late := [rank for rank in area.absent if rank in ranks]:
+            self._mask(late)
         return area
+
+    def _meet(self, value: object, ranks: Sequence[int], op: str) -> dict[int, Any]:
+        """What some ranks say, this one among them. Where late ranks are masked, without those."""
+        domain, may_be_late = self._domain, bool(self.masks)
+        answers = self._places.group.allgather(
+            value,
+            op=op,
+            timeout_s=domain.timeout_s,
+            ranks=ranks if may_be_late else None,
+            skip_late=may_be_late,
+        )
+        return {rank: answers[rank] for rank in ranks if answers[rank] is not LATE}
 
     def _clear(self, areas: list[Area]) -> None:
         domain = self._domain
@@ -337,12 +390,54 @@ class Areas:
         """The buffer is being closed."""
         self._areas.clear()
 
-    def reset(self) -> None:
-        """After an error, while no rank has work under way: the same on every rank."""
+    def part(self) -> Callable[[], Sequence[int]] | None:
+        """Before the buffer is closed: wait until no rank that is not masked will make a call any more.
+
+        Ranks come here from different calls, since those that were lost made fewer.
+
+        Returns:
+            Does that once more, and returns the ranks that did not. None where no rank may be lost.
+        """
+        group = self._places.group
+        if not self.masks or not isinstance(group, PeerGroup):
+            return None
+        there = set(range(self.num_ranks))
+        with contextlib.suppress(DeviceError):  # the slab logs what became of the device
+            there = set(self._unmasked())
+
+        def part(op: str) -> Sequence[int]:
+            absent = group.part(op=op, timeout_s=self._domain.timeout_s, ranks=sorted(there))
+            there.difference_update(absent)
+            return absent
+
+        with contextlib.suppress(PeerTimeoutError, PeerFailedError):  # it says so once more
+            part("close")
+        return lambda: part("slab close")
+
+    def reset(self) -> bool:
+        """After an error, while no rank has work under way: the same on every rank. Collective.
+
+        Returns:
+            Whether areas were given up, because a rank has no part in them.
+        """
         self._places.settle()
+        num_before = len(self._areas)
+        if self.masks:
+            self._give_up_partial_areas()
         self._clear(list(self._areas.values()))
         for area in self._areas.values():
             area.reset()
+        return len(self._areas) < num_before
+
+    def _give_up_partial_areas(self) -> None:
+        whole = {shape for shape, area in self._areas.items() if not area.absent}
+        answers = self._places.group.allgather(
+            (whole, self._places.end), op="low-latency areas", timeout_s=self._domain.timeout_s
+        )
+        whole.intersection_update(*(shapes for shapes, _ in answers))
+        self._places.skip_to(max(end for _, end in answers))
+        for shape in self._areas.keys() - whole:
+            self._areas.pop(shape).give_up()
 
     def farewells(self) -> list[int]:
         """A word for each rank: not 0 once it has given a call up over the network. Waits for no call."""
@@ -360,11 +455,19 @@ class Areas:
         self._domain.on_device(self._domain.fetch, self._masks.ptr, masks)
         return masks
 
+    def _unmasked(self) -> list[int]:
+        return [rank for rank, masked in enumerate(self.masked()[: self.num_ranks]) if not masked]
+
     def mask(self, rank: int, masked: bool) -> None:
         """For the calls from now on."""
         masks = self.masked()
         masks[rank] = masked
         self._domain.on_device(self._write_masks, masks)
+
+    def _mask(self, ranks: Sequence[int]) -> None:
+        masks = self.masked()
+        masks[ranks] = 1
+        self._write_masks(masks)
 
     def unmask(self) -> None:
         """All of them."""

@@ -68,8 +68,11 @@ class LowLatencyCombine:
         self.num_calls = 0
 
     def forget(self) -> None:
-        """The buffer is being closed."""
+        """Areas of earlier calls are gone."""
         self._plans = Plans()
+
+    def forget_buffers(self) -> None:
+        """The buffer is being closed."""
         self._buffers.clear()
 
     def __call__(

@@ -79,7 +79,7 @@ class LowLatencyDispatch:
         self.num_calls = 0
 
     def forget(self) -> None:
-        """The buffer is being closed."""
+        """Areas of earlier calls are gone."""
         self._plans = Plans()
 
     def __call__(

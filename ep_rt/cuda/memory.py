@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
@@ -128,11 +128,14 @@ class Slab:
         self,
         *,
         timeout_s: float | None = None,
+        confirm: Callable[[], Sequence[int]] | None = None,
         when_unused: Callable[[Callable[[], None]], None] | None = None,
     ) -> None:
         """Unmap the peers' slabs, and free this rank's once no peer maps it. May be called twice.
 
         Args:
+            confirm: tells the peers that this rank has unmapped theirs, and returns those that do not say
+                so of this one's; default: a collective of all of them.
             when_unused: calls its argument once nothing on this rank uses the memory any more; default: at
                 once.
 
@@ -153,8 +156,11 @@ class Slab:
             self._unmap()
             leftovers.settle(self.device)
         try:
-            confirmed = self.group.allgather(None, op="slab close", timeout_s=timeout_s, skip_late=True)
-            missing = [rank for rank, value in enumerate(confirmed) if value is LATE]
+            if confirm is None:
+                confirmed = self.group.allgather(None, op="slab close", timeout_s=timeout_s, skip_late=True)
+                missing = [rank for rank, value in enumerate(confirmed) if value is LATE]
+            else:
+                missing = list(confirm())
         except (PeerTimeoutError, PeerFailedError) as failure:
             _LOG.warning("a slab of %d bytes stays allocated: %s", self.num_bytes, failure)
             return

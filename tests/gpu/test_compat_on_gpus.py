@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import IS_UNDER_MPI, PLACES, RANKS_PER_NODE, device_count
+from ranks import IS_UNDER_MPI, LOW_LATENCY_OVER_NETWORK, PLACES, RANKS_PER_NODE, device_count
 
 import ep_rt
 from ep_rt import Group
+from ep_rt.exchange import PeerGroup
 
 torch = pytest.importorskip("torch")
 
@@ -38,6 +39,7 @@ under_mpi = pytest.mark.skipif(not IS_UNDER_MPI, reason="start under mpirun")
 REDUCE = "rank" if RANKS_PER_NODE else "source"
 NUM_BYTES = int(1e9)
 TIMEOUT_S = 20
+SHORT_S = 2
 
 
 @contextlib.contextmanager
@@ -120,6 +122,24 @@ def test_masks_of_the_caller(place: str) -> None:
     if num_ranks_of(place, 4) < 2:
         pytest.skip("needs a peer")
     run(place, cases.check_masks, enable_shrink=True)
+
+
+@under_mpi
+@pytest.mark.skipif(LOW_LATENCY_OVER_NETWORK, reason="NVSHMEM serves no process that has lost a peer")
+def test_ranks_that_stop_at_different_calls() -> None:
+    def body(group: Group) -> None:
+        if group.size < 2:
+            pytest.skip("needs a peer")
+        for _ in range(2):
+            buffer = deep_ep.Buffer(
+                group, NUM_BYTES, low_latency_mode=True, enable_shrink=True, backend="cuda", timeout_s=SHORT_S
+            )
+            cases.check_ranks_that_stop(buffer)
+            buffer.destroy()  # also by those that stopped, while the others go on
+            assert isinstance(group, PeerGroup)
+            group.rejoin(op="the end of the test")  # some may have waited in vain for the end of the others
+
+    run_torch("mpi", body)
 
 
 # First with ranks that meet, which loads all kernels and finds all memory, then without.

@@ -26,6 +26,7 @@ from ranks import (
 
 import ep_rt
 from ep_rt import Buffer, Group, as_group, reference
+from ep_rt.exchange import PeerGroup
 
 if device_count():
     import cupy
@@ -431,9 +432,11 @@ def test_waiting_for_a_rank_is_counted(place: str) -> None:
     run(place, body)
 
 
-def test_rank_that_stops_is_masked_and_comes_back(place: str) -> None:
-    """In the middle of a stream of calls one rank makes none; the others go on, and take it back."""
-    if place != "virtual" and device_count() < 3:
+@pytest.mark.parametrize("at_first", [False, True])
+def test_rank_that_stops_is_masked_and_comes_back(place: str, at_first: bool) -> None:
+    """In the middle of a stream of calls, or before the first one of their shape, one rank makes none; the
+    others go on, and take it back."""
+    if {"mpi": as_group().size, "gpus": device_count()}.get(place, 4) < 3:
         pytest.skip("needs three ranks")
 
     def body(group: Group) -> None:
@@ -445,8 +448,11 @@ def test_rank_that_stops_is_masked_and_comes_back(place: str) -> None:
         y = [random_values(rng, shape, BF16) for _ in range(group.size)]
         weights = [rng.random((5, 3), np.float32) for _ in range(group.size)]
         there = [np.full_like(each, -1) if rank == lost else each for rank, each in enumerate(ids)]
-        expected = reference.low_latency_dispatch(
-            x, there, num_max_dispatch_tokens_per_rank=15, num_experts=2 * group.size, use_fp8=False
+        expected, whole = (
+            reference.low_latency_dispatch(
+                x, some, num_max_dispatch_tokens_per_rank=15, num_experts=2 * group.size, use_fp8=False
+            )
+            for some in (there, ids)
         )
         status = np.zeros(group.size, np.int32)
         with low_latency_buffer(group, timeout_s=SHORT_S, enable_shrink=True) as buffer:
@@ -456,10 +462,13 @@ def test_rank_that_stops_is_masked_and_comes_back(place: str) -> None:
                     put(x[group.rank]), put(ids[group.rank]), 15, 2 * group.size, use_fp8=False
                 )
 
-            dispatch()  # sets the memory of its shape up, which takes all hosts
+            if not at_first:
+                dispatch()
             check_low_latency(buffer, 3)
             group.barrier()
-            if group.rank != lost:
+            if group.rank == lost:
+                time.sleep(1.5 * SHORT_S)  # and does not say that it will not come
+            else:
                 for number in range(num_rounds):
                     began = time.monotonic()
                     out = dispatch()
@@ -475,8 +484,18 @@ def test_rank_that_stops_is_masked_and_comes_back(place: str) -> None:
                 buffer.low_latency_query_mask_buffer(status)
                 assert status.tolist() == [int(rank == lost) for rank in range(group.size)]
                 buffer.low_latency_clean_mask_buffer()
-            group.barrier()
+            assert isinstance(group, PeerGroup)
+            group.rejoin(op="test")
             buffer.reset()  # which also lets the one that stopped count the same calls
+            if at_first and group.rank != lost:
+                with pytest.raises(ep_rt.HandleError, match="reset"):
+                    buffer.low_latency_combine(
+                        put(y[group.rank]), put(ids[group.rank]), put(weights[group.rank]), out.handle
+                    )
+            for _ in range(2):
+                out = dispatch()
+                assert same_bits(fetch(out.recv_count), whole[group.rank].recv_count)
+                assert same_bits(fetch(out.handle.src_info), whole[group.rank].src_info)
             check_low_latency(buffer, 4)
             context_is_alive()
 
