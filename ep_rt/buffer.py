@@ -157,6 +157,7 @@ class Buffer:
         self._timeout_s = timeout_s
         self._enable_shrink = enable_shrink
         self._moe = moe
+        self.num_max_tokens_per_rank = None if moe is None else moe.num_max_tokens_per_rank
         self._network_options = network or NetworkOptions()
         peers = Peers(self.group, timeout_s)
         requested = attempt(
@@ -311,6 +312,7 @@ class Buffer:
         layout: str = "rank",
         zero_padding: bool = False,
         quantize: str | None = None,
+        num_max_tokens_per_rank: int | None = None,
     ) -> Dispatched:
         """Send every token once to each rank that owns at least one of its experts.
 
@@ -344,6 +346,10 @@ class Buffer:
                 with zeros; else they are unspecified. Rows past the last segment are padding too.
             quantize: "fp8" casts rows before they travel: `x` is bfloat16 without scale factors, hidden a
                 multiple of 128, and ``recv_x`` a tuple (float8_e4m3fn, float32 [.., hidden / 128]).
+            num_max_tokens_per_rank: the most tokens that a rank dispatches in this call, the same on every
+                rank. A token arrives at a rank once, however many rows it becomes there: with layout "expert"
+                and `num_worst_tokens`, memory of the buffer is taken for so many of each rank, else for
+                `num_worst_tokens`. Default, and the most that may be given: that of `for_moe`.
 
         Returns:
             Dispatched: ``recv_x`` [num_recv_tokens, hidden] (or a tuple with its scale factors), rows ordered
@@ -375,6 +381,7 @@ class Buffer:
             layout,
             zero_padding,
             quantize,
+            self.num_max_tokens_per_rank if num_max_tokens_per_rank is None else num_max_tokens_per_rank,
         )
         return self._engine.dispatch(
             given, options, self._dispatch_request, self._schedule(config, previous_event, async_finish)
@@ -868,8 +875,7 @@ class Buffer:
         return _given_or_of_model("num_experts", given, of_model)
 
     def _num_max_tokens(self, given: int | None) -> int:
-        of_model = None if self._moe is None else self._moe.num_max_tokens_per_rank
-        return _given_or_of_model("num_max_dispatch_tokens_per_rank", given, of_model)
+        return _given_or_of_model("num_max_dispatch_tokens_per_rank", given, self.num_max_tokens_per_rank)
 
     def _dispatch_request(self, x: Any, *given: Any) -> DispatchRequest:
         request = DispatchRequest.of(
@@ -877,7 +883,7 @@ class Buffer:
         )
         moe = self._moe
         if moe is not None:
-            num_tokens, hidden = request.x.shape
+            hidden = request.x.shape[1]
             itemsize = 1 if request.quantize else arrays.np_dtype(request.x.dtype).itemsize
             row_bytes = hidden * itemsize
             if row_bytes > moe.hidden * arrays.np_dtype(moe.dtype).itemsize:
@@ -885,10 +891,11 @@ class Buffer:
                     f"x has rows of {hidden} x {request.x.dtype}; the buffer was made for "
                     f"hidden={moe.hidden} x {moe.dtype}"
                 )
-            if num_tokens > moe.num_max_tokens_per_rank:
+            num_max_tokens = request.num_max_tokens_per_rank
+            if num_max_tokens is not None and num_max_tokens > moe.num_max_tokens_per_rank:
                 raise ConfigError(
-                    f"x has {num_tokens} tokens; the buffer was made for "
-                    f"num_max_tokens_per_rank={moe.num_max_tokens_per_rank}"
+                    f"num_max_tokens_per_rank={num_max_tokens}; the buffer was made for "
+                    f"{moe.num_max_tokens_per_rank}"
                 )
         return request
 

@@ -95,7 +95,8 @@ class FlatShape(NamedTuple):
 
     Attributes:
         handle: of the handle.
-        num_landed_rows: received tokens that it has room for: ``num_worst_tokens``, if that was given.
+        num_landed_rows: received tokens that it has room for: ``num_worst_tokens``, if that was given, and
+            with layout "expert" no more than ``num_max_tokens_per_rank`` of each rank.
         num_local_experts, expert_alignment: of the dispatch.
         is_exact: whether the dispatch had no ``num_worst_tokens``.
     """

@@ -149,8 +149,8 @@ def dispatch(
         topk_weights: float32 [num_tokens, num_topk]; delivered, not applied.
         handle: repeat the routing of an earlier dispatch of the same buffer; give `x` alone then.
         num_experts: of all ranks together; needed without `handle`.
-        num_worst_tokens, expert_alignment, layout: as in `Buffer.dispatch`. Only an eager call may leave out
-            `num_worst_tokens`.
+        num_worst_tokens, expert_alignment, layout: as in `Buffer.dispatch`, whose ``num_max_tokens_per_rank``
+            is that of `Buffer.for_moe`. Only an eager call may leave out `num_worst_tokens`.
 
     Returns:
         Dispatched: ``recv_x``, ``recv_topk_idx`` and ``recv_topk_weights`` as from `Buffer.dispatch`, None in
@@ -175,7 +175,7 @@ def dispatch(
         raise ConfigError("dispatch needs topk_idx and num_experts=, or a handle")
     x, topk_idx = jnp.asarray(x), jnp.asarray(topk_idx)
     topk_weights = None if topk_weights is None else jnp.asarray(topk_weights)
-    _check_dispatch(
+    request = _check_dispatch(
         buffer,
         x,
         topk_idx,
@@ -187,7 +187,7 @@ def dispatch(
     )
     shape = FlatShape(
         HandleShape(x.shape[0], topk_idx.shape[1], num_worst_tokens, layout),
-        num_landed_rows=num_worst_tokens,
+        num_landed_rows=request.num_landed_rows,
         num_local_experts=local_experts(num_experts, buffer.num_ranks),
         expert_alignment=expert_alignment,
     )
@@ -280,8 +280,8 @@ def _check_dispatch(
     num_worst_tokens: int = 0,
     expert_alignment: int = 1,
     layout: str,
-) -> None:
-    DispatchRequest.of(
+) -> DispatchRequest:
+    return DispatchRequest.of(
         _seen(x, "x"),
         handle,
         None,
@@ -292,6 +292,7 @@ def _check_dispatch(
         num_worst_tokens,
         num_experts,
         layout,
+        num_max_tokens_per_rank=buffer.num_max_tokens_per_rank,
         owner=None,
         num_ranks=buffer.num_ranks,
         place=_TRACED,

@@ -129,6 +129,7 @@ class LayoutRequest:
 class DispatchRequest:
     """`num_experts` is 0 when `handle` repeats an earlier dispatch; `layout` is the handle's then.
 
+    `num_landed_rows` is the number of received tokens to have room for; 0 where counts or a handle tell.
     With `quantize`, `x` is what is cast, and the rows that travel are its FP8 rows and their scale factors.
     """
 
@@ -145,6 +146,8 @@ class DispatchRequest:
     layout: str
     zero_padding: bool
     quantize: str | None
+    num_max_tokens_per_rank: int | None
+    num_landed_rows: int
 
     @classmethod
     def of(
@@ -161,6 +164,7 @@ class DispatchRequest:
         layout: str = "rank",
         zero_padding: bool = False,
         quantize: str | None = None,
+        num_max_tokens_per_rank: int | None = None,
         *,
         owner: object,
         num_ranks: int,
@@ -191,6 +195,12 @@ class DispatchRequest:
             raise ConfigError(f"num_worst_tokens={num_worst_tokens} is negative")
         if layout not in LAYOUTS:
             raise ConfigError(f"layout={layout!r}; one of {', '.join(LAYOUTS)}")
+        if num_max_tokens_per_rank is not None:
+            num_max_tokens_per_rank = integer(num_max_tokens_per_rank, "num_max_tokens_per_rank")
+            if num_tokens > num_max_tokens_per_rank:
+                raise ConfigError(
+                    f"x has {num_tokens} tokens; num_max_tokens_per_rank={num_max_tokens_per_rank}"
+                )
 
         ids = weights = in_rank = per_expert = None
         if handle is not None:
@@ -246,6 +256,10 @@ class DispatchRequest:
                 )
         if zero_padding and layout != "expert":
             raise ConfigError("zero_padding needs layout='expert': other layouts have no padding")
+        num_landed_rows = num_worst_tokens if handle is None else 0
+        if layout == "expert" and num_max_tokens_per_rank is not None:
+            # A token arrives once, however many rows it becomes.
+            num_landed_rows = min(num_landed_rows, num_ranks * num_max_tokens_per_rank)
         return cls(
             x=rows,
             sf=scales,
@@ -260,6 +274,8 @@ class DispatchRequest:
             layout=layout,
             zero_padding=zero_padding,
             quantize=quantize,
+            num_max_tokens_per_rank=num_max_tokens_per_rank,
+            num_landed_rows=num_landed_rows,
         )
 
 

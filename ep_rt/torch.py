@@ -177,8 +177,9 @@ def dispatch(
         topk_weights: float32 [num_tokens, num_topk]; delivered, not applied.
         handle: repeat the routing of an earlier dispatch of the same buffer; give `x` alone then.
         num_experts: of all ranks together; needed without `handle`.
-        num_worst_tokens, expert_alignment, layout: as in `Buffer.dispatch`. Without `num_worst_tokens` a
-            compiled graph has a size that only the call tells; ``fullgraph=True`` then needs
+        num_worst_tokens, expert_alignment, layout: as in `Buffer.dispatch`, whose ``num_max_tokens_per_rank``
+            is that of `Buffer.for_moe`. Without `num_worst_tokens` a compiled graph has a size that only the
+            call tells; ``fullgraph=True`` then needs
             ``torch._dynamo.config.capture_dynamic_output_shape_ops``.
 
     Returns:

@@ -314,8 +314,31 @@ def check_low_latency(buffer: Any, seed: int, *, reduce: str = "source") -> None
     assert (waits >= 0).all()
 
 
+def full_case(seed: int, buffer: Any, *, hidden: int) -> Case:
+    """As many tokens as an `ElasticBuffer` was made for, each to 8 experts, of which a rank has 8."""
+    rng = np.random.default_rng(seed)
+    num_ranks, num_tokens = buffer.num_ranks, buffer.num_max_tokens_per_rank
+    num_experts = 8 * num_ranks
+    shape = num_tokens, num_experts
+    ids = [np.argsort(rng.random(shape), axis=1)[:, :8].astype(np.int64) for _ in range(num_ranks)]
+    return Case(
+        rng=rng,
+        num_ranks=num_ranks,
+        num_experts=num_experts,
+        num_tokens=[num_tokens] * num_ranks,
+        topk_idx=ids,
+        topk_weights=[rng.random(each.shape, np.float32) for each in ids],
+        hidden=hidden,
+    )
+
+
 def check_elastic(
-    buffer: Any, seed: int, *, do_cpu_sync: bool = True, summed_ranks: int | None = None
+    buffer: Any,
+    seed: int,
+    *,
+    do_cpu_sync: bool = True,
+    summed_ranks: int | None = None,
+    case: Case | None = None,
 ) -> None:
     """One layer through `ElasticBuffer`, by rank and expanded: dispatched, repeated, combined.
 
@@ -323,7 +346,7 @@ def check_elastic(
         summed_ranks: so many ranks, those of a node, sum and round before the whole is summed.
     """
     num_ranks, rank = buffer.num_ranks, buffer.rank_idx
-    case = Case.draw(seed, num_ranks, hidden=128 * (1 + seed % 3))
+    case = case or Case.draw(seed, num_ranks, hidden=128 * (1 + seed % 3))
     rng, ids, counts, hidden = case.rng, case.topk_idx, case.num_tokens, case.hidden
     if not do_cpu_sync:  # no capacity for experts that repeat within a row
         ids = [distinct(each) for each in ids]

@@ -193,6 +193,7 @@ class ExpertMajorCase:
     quantize: str | None
     alignment: int
     num_worst_tokens: int
+    num_max_tokens_per_rank: int | None
     payload: list[tuple[Array, Array | None]]
     again: list[tuple[Array, Array | None]]
     topk_weights: list[Array] | None
@@ -224,6 +225,7 @@ class ExpertMajorCase:
         weights = case.topk_weights if with_weights else None
         most = sum(int((ids >= 0).sum()) for ids in case.topk_idx) // num_ranks + alignment
         num_worst_tokens = 0 if is_exact else int(rng.integers(1, 3 * most + 2))
+        num_max_tokens = max(case.num_tokens) + seed % 2 if seed % 5 > 1 else None
         x, sf = _columns(cls.travelling(payload, quantize))
         dispatched = reference.dispatch(
             x,
@@ -243,7 +245,18 @@ class ExpertMajorCase:
             )
             for each in dispatched
         ]
-        return cls(case, quantize, alignment, num_worst_tokens, payload, again, weights, dispatched, expanded)
+        return cls(
+            case=case,
+            quantize=quantize,
+            alignment=alignment,
+            num_worst_tokens=num_worst_tokens,
+            num_max_tokens_per_rank=num_max_tokens,
+            payload=payload,
+            again=again,
+            topk_weights=weights,
+            dispatched=dispatched,
+            expanded=expanded,
+        )
 
     @staticmethod
     def travelling(
@@ -323,6 +336,7 @@ def check_expert_major(buffer: Buffer, seed: int, *, is_exact: bool = True) -> N
         layout="expert",
         zero_padding=zero_padding,
         quantize=drawn.quantize,
+        num_max_tokens_per_rank=drawn.num_max_tokens_per_rank,
     )
     recv_x, recv_sf = out.recv_x if e.sf is not None else (out.recv_x, None)
     drawn.check_rows(rank, recv_x, e.x, zero_padding=zero_padding)

@@ -170,6 +170,14 @@ WRONG_ON_ONE_RANK: list[tuple[str, Callable[..., Any], dict[str, Any], type[EpEr
         "not an integer",
     ),
     ("half a row", dispatch, {"num_worst_tokens": 8.5}, ep_rt.ConfigError, "not an integer"),
+    ("half of the most", dispatch, {"num_max_tokens_per_rank": 8.5}, ep_rt.ConfigError, "not an integer"),
+    (
+        "more than the most",
+        dispatch,
+        {"num_max_tokens_per_rank": 3},
+        ep_rt.ConfigError,
+        "x has 4 tokens; num_max_tokens_per_rank=3",
+    ),
     (
         "too many rows for one expert",
         low_latency_dispatch,
@@ -229,6 +237,7 @@ def test_what_is_wrong_on_one_rank_is_raised_on_all(
         (dispatch, {"x": rows(dtype=np.float16)}, "dtype of x differs"),
         (dispatch, {"num_experts": 16}, "num_experts differs"),
         (dispatch, {"expert_alignment": 8}, "expert_alignment differs"),
+        (dispatch, {"num_max_tokens_per_rank": 4}, "num_max_tokens_per_rank differs"),
         (dispatch, {"topk_idx": ids(num_topk=3)}, "columns of topk_idx differs"),
         (dispatch, {"layout": "expert"}, "layout differs"),
         (dispatch, {"topk_weights": np.ones((4, 2), np.float32)}, "topk_weights differs"),
@@ -276,6 +285,10 @@ def test_construction_compares_what_must_agree() -> None:
             assert buffer.dispatch(rows(), topk_idx=ids()).handle.num_tokens == 4
             with pytest.raises(ep_rt.ConfigError, match="num_max_tokens_per_rank=8"):
                 dispatch(buffer, x=rows(9), topk_idx=ids(9))
+            with pytest.raises(ep_rt.ConfigError, match="=9; the buffer was made for 8"):
+                dispatch(buffer, num_max_tokens_per_rank=9)
+            assert dispatch(buffer, num_max_tokens_per_rank=4).handle.num_tokens == 4
+            assert buffer.num_max_tokens_per_rank == 8
             with pytest.raises(ep_rt.ConfigError, match="hidden=32"):
                 dispatch(buffer, x=rows(hidden=64))
 

@@ -70,6 +70,19 @@ def test_elastic_buffer_equals_the_oracle(seed: int, do_cpu_sync: bool) -> None:
     ep_rt.run_local(run, 2 + seed % 3, timeout_s=20)
 
 
+def test_elastic_buffer_takes_all_tokens_that_it_was_made_for() -> None:
+    def run(group: Group) -> None:
+        buffer = deep_ep.ElasticBuffer(
+            group, num_max_tokens_per_rank=24, hidden=256, num_topk=8, backend="host"
+        )
+        for seed in range(4):
+            case = compat_cases.full_case(seed, buffer, hidden=256)
+            compat_cases.check_elastic(buffer, seed, do_cpu_sync=False, case=case)
+        buffer.destroy()
+
+    ep_rt.run_local(run, 3, timeout_s=20)
+
+
 def test_elastic_buffer_of_several_nodes_equals_the_oracle() -> None:
     def run(group: Group) -> None:
         for seed in range(2):

@@ -31,7 +31,8 @@ def dispatch(handle_call: int = 0, **changes: Any) -> int:
         "num_worst_tokens": 0,
         "num_experts": 8,
     }
-    options = {name: changes.pop(name) for name in ("layout", "quantize") if name in changes}
+    names = ("layout", "quantize", "num_max_tokens_per_rank")
+    options = {name: changes.pop(name) for name in names if name in changes}
     arguments |= changes
     request = DispatchRequest.of(*arguments.values(), owner=OWNER, num_ranks=2, place=PLACE, **options)
     return along(dispatch_digest(request), handle_call)
@@ -53,6 +54,7 @@ def dispatch(handle_call: int = 0, **changes: Any) -> int:
         },
         {"num_experts": 16},
         {"num_worst_tokens": 5},
+        {"num_max_tokens_per_rank": 5},
         {"handle_call": 3},
         {"layout": "expert"},
         {"x": np.ones((3, 128), BF16), "quantize": "fp8"},

@@ -13,10 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+import ep_rt
+from ep_rt import Group
 from ep_rt.cuda.combine import Combine
 from ep_rt.cuda.dispatch_plans import DispatchPlans, Plan
 from ep_rt.cuda.handle import CudaDispatchHandle, CudaHandleShape
-from ep_rt.errors import ArrayError, HandleError
+from ep_rt.cuda.plan import slab_bytes
+from ep_rt.cuda.pool import Pool
+from ep_rt.errors import ArrayError, ConfigError, HandleError
 from ep_rt.handle import HandleShape
 from ep_rt.requests import CombineRequest, DispatchRequest, Place, Schedule
 
@@ -38,7 +42,7 @@ class Counted:
         return bind
 
 
-def a_domain() -> Any:
+def a_domain(num_ranks: int = NUM_RANKS) -> Any:
     class Results:
         def __init__(self, columns: Sequence[Any], framework: str) -> None:
             self.facts = columns, framework
@@ -47,7 +51,7 @@ def a_domain() -> Any:
             return places
 
     return SimpleNamespace(
-        group=SimpleNamespace(size=NUM_RANKS), results=Results, num_blocks=lambda sms: sms, max_blocks=16
+        group=SimpleNamespace(size=num_ranks), results=Results, num_blocks=lambda sms: sms, max_blocks=16
     )
 
 
@@ -88,6 +92,7 @@ class Dispatches:
         handle: Any = None,
         num_worst_tokens: int = 0,
         layout: str = "rank",
+        num_max_tokens: int | None = None,
     ) -> Plan:
         ids = weights = None
         if handle is None:
@@ -96,7 +101,7 @@ class Dispatches:
             ids = self.make(num_ids, NUM_TOPK, dtype=np.int64)
             weights = self.make(num_weights, NUM_TOPK)
         given = (self.make(num_x, hidden), handle, None, None, ids, weights)
-        options = (1, num_worst_tokens, NUM_EXPERTS, layout, False, None)
+        options = (1, num_worst_tokens, NUM_EXPERTS, layout, False, None, num_max_tokens)
 
         def build(*arguments: Any) -> DispatchRequest:
             return DispatchRequest.of(*arguments, owner=self, num_ranks=NUM_RANKS, place=PLACE)
@@ -138,6 +143,130 @@ def test_dispatches_of_any_number_of_tokens_share_a_kind(make: Callable[..., Any
         dispatch(7, num_worst_tokens=num_worst_tokens, layout=layout)
         dispatch(9, num_worst_tokens=num_worst_tokens, layout=layout)
     assert dispatch.operations.bound[5:] == ["dispatch", "expand"] * 2
+
+
+@makers
+def test_no_more_lands_than_ranks_may_send(make: Callable[..., Any]) -> None:
+    """However many rows it becomes; by rank it becomes no more."""
+    dispatch = Dispatches(make)
+    for num_tokens in (7, 9, 8):
+        for num_worst_tokens, num_landed_rows in ((50, 2 * 9), (11, 11)):
+            plan = dispatch(num_tokens, num_worst_tokens=num_worst_tokens, layout="expert", num_max_tokens=9)
+            assert plan.shape == HandleShape(num_tokens, NUM_TOPK, num_worst_tokens, "expert")
+            assert plan.num_rows == plan.landed.num_landed_rows == num_landed_rows
+            assert plan.num_bytes == plan.kind.row.layout(num_landed_rows).end
+            assert plan.kind.launch.fields["fill_rows"] == num_landed_rows  # type: ignore[attr-defined]
+    assert dispatch(7, num_worst_tokens=50, layout="expert").num_rows == 50
+    assert dispatch(7, num_worst_tokens=50, num_max_tokens=9).num_rows == 50
+    assert dispatch(7, layout="expert", num_max_tokens=9).num_rows == 0
+    handle = a_handle(dispatch, num_tokens=7, num_rows=50, layout="expert")
+    handle.landed = handle.landed._replace(num_landed_rows=18)
+    for num_max_tokens in (None, 7, 9):
+        plan = dispatch(7, handle=handle, layout="expert", num_max_tokens=num_max_tokens)
+        assert (plan.num_rows, plan.shape.num_recv_rows) == (18, 50)
+
+
+@makers
+def test_more_tokens_than_was_said_are_refused_where_the_kind_is_known(make: Callable[..., Any]) -> None:
+    dispatch = Dispatches(make)
+    for num_tokens in (7, 9):
+        dispatch(num_tokens, num_max_tokens=9)
+        with pytest.raises(ConfigError, match="x has 10 tokens; num_max_tokens_per_rank=9"):
+            dispatch(10, num_max_tokens=9)
+    assert dispatch(10).num_tokens == 10
+    assert dispatch.operations.bound == ["dispatch"] * 2
+
+
+def has_room(num_bytes: int, found: Plan, *, row_bytes: int, keeps_landing: bool) -> bool:
+    """Whether a dispatch, and the combine of such rows and their weights, find places."""
+    pool = Pool(num_bytes)
+    landing = pool.take(found.num_bytes, found.spare_bytes)
+    if landing is None:
+        return False
+    if not keeps_landing:
+        del landing
+    num_rows, weights_bytes = found.landed.num_landed_rows, found.kind.row.weights_bytes
+    places = [pool.take(num_rows * each) for each in (row_bytes, weights_bytes)]
+    return None not in places
+
+
+@pytest.mark.parametrize("keeps_landing", [False, True])
+def test_the_memory_of_a_model_is_enough_for_the_worst_case(keeps_landing: bool) -> None:
+    num_tokens, hidden = 4096, 4096
+    num_rows, row_bytes = NUM_RANKS * num_tokens, 4 * hidden
+    num_bytes = slab_bytes(0, row_bytes=row_bytes, num_topk=NUM_TOPK, num_rows=num_rows)
+    dispatch = Dispatches(numpy_array)
+    for num_max_tokens in (num_tokens, None):
+        plan = dispatch(
+            3,
+            hidden=hidden,
+            num_worst_tokens=num_rows * NUM_TOPK,
+            layout="expert",
+            num_max_tokens=num_max_tokens,
+        )
+        is_enough = has_room(num_bytes, plan, row_bytes=row_bytes, keeps_landing=keeps_landing)
+        assert is_enough == (num_max_tokens is not None)
+
+
+class PlannedError(Exception):
+    """Ends a call whose plan is known."""
+
+    def __init__(self, found: Plan) -> None:
+        self.found = found
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "num_tokens", "hidden", "num_topk", "num_experts"),
+    [(8, 4096, 7168, 8, 256), (8, 8192, 7168, 8, 256), (4, 1024, 2048, 6, 64), (2, 128, 7168, 8, 8)],
+)
+def test_an_elastic_buffer_of_the_default_size_has_room_for_the_worst_case(
+    num_ranks: int, num_tokens: int, hidden: int, num_topk: int, num_experts: int
+) -> None:
+    torch = pytest.importorskip("torch")
+    from ep_rt.compat import deep_ep
+
+    def check(buffer: Any) -> None:
+        operations: Any = Counted()
+        plans = DispatchPlans(a_domain(num_ranks), operations, operations, owner=buffer, internode=None)
+
+        def find(given: Any, options: Any, build: Any, schedule: Schedule) -> Any:
+            raise PlannedError(plans.find(given, options, build, schedule.num_sms)[0])
+
+        buffer._buffer._engine = SimpleNamespace(dispatch=find, place=PLACE)
+        bf16, fp8 = (
+            torch.empty(num_tokens, hidden, dtype=each) for each in (torch.bfloat16, torch.float8_e4m3fn)
+        )
+        ids, weights = torch.zeros(num_tokens, num_topk, dtype=torch.int64), torch.ones(num_tokens, num_topk)
+        for x in (bf16, (fp8, torch.ones(num_tokens, hidden // 128))):
+            for do_expand in (False, True):
+                with pytest.raises(PlannedError) as planned:
+                    buffer.dispatch(
+                        x, ids, weights, num_experts=num_experts, do_expand=do_expand, do_cpu_sync=False
+                    )
+                found = planned.value.found
+                num_recv_rows = num_ranks * num_tokens
+                assert found.num_rows == num_recv_rows
+                if do_expand:
+                    num_recv_rows *= min(num_topk, num_experts // num_ranks)
+                assert found.shape.num_recv_rows == num_recv_rows
+                # A result by rank stays there. An expanded one needs the place while it is made, and in a
+                # CUDA graph as long as it lives.
+                for keeps_landing in (True, False):
+                    assert has_room(
+                        buffer.num_bytes, found, row_bytes=2 * hidden, keeps_landing=keeps_landing
+                    )
+
+    def run(group: Group) -> None:
+        buffer = deep_ep.ElasticBuffer(
+            group, num_max_tokens_per_rank=num_tokens, hidden=hidden, num_topk=num_topk, backend="host"
+        )
+        engine = buffer._buffer._engine
+        if group.rank == 0:
+            check(buffer)
+        buffer._buffer._engine = engine
+        buffer.destroy()
+
+    ep_rt.run_local(run, num_ranks, timeout_s=30)
 
 
 @makers

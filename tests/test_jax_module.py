@@ -26,6 +26,8 @@ from jax_cases import (  # noqa: E402
     EXACT,
     HIDDEN,
     NUM_EXPERTS,
+    NUM_TOKENS,
+    NUM_TOPK,
     ORDER_FORMS,
     STATIC,
     Case,
@@ -463,6 +465,32 @@ def test_processes(mpirun: MpiRun, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 # Errors, and what lives how long
+
+
+@pytest.mark.parametrize("way", [eager, jax.jit], ids=["eager", "jit"])
+def test_handles_of_a_model_have_room_for_the_tokens_that_can_arrive(way: Way) -> None:
+    num_max_tokens, options = max(NUM_TOKENS), STATIC["expert-worst"]
+
+    def check(group: ep_rt.Group) -> None:
+        with ep_rt.Buffer.for_moe(
+            group,
+            num_max_tokens_per_rank=num_max_tokens,
+            hidden=HIDDEN,
+            num_experts=NUM_EXPERTS,
+            num_topk=NUM_TOPK,
+            dtype="float32",
+            backend="host",
+            timeout_s=30,
+        ) as buffer:
+            check_gradients(buffer, options, way)
+            x, ids = jnp.ones((5, HIDDEN)), jnp.zeros((5, NUM_TOPK), jnp.int32)
+            handle = way(lambda x: ep.dispatch(buffer, x, ids, num_experts=NUM_EXPERTS, **options).handle)(x)
+            assert handle.shape.num_landed_rows == 4 * num_max_tokens < options["num_worst_tokens"]
+            assert [part.size for part in handle.parts] == list(buffer.flat_layout(handle.shape).num_bytes)
+            with pytest.raises(ep_rt.ConfigError, match="x has 7 tokens; num_max_tokens_per_rank=6"):
+                ep.dispatch(buffer, jnp.ones((7, HIDDEN)), jnp.zeros((7, NUM_TOPK)), num_experts=NUM_EXPERTS)
+
+    ep_rt.run_local(check, 4)
 
 
 def test_errors_when_a_function_is_traced() -> None:

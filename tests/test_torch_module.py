@@ -50,6 +50,25 @@ def test_results_and_gradients_are_those_of_a_dense_layer(options: dict[str, Any
     run(cases.check_layer, 4, options)
 
 
+def test_a_layer_of_a_model() -> None:
+    """Whose tokens are known, and with them what can arrive."""
+
+    def check(group: ep_rt.Group) -> None:
+        with ep_rt.Buffer.for_moe(
+            group,
+            num_max_tokens_per_rank=max(cases.NUM_TOKENS),
+            hidden=HIDDEN,
+            num_experts=NUM_EXPERTS,
+            num_topk=cases.NUM_TOPK,
+            dtype="float32",
+            backend="host",
+            timeout_s=30,
+        ) as buffer:
+            cases.check_layer(buffer, {"layout": "expert", "num_worst_tokens": 64})
+
+    ep_rt.run_local(check, 4)
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 def test_gradients_are_slopes(options: dict[str, Any]) -> None:
     """Real numbers, and central differences along a direction in all inputs of all ranks."""

@@ -104,8 +104,8 @@ class ElasticBuffer:
     ) -> int:
         """Bytes for two results in bfloat16 of all tokens of all ranks, which each rank receives once.
 
-        Expanded results without ``do_cpu_sync`` take as many times more as a token may have experts on a
-        rank; the error then says how much.
+        Expanded results lie in other memory of the device: of these bytes they take what is received for
+        one while it is made, and their combine a row for each received token.
         """
         num_ranks: int = group.size() if callable(group.size) else group.size
         row_bytes = 2 * hidden + hidden // 16 + 12 * (num_topk or 16)
@@ -190,7 +190,7 @@ class ElasticBuffer:
         Args:
             x: bfloat16 [num_tokens, hidden], or a tuple with scale factors, see `ep_rt.Buffer.dispatch`.
             cumulative_local_expert_recv_stats: int32 [num_local_experts]; true counts are added to it.
-            num_max_tokens_per_rank: default: that of the buffer.
+            num_max_tokens_per_rank: the same on every rank; default: that of the buffer.
             previous_event, previous_event_before_epilogue: work to wait for first.
             async_with_compute_stream: the current stream does not wait; statistics and column-major scale
                 factors then are there after the first wait for the event.
@@ -206,7 +206,6 @@ class ElasticBuffer:
             event.
         """
         previous_event = _before(previous_event, previous_event_before_epilogue)
-        num_tokens = len(x[0] if isinstance(x, tuple) else x)
         options: dict[str, Any] = {
             "previous_event": previous_event,
             "async_finish": async_with_compute_stream,
@@ -228,6 +227,7 @@ class ElasticBuffer:
                     num_worst_tokens=max(1, handle.handle.num_recv_rows),
                     num_experts=handle.num_experts,
                     layout=handle.handle.layout,
+                    num_max_tokens_per_rank=handle.num_max_tokens_per_rank,
                     **options,
                 )
                 if handle.handle.num_recv_rows == 0:
@@ -237,10 +237,6 @@ class ElasticBuffer:
                 raise ConfigError("dispatch needs topk_idx and num_experts, or a handle")
             if num_max_tokens_per_rank is None:
                 num_max_tokens_per_rank = self.num_max_tokens_per_rank
-            if num_tokens > num_max_tokens_per_rank:
-                raise ConfigError(
-                    f"x has {num_tokens} tokens; num_max_tokens_per_rank={num_max_tokens_per_rank}"
-                )
             expert_alignment = 1 if expert_alignment is None else expert_alignment
             do_cpu_sync = True if do_cpu_sync is None else bool(do_cpu_sync)
             num_sms = num_sms or self.get_theoretical_num_sms(num_experts, topk_idx.shape[1])
@@ -261,6 +257,7 @@ class ElasticBuffer:
                 num_experts=num_experts,
                 layout="expert" if do_expand else "rank",
                 zero_padding=do_zero_padding,
+                num_max_tokens_per_rank=num_max_tokens_per_rank,
                 config=Config(num_sms),
                 **options,
             )

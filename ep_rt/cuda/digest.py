@@ -29,6 +29,7 @@ def dispatch_digest(request: DispatchRequest) -> int:
         request.topk_weights is not None,
         request.num_experts,
         request.num_worst_tokens > 0 and request.handle is None,
+        request.num_max_tokens_per_rank,
     )
 
 

@@ -270,7 +270,10 @@ class Dispatch:
         domain, num_bytes = self._domain, found.num_bytes
         lease = domain.pool.take(num_bytes, domain.spare(found.spare_bytes))
         if lease is None:
-            lease = domain.take(num_bytes, f"{found.num_rows} received rows")
+            what, kind = f"{found.num_rows} received rows", found.kind
+            if kind.layout == "expert" and kind.num_worst_tokens and kind.num_max_tokens_per_rank is None:
+                what += " (num_max_tokens_per_rank= would say how many can come)"
+            lease = domain.take(num_bytes, what)
             # A graph's replays write there again, so nobody else can have it.
             lease.must_be_left = not call.is_capturing
         return lease

@@ -39,7 +39,8 @@ class Kind:
         frameworks: of the inputs, that of x first.
         row: bytes of a received row on the wire.
         is_exact: only the counts will tell how many rows come.
-        num_worst_tokens: 0 with a handle, too.
+        num_worst_tokens, num_landed_rows: of the result, and of what lands; 0 with a handle, too.
+        num_max_tokens_per_rank: None where nothing was said.
         spare_factor: how much more than a result may come next: experts' outputs, with wider elements.
         arrays: recv_x, recv_sf, ids and weights.
         expansion: for layout "expert".
@@ -64,11 +65,17 @@ class Kind:
     row: ReceivedRow
     is_exact: bool
     num_worst_tokens: int
+    num_landed_rows: int
+    num_max_tokens_per_rank: int | None
     spare_factor: int
     arrays: ResultArrays
     digest: int
     expansion: Expansion | None
     bringing: Bringing | None
+
+    def takes(self, num_tokens: int) -> bool:
+        """Whether a rank may dispatch so many."""
+        return self.num_max_tokens_per_rank is None or num_tokens <= self.num_max_tokens_per_rank
 
     def shapes(
         self, num_tokens: int, num_recv_rows: int, num_landed_rows: int
@@ -160,7 +167,7 @@ class DispatchPlans:
             if (left := _without_lengths(facts, options, handle)) is not None:
                 kind_key = _kind_key(left, options, num_sms, handle)
                 kind = self._kinds.find(kind_key)
-                if kind is not None:
+                if kind is not None and kind.takes(x.shape[0]):
                     return self._plans.keep(key, self._sized(kind, x.shape[0], handle)), pointers, objects
         request = build(*given, *options)
         views = request.x, request.sf, request.topk_idx, request.topk_weights, request.is_token_in_rank
@@ -219,7 +226,7 @@ class DispatchPlans:
             sf_row_bytes=row.sf_bytes,
             idx_bytes=0 if ids is None else itemsize(ids),
             is_cached=is_cached,
-            fill_rows=num_worst_tokens,
+            fill_rows=request.num_landed_rows,
             max_redundant_tokens=plan.MAX_REDUNDANT_TOKENS,
         )
         return Kind(
@@ -253,6 +260,8 @@ class DispatchPlans:
             row=row,
             is_exact=not is_cached and num_worst_tokens == 0,
             num_worst_tokens=num_worst_tokens,
+            num_landed_rows=request.num_landed_rows,
+            num_max_tokens_per_rank=request.num_max_tokens_per_rank,
             spare_factor=spare_factor,
             arrays=results,
             digest=dispatch_digest(request),
@@ -268,7 +277,9 @@ class DispatchPlans:
         """
         internode, row = self._internode, kind.row
         num_listed = num_tokens if internode is None else internode.list_capacity(num_tokens)
-        num_rows = kind.num_worst_tokens if handle is None else handle.landed.num_landed_rows
+        num_recv_rows, num_rows = kind.num_worst_tokens, kind.num_landed_rows
+        if handle is not None:
+            num_recv_rows, num_rows = handle.num_recv_rows, handle.landed.num_landed_rows
         at = row.layout(num_rows)
         return Plan(
             kind,
@@ -278,7 +289,7 @@ class DispatchPlans:
             num_rows,
             at.end if num_rows else 0,
             row.num_bytes(num_rows) * kind.spare_factor,
-            *kind.shapes(num_tokens, num_rows, num_rows),
+            *kind.shapes(num_tokens, num_recv_rows, num_rows),
             kind.arrays.placed(result_places(at, num_rows)),
         )
 

@@ -299,8 +299,8 @@ def _disagreement(reports: Sequence[Report], *, num_ranks: int) -> EpError:
     listing = "; ".join(", ".join(map(str, ranks)) for ranks in sorted(alike) if ranks)
     facts = _COMPARED.get(
         reports[0].operation,
-        "dtype, hidden, scale factors, columns of topk_idx, topk_weights, num_experts, num_worst_tokens or "
-        "handle",
+        "dtype, hidden, scale factors, columns of topk_idx, topk_weights, num_experts, num_worst_tokens, "
+        "num_max_tokens_per_rank or handle",
     )
     return on_all_ranks(
         ConfigError(

@@ -359,6 +359,7 @@ class _DispatchPlan:
                 "expert_alignment": request.expert_alignment,
                 "layout": request.layout,
                 "quantize": request.quantize,
+                "num_max_tokens_per_rank": request.num_max_tokens_per_rank,
             },
             payload=([len(tokens) for tokens in self.send_tokens], self.num_tokens_per_expert),
         )

@@ -22,7 +22,7 @@ import compat_cases as cases  # noqa: E402  # which imports torch
 from compat_program import run_program  # noqa: E402
 from torch_places import Streams, everywhere, settle, slow  # noqa: E402
 
-from ep_rt.compat import deep_ep  # noqa: E402
+from ep_rt.compat import deep_ep, elastic  # noqa: E402
 
 if device_count():
     from device_arrays import poison
@@ -108,6 +108,31 @@ def test_elastic_buffer_equals_the_oracle(place: str, do_cpu_sync: bool) -> None
             for seed in range(8):
                 cases.check_elastic(buffer, seed, do_cpu_sync=do_cpu_sync, summed_ranks=RANKS_PER_NODE)
             buffer.barrier()
+
+    run_torch(place, body)
+
+
+@on_every_place
+def test_elastic_buffer_of_the_default_size_is_enough(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expanded results of the worst case have up to 8 times the rows that the memory is for."""
+    monkeypatch.setattr(elastic, "_MIN_BYTES", 0)  # else small models have room for everything
+
+    def body(group: Group) -> None:
+        buffer = deep_ep.ElasticBuffer(
+            group,
+            num_max_tokens_per_rank=64,
+            hidden=1024,
+            num_topk=8,
+            backend="cuda",
+            num_gpu_timeout_secs=TIMEOUT_S,
+        )
+        assert buffer._buffer.memory_report().slab.num_bytes == buffer.num_bytes
+        poison(buffer._buffer, 0xA5)
+        with meeting(buffer._buffer, place):
+            for seed in range(4):
+                case = cases.full_case(seed, buffer, hidden=1024)
+                cases.check_elastic(buffer, seed, do_cpu_sync=False, summed_ranks=RANKS_PER_NODE, case=case)
+        buffer.destroy()
 
     run_torch(place, body)
 

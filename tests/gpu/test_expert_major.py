@@ -15,6 +15,8 @@ from ranks import PLACES, RANKS_PER_NODE, device_count, run_ranks
 
 import ep_rt
 from ep_rt import Buffer, Config, Group, reference
+from ep_rt.buffer import MoeSizes
+from ep_rt.cuda.handle import CudaDispatchHandle
 
 if device_count():
     import cupy
@@ -70,6 +72,7 @@ def check_expert_major(
         layout="expert",
         zero_padding=zero_padding,
         quantize=drawn.quantize,
+        num_max_tokens_per_rank=drawn.num_max_tokens_per_rank,
         **options,
     )
     out.event.current_stream_wait()
@@ -221,6 +224,7 @@ def test_no_tokens(place: str) -> None:
                     num_worst_tokens=num_worst_tokens,
                     layout="expert",
                     zero_padding=True,
+                    num_max_tokens_per_rank=num_tokens,
                 )
                 assert same_bits(fetch(out.recv_x), np.zeros((num_worst_tokens, 64), np.float32))
                 assert fetch(out.handle.psum_num_tokens_per_expert).tolist() == [0, 0]
@@ -277,7 +281,8 @@ def test_asynchronous_calls_and_kept_results(place: str) -> None:
     run(place, body)
 
 
-def test_graph_with_changing_routing(place: str) -> None:
+@pytest.mark.parametrize("is_bounded", [False, True])
+def test_graph_with_changing_routing(place: str, is_bounded: bool) -> None:
     def body(group: Group) -> None:
         num_local_experts, hidden, num_tokens, alignment = 4, 512, 64, 8
         num_experts, capacity = num_local_experts * group.size, 184 * group.size
@@ -303,6 +308,7 @@ def test_graph_with_changing_routing(place: str) -> None:
                     num_worst_tokens=capacity,
                     layout="expert",
                     zero_padding=True,
+                    num_max_tokens_per_rank=num_tokens if is_bounded else None,
                 )
                 return out, buffer.combine(out.recv_x, out.handle, topk_weights=out.recv_topk_weights)
 
@@ -353,6 +359,85 @@ def test_graph_with_changing_routing(place: str) -> None:
                 assert same_bits(fetch(back.combined_x), combined[group.rank].x)
                 check_expert_major(buffer, number, num_sms=4)  # eager calls between replays
             assert group.rank != 0 or saw_overflow == {False, True}
+
+    run(place, body)
+
+
+@pytest.mark.parametrize("for_moe", [False, True])
+def test_room_for_what_arrives_is_enough(place: str, for_moe: bool) -> None:
+    """Not for all rows that it may become."""
+
+    def body(group: Group) -> None:
+        num_tokens, hidden, num_topk = 64, 1024, 8
+        case = wide_case(
+            0,
+            group.size,
+            num_tokens=num_tokens,
+            hidden=hidden,
+            num_topk=num_topk,
+            num_local_experts=num_topk,
+        )
+        num_arriving = num_tokens * group.size
+        worst: dict[str, Any] = {
+            "topk_idx": put(case.topk_idx[group.rank]),
+            "topk_weights": put(case.topk_weights[group.rank]),
+            "num_experts": case.num_experts,
+            "num_worst_tokens": num_arriving * num_topk,
+            "layout": "expert",
+        }
+        x = np.full((case.num_tokens[group.rank], hidden), group.rank + 1, np.float32)
+        # Two rows for each token that may come, its scale factors, ids and weights.
+        options: dict[str, Any] = {
+            "num_nvl_bytes": 2 * (num_arriving * (4 * hidden + 224 + 12 * num_topk) + 1024)
+        }
+        bound: dict[str, Any] = {"num_max_tokens_per_rank": num_tokens}
+        if for_moe:
+            sizes = {"hidden": hidden, "num_experts": case.num_experts, "num_topk": num_topk}
+            options["moe"], bound = MoeSizes(num_tokens, **sizes, dtype="float32"), {}
+        with cuda_buffer(group, **options) as buffer:
+            if not for_moe:
+                with pytest.raises(ep_rt.ConfigError, match="num_max_tokens_per_rank= would say"):
+                    buffer.dispatch(put(x), **worst)
+            for _ in range(3):
+                out = buffer.dispatch(put(x), **worst, **bound)
+                handle = out.handle
+                assert isinstance(handle, CudaDispatchHandle)
+                assert handle.num_recv_rows == num_arriving * num_topk
+                assert handle.landed.num_landed_rows == num_arriving
+                assert not handle.overflow
+                back = buffer.combine(out.recv_x, handle)
+                assert (fetch(back.combined_x) == num_topk * x).all()
+                again = buffer.dispatch(put(2 * x), handle=handle)
+                back = buffer.combine(again.recv_x, handle)
+                assert (fetch(back.combined_x) == 2 * num_topk * x).all()
+            for seed in (2, 4, 8):  # with a bound, that of the case
+                check_expert_major(buffer, seed, is_exact=False, case=case)
+
+    run(place, body)
+
+
+def test_more_tokens_than_the_bound_are_refused(place: str) -> None:
+    def body(group: Group) -> None:
+        with cuda_buffer(group) as buffer:
+
+            def call(num_tokens: int) -> Any:
+                x, ids = np.ones((num_tokens, 16), np.float32), np.zeros((num_tokens, 1), np.int64)
+                return buffer.dispatch(
+                    put(x),
+                    topk_idx=put(ids),
+                    num_experts=group.size,
+                    num_worst_tokens=100,
+                    layout="expert",
+                    num_max_tokens_per_rank=6,
+                )
+
+            for num_tokens in (4, 6, 5):
+                assert call(num_tokens).handle.num_recv_tokens == (
+                    num_tokens * group.size if group.rank == 0 else 0
+                )
+                with pytest.raises(ep_rt.ConfigError, match="x has 7 tokens; num_max_tokens_per_rank=6"):
+                    call(7)
+            check_expert_major(buffer, 9)
 
     run(place, body)
 

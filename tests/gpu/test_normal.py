@@ -663,7 +663,10 @@ def test_ranks_in_different_operations(place: str) -> None:
     run(place, body)
 
 
-@pytest.mark.parametrize("what", ["hidden", "dtype", "num_experts", "topk_weights", "num_worst_tokens"])
+@pytest.mark.parametrize(
+    "what",
+    ["hidden", "dtype", "num_experts", "topk_weights", "num_worst_tokens", "num_max_tokens_per_rank"],
+)
 def test_arguments_that_differ(place: str, what: str) -> None:
     def body(group: Group) -> None:
         with cuda_buffer(group) as buffer:
@@ -680,6 +683,7 @@ def test_arguments_that_differ(place: str, what: str) -> None:
                     topk_weights=weights,
                     num_experts=group.size * (2 if what == "num_experts" and odd else 1),
                     num_worst_tokens=64 * (what == "num_worst_tokens" and odd),
+                    num_max_tokens_per_rank=4 if what == "num_max_tokens_per_rank" and odd else None,
                 )
                 cupy.cuda.get_current_stream().synchronize()
                 buffer.dispatch(put(x), topk_idx=put(np.zeros((4, 1), np.int64)), num_experts=group.size)
