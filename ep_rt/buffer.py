@@ -75,9 +75,11 @@ class Buffer:
     by its next call; `reset` then makes the buffer usable again. Expert ids out of range count as -1, and
     routing given beside `topk_idx` is not compared with it. The work runs on the stream that is current for
     the arrays given or, with `previous_event`, `async_finish`, JAX arrays or those of two frameworks, on
-    `get_comm_stream`, ordered with it. Calls come one after the other whatever their streams. The memory of a
-    result that was dropped goes to later calls: what reads it on a stream other than theirs must come before
-    them. Ranks that are threads on one GPU each need a non-blocking stream of their own, made current.
+    `get_comm_stream`, ordered with it. Arrays of other producers, by DLPack or the CUDA array interface,
+    count as CuPy's, and a call also comes after the streams that they name. Calls come one after the other
+    whatever their streams. The memory of a result that was dropped goes to later calls: what reads it on a
+    stream other than theirs must come before them. Ranks that are threads on one GPU each need a
+    non-blocking stream of their own, made current.
 
     A node is an NVLink domain. Where NVLink does not join all GPUs of a host, its nodes are as many
     consecutive ranks as it does join, down to a single one, and rows travel between them through NVSHMEM,

@@ -73,21 +73,30 @@ def local_experts(num_experts: int, num_ranks: int) -> int:
 
 
 def load(
-    obj: object, name: str, *, dtypes: Sequence[str], shape: Sequence[int | None], place: Place
+    obj: object, name: str, *, dtypes: Sequence[str], shape: Sequence[int | None] | None, place: Place
 ) -> ArrayView:
-    """A view of `obj` at `place`, of one of `dtypes` and of `shape`, where None matches any length."""
+    """A view of `obj` at `place`, of one of `dtypes` and, unless that is None, of a shape: see `check_shape`.
+
+    A producer is asked once: each export may order streams.
+    """
     view = arrays.view(obj, name=name, stream=place.stream)
     if view.device != place.device:
         hint = "; move it there, or use backend='host'" if view.device == "cpu" else ""
         raise ArrayError(f"{name} lies on {view.device}; this buffer takes arrays on {place.device}{hint}")
     if view.dtype not in dtypes:
         raise ArrayError(f"{name} has dtype {view.dtype}; accepted: {', '.join(dtypes)}")
+    if shape is not None:
+        check_shape(view, name, shape)
+    return view
+
+
+def check_shape(view: ArrayView, name: str, shape: Sequence[int | None]) -> None:
+    """Raise ArrayError for another shape. None matches any length."""
     if len(view.shape) != len(shape) or any(
         want is not None and have != want for have, want in zip(view.shape, shape, strict=True)
     ):
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
         raise ArrayError(f"{name} has shape {list(view.shape)}; expected [{wanted}]")
-    return view
 
 
 def _load_rows(
@@ -183,8 +192,9 @@ class DispatchRequest:
             )
         scales = None
         if sf is not None:
-            shape = (num_tokens,) if arrays.view(sf, name="sf").shape == (num_tokens,) else (num_tokens, None)
-            scales = load(sf, "sf", dtypes=SF_DTYPES, shape=shape, place=place)
+            scales = load(sf, "sf", dtypes=SF_DTYPES, shape=None, place=place)
+            if scales.shape != (num_tokens,):
+                check_shape(scales, "sf", (num_tokens, None))
         expert_alignment = integer(expert_alignment, "expert_alignment")
         num_worst_tokens = integer(num_worst_tokens, "num_worst_tokens")
         if num_experts is not None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ep_rt import arrays
+from ep_rt import arrays, dlpack
 from ep_rt.errors import ArrayError
 
 DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "uint8", "int32", "int64", "bool")
@@ -60,6 +60,29 @@ class Producer:
         if not self.with_version and "max_version" in asked:
             raise TypeError("unexpected keyword max_version")
         return self.array.__dlpack__(**asked)
+
+
+class CudaProducer:
+    """The same over what looks like memory of the third GPU; never dereferenced.
+
+    Attributes:
+        asked: the streams that consumers named.
+    """
+
+    def __init__(self, dtype: str, *, with_version: bool = True) -> None:
+        self.array, self.dtype, self.with_version = numbered(dtype), dtype, with_version
+        self.asked: list[Any] = []
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 2
+
+    def __dlpack__(self, *, stream: Any, **asked: Any) -> Any:
+        if not self.with_version and "max_version" in asked:
+            raise TypeError("unexpected keyword max_version")
+        self.asked.append(stream)
+        capsule = self.array.view(f"u{self.array.itemsize}").__dlpack__()
+        dlpack.relabel(capsule, cuda_index=2, dtype=self.dtype)
+        return capsule
 
 
 class CudaArray:
@@ -203,6 +226,13 @@ def test_cuda_array_interface_facts() -> None:
             arrays.view(given)
     with pytest.raises(ArrayError, match="without the mask"):
         arrays.view(CudaArray(mask=np.zeros(4)))
+
+
+@pytest.mark.parametrize(("said", "waited_for"), [(None, None), (0, 1), (1, 1), (2, 2), (4096, 4096)])
+def test_cuda_array_interface_names_its_stream(said: int | None, waited_for: int | None) -> None:
+    """0 is the legacy default stream by another name. Whoever reads the array is not asked."""
+    for consumer in (None, 77):
+        assert arrays.view(CudaArray(stream=said), stream=consumer).stream == waited_for
 
 
 def test_unknown_framework() -> None:
@@ -425,6 +455,20 @@ def test_dlpack_producer_of_read_only_memory() -> None:
     if np.lib.NumpyVersion(np.__version__) < "2.1.0":
         pytest.skip("this NumPy exports no read-only memory")
     assert not arrays.host(Producer(array)).flags.writeable
+
+
+@pytest.mark.parametrize("with_version", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dlpack_producer_on_a_gpu_orders_the_stream_of_the_consumer(dtype: str, with_version: bool) -> None:
+    producer = CudaProducer(dtype, with_version=with_version)
+    seen = arrays.view(producer, stream=77)
+    assert (seen.shape, seen.strides, seen.dtype) == ((ROWS, COLUMNS), (COLUMNS, 1), dtype)
+    assert (seen.device, seen.framework, seen.pointer) == ("cuda:2", "cupy", address(producer.array))
+    assert producer.asked == [seen.stream] == [77]
+    # Without one it is the legacy default stream, which DLPack has no other number for.
+    for nobody in (None, 0):
+        assert arrays.view(producer, stream=nobody).stream == arrays.CUDA_STREAM_LEGACY
+    assert producer.asked == [77, arrays.CUDA_STREAM_LEGACY, arrays.CUDA_STREAM_LEGACY]
 
 
 def test_dlpack_memory_is_released() -> None:

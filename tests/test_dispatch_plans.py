@@ -106,7 +106,8 @@ class Dispatches:
         def build(*arguments: Any) -> DispatchRequest:
             return DispatchRequest.of(*arguments, owner=self, num_ranks=NUM_RANKS, place=PLACE)
 
-        found, pointers, objects = self.plans.find(given, options, build, NUM_SMS)
+        found, pointers, objects, streams = self.plans.find(given, options, build, NUM_SMS)
+        assert streams == ()
         assert len(pointers) == len(objects) == 5
         assert [each is None for each in objects] == [
             False,

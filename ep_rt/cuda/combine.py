@@ -19,7 +19,7 @@ from .internode import Internode, Returning, ReturnPlaces
 from .launch import Launch
 from .layout import OFFSET_UNIT, align_up
 from .operations import Operations
-from .plans import Plans, seen
+from .plans import Plans, producers, seen
 from .pool import Lease
 
 
@@ -124,6 +124,7 @@ class Combine:
         key: Hashable = None
         kind_key: Hashable = None
         found = None
+        streams: tuple[int, ...] = ()
         is_mine = type(handle) is CudaDispatchHandle and handle.owner is self._owner
         if is_mine and (glanced := glance(objects)) is not None:
             facts, pointers = glanced
@@ -138,13 +139,14 @@ class Combine:
             request = build(*given)
             views = request.x, request.topk_weights, *request.biases
             pointers, objects = seen(*views)
+            streams = producers(*views)
             if kind_key is None:
                 kind_key = (lasting_facts(views), schedule.num_sms, handle.lasting_facts)
             kind = self._kinds.find(kind_key)
             if kind is None:
                 kind = self._kinds.keep(kind_key, self._prepare(request, schedule.num_sms))
             found = self._plans.keep(key, self._sized(kind, handle))
-        return self._run(found, pointers, objects, handle, schedule)
+        return self._run(found, pointers, objects, streams, handle, schedule)
 
     def _prepare(self, request: CombineRequest, num_sms: int) -> _Kind:
         domain, x, weights = self._domain, request.x, request.topk_weights
@@ -212,12 +214,13 @@ class Combine:
         found: _Plan,
         pointers: Sequence[int],
         objects: Sequence[Any],
+        streams: tuple[int, ...],
         handle: CudaDispatchHandle,
         schedule: Schedule,
     ) -> Combined:
         domain, inputs, kind = self._domain, self._inputs, found.kind
         domain.check()
-        call = domain.begin(kind.frameworks, objects, schedule)
+        call = domain.begin(kind.frameworks, objects, schedule, streams)
         x, weights = found.x, found.weights
         # Where peers find them, or where there is room for a copy that they find.
         x_at: int | Lease

@@ -95,20 +95,21 @@ class Dispatch:
         Args:
             given, options: the caller's arguments; `build` makes a checked request of all of them.
         """
-        found, pointers, objects = self._plans.find(given, options, build, schedule.num_sms)
-        return self._run(found, pointers, objects, given[1], schedule)
+        found, pointers, objects, producers = self._plans.find(given, options, build, schedule.num_sms)
+        return self._run(found, pointers, objects, producers, given[1], schedule)
 
     def _run(
         self,
         found: Plan,
         pointers: list[int],
         objects: Sequence[Any],
+        producers: tuple[int, ...],
         handle: CudaDispatchHandle | None,
         schedule: Schedule,
     ) -> Dispatched:
         domain, kind = self._domain, found.kind
         domain.check()
-        call = domain.begin(kind.frameworks, objects, schedule)
+        call = domain.begin(kind.frameworks, objects, schedule, producers)
         is_exact, num_rows = kind.is_exact, found.num_rows
         if is_exact and call.is_capturing:
             raise ConfigError(

@@ -15,7 +15,7 @@ from .inputs import Input, Inputs, itemsize
 from .launch import Launch
 from .memory import device_errors
 from .operations import Operations
-from .plans import Plans, seen
+from .plans import Plans, producers, seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,7 @@ class DispatchLayouts:
         """
         key: Hashable = None
         found = None
+        streams: tuple[int, ...] = ()
         objects: Sequence[object] = (topk_idx,)
         if (glanced := glance(objects)) is not None:
             facts, pointers = glanced
@@ -75,8 +76,9 @@ class DispatchLayouts:
         if found is None:
             request = build(topk_idx, num_experts)
             pointers, objects = seen(request.topk_idx)
+            streams = producers(request.topk_idx)
             found = self._plans.keep(key, self._prepare(request))
-        return self._run(found, pointers[0], objects, schedule)
+        return self._run(found, pointers[0], objects, streams, schedule)
 
     def _prepare(self, request: LayoutRequest) -> _Plan:
         ids, num_ranks = request.topk_idx, self._topology.num_ranks
@@ -101,11 +103,16 @@ class DispatchLayouts:
         )
 
     def _run(
-        self, found: _Plan, pointer: int, objects: Sequence[object], schedule: Schedule
+        self,
+        found: _Plan,
+        pointer: int,
+        objects: Sequence[object],
+        streams: tuple[int, ...],
+        schedule: Schedule,
     ) -> DispatchLayout:
         domain = self._domain
         domain.check()
-        call = domain.begin(found.frameworks, objects, schedule)
+        call = domain.begin(found.frameworks, objects, schedule, streams)
         block = domain.heap.take(found.num_bytes, is_capturing=call.is_capturing)
         domain.order(call)
         base = block.pointer

@@ -24,7 +24,7 @@ from .internode import Bringing, Internode
 from .launch import Launch
 from .layout import MAX_LOCAL_EXPERTS, ReceivedRow, ReceiveLayout
 from .operations import Operations
-from .plans import Plans, seen
+from .plans import Plans, producers, seen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,8 +143,9 @@ class DispatchPlans:
         options: tuple[Hashable, ...],
         build: Callable[..., DispatchRequest],
         num_sms: int,
-    ) -> tuple[Plan, list[int], Sequence[Any]]:
-        """The plan of a call; of x, scale factors, ids, weights and flags the addresses, and what owns them.
+    ) -> tuple[Plan, list[int], Sequence[Any], tuple[int, ...]]:
+        """The plan of a call; of x, scale factors, ids, weights and flags the addresses, and what owns them;
+        streams that those name, or were exported to.
 
         Args:
             given, options: the caller's arguments; `build` makes a checked request of all of them.
@@ -163,12 +164,13 @@ class DispatchPlans:
             key = (facts, options, num_sms, None if handle is None else handle.facts)
             found = self._plans.find(key)
             if found is not None:
-                return found, pointers, objects
+                return found, pointers, objects, ()
             if (left := _without_lengths(facts, options, handle)) is not None:
                 kind_key = _kind_key(left, options, num_sms, handle)
                 kind = self._kinds.find(kind_key)
                 if kind is not None and kind.takes(x.shape[0]):
-                    return self._plans.keep(key, self._sized(kind, x.shape[0], handle)), pointers, objects
+                    found = self._plans.keep(key, self._sized(kind, x.shape[0], handle))
+                    return found, pointers, objects, ()
         request = build(*given, *options)
         views = request.x, request.sf, request.topk_idx, request.topk_weights, request.is_token_in_rank
         if kind_key is None and is_plannable:
@@ -176,7 +178,8 @@ class DispatchPlans:
         kind = self._kinds.find(kind_key)
         if kind is None:
             kind = self._kinds.keep(kind_key, self._prepare(request, num_sms))
-        return self._plans.keep(key, self._sized(kind, request.x.shape[0], handle)), *seen(*views)
+        found = self._plans.keep(key, self._sized(kind, request.x.shape[0], handle))
+        return found, *seen(*views), producers(*views, request.num_tokens_per_expert)
 
     def _prepare(self, request: DispatchRequest, num_sms: int) -> Kind:
         domain = self._domain
@@ -205,7 +208,9 @@ class DispatchPlans:
         # With expert ids, the destinations are those of the ids.
         views = (x, sf, ids, weights, request.is_token_in_rank if ids is None else None)
         inputs = tuple(None if view is None else Input.of(view) for view in views)
-        frameworks = tuple(dict.fromkeys(view.framework for view in views if view is not None))
+        # The host reads the counts once the call has counted.
+        made = (*views, request.num_tokens_per_expert if ids is None else None)
+        frameworks = tuple(dict.fromkeys(view.framework for view in made if view is not None))
         num_topk = 0 if ids is None else ids.shape[1]
         handle = request.handle
         assert handle is None or isinstance(handle, CudaDispatchHandle)  # its owner is this buffer

@@ -56,11 +56,21 @@ class Call:
         stream: where its work goes.
         streams: on which its inputs were made, and its results are used.
         frameworks: of its inputs, distinct, the one of the results first.
+        producers: on which its inputs were made, too: of arrays that name one, or were exported to one.
         inputs: the arrays it reads.
         temporaries: memory that its work uses and nobody else holds.
     """
 
-    __slots__ = ("frameworks", "inputs", "is_capturing", "schedule", "stream", "streams", "temporaries")
+    __slots__ = (
+        "frameworks",
+        "inputs",
+        "is_capturing",
+        "producers",
+        "schedule",
+        "stream",
+        "streams",
+        "temporaries",
+    )
 
     def __init__(
         self,
@@ -70,6 +80,7 @@ class Call:
         inputs: Sequence[object],
         schedule: Schedule,
         is_capturing: bool,
+        producers: tuple[int, ...] = (),
     ) -> None:
         self.stream = stream
         self.streams = streams
@@ -77,6 +88,7 @@ class Call:
         self.inputs = inputs
         self.schedule = schedule
         self.is_capturing = is_capturing
+        self.producers = producers
         self.temporaries: list[Lease | Block] = []
 
     def keep_with(self, result: Lease | Block, *others: Lease | Block) -> None:
@@ -186,12 +198,19 @@ class Domain:
         if self.watch.word.value:
             self.watch.check()
 
-    def begin(self, frameworks: tuple[str, ...], inputs: Sequence[object], schedule: Schedule) -> Call:
+    def begin(
+        self,
+        frameworks: tuple[str, ...],
+        inputs: Sequence[object],
+        schedule: Schedule,
+        producers: tuple[int, ...] = (),
+    ) -> Call:
         """Choose the stream of a call. Nothing is enqueued.
 
         Args:
             frameworks: see `Call`.
             inputs: to be kept until the call is done.
+            producers: streams that must be waited for before they are read.
         """
         stream = self.comm.pointer
         streams: tuple[int, ...]
@@ -210,16 +229,22 @@ class Domain:
                 "them: give each a non-blocking stream of its own, and make it current"
             )
         is_capturing = self.comm.is_capturing(streams)
-        return Call(stream, streams, frameworks, inputs, schedule, is_capturing)
+        if producers:
+            producers = tuple([each for each in producers if each != stream and each not in streams])
+        return Call(stream, streams, frameworks, inputs, schedule, is_capturing, producers)
 
     def order(self, call: Call) -> None:
         """Let the call's stream wait for what comes before the call. All memory of it was taken.
 
-        With a previous event that is all it waits for, unless memory was given back since it last waited for
-        the caller: that memory may still be read there.
+        With a previous event that is all of the caller's it waits for, unless memory was given back since it
+        last waited for the caller: that memory may still be read there.
         """
         if not call.is_capturing:
             self.turns.begin(call.stream)
+        for stream in call.producers:
+            # A graph cannot wait for what is outside of it. Whoever replays it does.
+            if not call.is_capturing or self.comm.is_capturing((stream,)):
+                self.comm.order(stream, call.stream)
         if call.stream != self.comm.pointer:
             return
         previous = call.schedule.previous_event

@@ -19,7 +19,7 @@ from .launch import Launch
 from .layout import FIRST_COMBINE_ZONE, LOW_LATENCY_RECORD, OFFSET_UNIT, align_up
 from .low_latency_areas import Area, Areas
 from .low_latency_calls import CudaLowLatencyHandle, LowLatencyKernels, run
-from .plans import Plans, seen
+from .plans import Plans, producers, seen
 
 # Of the result, behind the record of the call.
 _OUT_OFFSET: Final = align_up(LOW_LATENCY_RECORD.itemsize, OFFSET_UNIT)
@@ -93,6 +93,7 @@ class LowLatencyCombine:
         key: Hashable = None
         found = None
         objects: Sequence[Any] = given
+        streams: tuple[int, ...] = ()
         is_mine = type(handle) is CudaLowLatencyHandle and handle.owner is self._owner
         if is_mine and (glanced := glance(given)) is not None:
             facts, pointers = glanced
@@ -100,13 +101,13 @@ class LowLatencyCombine:
             found = self._plans.find(key)
         if found is None:
             request = build(*given, handle, *options)
-            pointers, objects = seen(
-                request.x, request.topk_idx, request.topk_weights, request.out, request.wait_stats
-            )
+            views = request.x, request.topk_idx, request.topk_weights, request.out, request.wait_stats
+            pointers, objects = seen(*views)
+            streams = producers(*views)
             found = self._plans.keep(key, self._prepare(request, schedule))
         if with_hook and found.frameworks[0] == "jax" and found.make is not None:
             raise ConfigError("return_recv_hook fills the result later, and JAX arrays are immutable")
-        return self._run(found, pointers, objects, given[3], handle, with_hook, schedule)
+        return self._run(found, pointers, objects, streams, given[3], handle, with_hook, schedule)
 
     def _prepare(self, request: LowLatencyCombineRequest, schedule: Schedule) -> _Plan:
         domain, handle, x = self._domain, request.handle, request.x
@@ -197,6 +198,7 @@ class LowLatencyCombine:
         found: _Plan,
         pointers: Sequence[int],
         objects: Sequence[Any],
+        streams: tuple[int, ...],
         out_array: Any,
         handle: CudaLowLatencyHandle,
         with_hook: bool,
@@ -209,7 +211,7 @@ class LowLatencyCombine:
         x, ids, weights, out, wait_stats = pointers
         if found.is_zero_copy:
             x = self._buffer(handle).pointer
-        call = domain.begin(found.frameworks, objects, schedule)
+        call = domain.begin(found.frameworks, objects, schedule, streams)
         block = domain.heap.take(found.num_bytes, is_capturing=call.is_capturing)
         if found.make is not None:
             out = block.pointer + _OUT_OFFSET

@@ -25,7 +25,7 @@ from .layout import FIRST_COMBINE_ZONE, MAX_LOCAL_EXPERTS, MAX_LOCAL_RANKS, OFFS
 from .low_latency_areas import Area, Areas
 from .low_latency_calls import CudaLowLatencyHandle, HandleLayout, LowLatencyKernels, run
 from .low_latency_plan import AreaShape
-from .plans import Plans, seen
+from .plans import Plans, producers, seen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +98,7 @@ class LowLatencyDispatch:
         key: Hashable = None
         found = None
         objects: Sequence[Any] = given
+        streams: tuple[int, ...] = ()
         if (glanced := glance(given)) is not None:
             facts, pointers = glanced
             key = (facts, options)
@@ -112,10 +113,11 @@ class LowLatencyDispatch:
                 request.topk_weights,
             )
             pointers, objects = seen(*views)
+            streams = producers(*views)
             found = self._plans.keep(key, self._prepare(request, views, schedule))
         if with_hook and found.frameworks[0] == "jax":
             raise ConfigError("return_recv_hook fills the result later, and JAX arrays are immutable")
-        return self._run(found, pointers, objects, with_hook, schedule)
+        return self._run(found, pointers, objects, streams, with_hook, schedule)
 
     def _prepare(
         self, request: LowLatencyDispatchRequest, views: tuple[ArrayView | None, ...], schedule: Schedule
@@ -272,13 +274,14 @@ class LowLatencyDispatch:
         found: _Plan,
         pointers: list[int],
         objects: Sequence[Any],
+        streams: tuple[int, ...],
         with_hook: bool,
         schedule: Schedule,
     ) -> LowLatencyDispatched:
         domain, at, area = self._domain, found.at, found.area
         domain.check()
         area.check(first=0)
-        call = domain.begin(found.frameworks, objects, schedule)
+        call = domain.begin(found.frameworks, objects, schedule, streams)
         block = domain.heap.take(at.end, is_capturing=call.is_capturing)
         results: Block | None = None
         if found.results_bytes:

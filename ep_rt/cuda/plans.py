@@ -32,6 +32,11 @@ class Plans(Generic[PlanT]):
         return plan
 
 
+def producers(*views: ArrayView | None) -> tuple[int, ...]:
+    """Streams that must be waited for before arrays that were looked at are read, distinct."""
+    return tuple(dict.fromkeys(view.stream for view in views if view is not None and view.stream is not None))
+
+
 def seen(*views: ArrayView | None) -> tuple[list[int], list[object]]:
     """Addresses and owners of arrays that were looked at; 0 and None where there is none."""
     return [0 if view is None else view.pointer for view in views], [

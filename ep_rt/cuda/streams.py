@@ -90,12 +90,12 @@ class CommStream:
     def wait_for(self, streams: Iterable[int]) -> None:
         """Later work here comes after the work enqueued on `streams` so far."""
         for stream in streams:
-            self._order(stream, self.pointer)
+            self.order(stream, self.pointer)
 
     def release(self, streams: Iterable[int]) -> None:
         """Later work on `streams` comes after the work enqueued here so far."""
         for stream in streams:
-            self._order(self.pointer, stream)
+            self.order(self.pointer, stream)
 
     def event(self, framework: str) -> CudaEvent:
         """The end of the work enqueued here so far."""
@@ -118,7 +118,8 @@ class CommStream:
         """Destroy the stream. Nobody uses it any more."""
         self._runtime.streamDestroy(self.pointer)
 
-    def _order(self, first: int, then: int) -> None:
+    def order(self, first: int, then: int) -> None:
+        """Later work on `then` comes after the work enqueued on `first` so far."""
         if first != then:
             with device_errors("ordering streams"):
                 self._runtime.eventRecord(self._event.ptr, first)

@@ -133,7 +133,13 @@ class _Domain:
     def results(self, columns: Sequence[Any], _framework: str) -> _Results:
         return _Results(columns)
 
-    def begin(self, frameworks: tuple[str, ...], inputs: Sequence[object], schedule: Schedule) -> Call:
+    def begin(
+        self,
+        frameworks: tuple[str, ...],
+        inputs: Sequence[object],
+        schedule: Schedule,
+        producers: tuple[int, ...] = (),
+    ) -> Call:
         return Call(0, (0,), frameworks, inputs, schedule, False)
 
     def finish(self, call: Call) -> EventOverlap:
