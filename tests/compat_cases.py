@@ -15,6 +15,7 @@ from torch_places import NUM_TOKENS, Streams
 
 from ep_rt import arrays, reference
 from ep_rt.compat import deep_ep
+from ep_rt.compat.deep_ep.utils import gate, math, refs
 
 BF16 = ml_dtypes.bfloat16
 FP8 = ml_dtypes.float8_e4m3fn
@@ -535,6 +536,111 @@ def check_tuning(buffer: Any) -> None:
         combined_x, _, _ = buffer.combine(recv_x, handle, config=config)
         assert torch.equal(recv_x, first)
         assert torch.equal(combined_x, num_ranks * x)
+
+
+def check_elastic_refs(
+    buffer: Any, *, use_fp8: bool, num_biases: int, do_cpu_sync: bool = True, rounds_nodes: bool = False
+) -> None:
+    """A layer of an elastic buffer beside DeepEP's helpers, bit for bit, as its own test compares.
+
+    Ranks are those of torch's default process group. One has no token, and some tokens miss experts.
+
+    Args:
+        rounds_nodes: a combine rounds the sums of each node.
+    """
+    num_ranks, rank = buffer.num_ranks, buffer.rank_idx
+    num_max, hidden, num_topk, num_experts = 16, 256, 5, 3 * num_ranks
+    num_tokens = 0 if rank == 1 else num_max - rank
+    scores = gate.get_unbalanced_scores(num_tokens, num_experts, num_ranks, num_topk, 1.0, False)
+    topk_weights, topk_idx = torch.topk(scores.float(), num_topk, dim=-1, sorted=False)
+    topk_idx.masked_fill_(torch.rand(topk_idx.shape) < 0.2, -1)
+    topk_weights.masked_fill_(topk_idx < 0, 0)
+    x = torch.randn(num_tokens, hidden, dtype=torch.bfloat16)
+    given = math.per_token_cast_to_fp8(x) if use_fp8 else x
+    bias = tuple(torch.randn(num_tokens, hidden, dtype=torch.bfloat16) for _ in range(num_biases))
+
+    def dispatch(**options: Any) -> Any:
+        return buffer.dispatch(given, **options)
+
+    routing = {
+        "topk_idx": topk_idx,
+        "topk_weights": topk_weights,
+        "num_experts": num_experts,
+        "num_max_tokens_per_rank": num_max,
+        "do_cpu_sync": do_cpu_sync,
+    }
+    recv_x, recv_idx, recv_weights, handle, _ = dispatch(**routing)
+    cached_x, cached_idx, _, _, _ = dispatch(handle=handle)
+    out_x, none, out_weights, out_handle, _ = dispatch(**routing, expert_alignment=8, do_expand=True)
+    again_x, _, again_weights, _, _ = dispatch(
+        handle=out_handle, topk_weights=topk_weights, do_expand=True, do_zero_padding=True
+    )
+    assert none is None
+
+    # What came, against torch's own collectives.
+    ref_x, ref_idx, ref_weights, ref_src, ref_counts = refs.dispatch(
+        given, topk_idx, topk_weights, num_max, num_experts
+    )
+    num_received = int(handle.psum_num_recv_tokens_per_scaleup_rank[-1])
+    assert num_received == int(out_handle.psum_num_recv_tokens_per_scaleup_rank[-1]) == len(ref_src)
+    received = slice(num_received)
+    parts = [recv_x, cached_x, ref_x, out_x, again_x]
+    for got, cached, ref, out, again in zip(*parts, strict=True) if use_fp8 else [parts]:
+        assert got.dtype == cached.dtype == out.dtype == ref.dtype
+        slots = out_handle.recv_src_metadata[received, 2:]
+        token, column = torch.nonzero(slots >= 0, as_tuple=True)
+        rows = slots[token, column].long()
+        for each in (got[received], cached[received]):
+            assert same_bytes(each, ref)
+        for each in (out, again):
+            assert same_bytes(rows_at(each, rows), rows_at(ref, token))
+        is_padding = torch.ones(len(again), dtype=torch.bool)
+        is_padding[rows] = False
+        assert not rows_at(again, is_padding).view(torch.uint8).any()
+        for each in (out_weights, again_weights):
+            assert torch.equal(each[rows], ref_weights[token, column])
+        assert not again_weights[is_padding].any()
+    assert torch.equal(recv_idx[received], ref_idx)
+    assert torch.equal(cached_idx[received], ref_idx)
+    assert torch.equal(recv_weights[received], ref_weights.masked_fill(ref_idx < 0, 0))
+    src = handle.recv_src_metadata[received, 0]
+    assert torch.equal(src, ref_src)
+    assert torch.equal(src, out_handle.recv_src_metadata[received, 0])
+    assert torch.equal(src.long() // num_max, torch.arange(num_ranks).repeat_interleave(ref_counts))
+
+    # What comes back, against the sums that every rank can make.
+    def made(tokens: Any, ids: Any) -> Any:
+        rows = refs.generate_pre_combine_data(tokens, num_max, num_topk, hidden)
+        rows[ids < 0] = 0
+        return rows
+
+    expected = refs.combine(
+        made(rank * num_max + torch.arange(num_tokens), topk_idx),
+        topk_idx,
+        buffer.num_scaleout_ranks,
+        buffer.num_scaleup_ranks,
+        num_experts,
+        (None, bias[0] if bias else None, bias)[num_biases],
+        True,
+        rounds_nodes,
+    )
+    rows = made(src, ref_idx)
+    y = torch.full((len(recv_weights), hidden), torch.nan, dtype=torch.bfloat16)
+    y[received] = refs.ordered_accumulate(rows)
+    out_y = torch.full((len(out_weights) + 1, hidden), torch.nan, dtype=torch.bfloat16)
+    out_y[out_handle.recv_src_metadata[received, 2:].flatten().long()] = rows.view(-1, hidden)
+    biases = {"bias": bias if num_biases == 2 else bias[0]} if bias else {}
+    back, weights_back, _ = buffer.combine(y, handle, recv_weights, **biases)
+    out_back, out_weights_back, _ = buffer.combine(out_y[:-1], out_handle, out_weights, **biases)
+    for got, weights in ((back, weights_back), (out_back, out_weights_back)):
+        assert torch.equal(got, expected)
+        assert torch.equal(weights, topk_weights)
+
+
+def same_bytes(one: Any, other: Any) -> bool:
+    """Of two tensors, of any dtype."""
+    in_bytes, others = (each.contiguous().view(torch.uint8) for each in (one, other))
+    return one.shape == other.shape and bool(torch.equal(in_bytes, others))
 
 
 def check_masks(buffer: Any) -> None:

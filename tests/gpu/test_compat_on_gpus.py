@@ -333,6 +333,14 @@ def test_torch_process_groups(backend: str) -> None:
             cases.check_low_latency(buffer, 1, reduce=REDUCE)
         with elastic_buffer(world) as buffer:
             cases.check_elastic(buffer, 3, summed_ranks=RANKS_PER_NODE)
+            for use_fp8, num_biases, do_cpu_sync in ((False, 2, True), (True, 1, False), (False, 0, False)):
+                cases.check_elastic_refs(
+                    buffer,
+                    use_fp8=use_fp8,
+                    num_biases=num_biases,
+                    do_cpu_sync=do_cpu_sync,
+                    rounds_nodes=bool(RANKS_PER_NODE),
+                )
         dist.destroy_process_group()
 
     run_torch("mpi", body)

@@ -7,14 +7,15 @@ Programs run unchanged after::
     sys.modules["deep_ep"] = deep_ep
 
 Calls, argument order, tuples, dtypes and strides are those of DeepEP; `Buffer` and `ElasticBuffer` say what
-differs. The files of this package hold names only and import absolutely: under the name ``deep_ep`` Python
-loads the submodules a second time, and what they name must stay the same.
+differs. Under the name ``deep_ep`` Python loads the submodules a second time, and what they name must stay
+the same: the files of this package import absolutely, and hold names only, or functions that keep nothing.
 """
 
 from typing import Any
 
 from ep_rt.compat.buffer import Buffer
 from ep_rt.compat.config import Config
+from ep_rt.compat.deep_ep.utils.envs import get_logical_domain_size, get_physical_domain_size
 from ep_rt.compat.elastic import ElasticBuffer
 from ep_rt.compat.ep_handle import EPHandle
 from ep_rt.compat.events import EventHandle
@@ -23,7 +24,17 @@ from ep_rt.events import EventOverlap
 __version__ = "1.2.1"
 """Of the interface that is followed."""
 
-__all__ = ["Buffer", "Config", "EPHandle", "ElasticBuffer", "EventHandle", "EventOverlap", "topk_idx_t"]
+__all__ = [
+    "Buffer",
+    "Config",
+    "EPHandle",
+    "ElasticBuffer",
+    "EventHandle",
+    "EventOverlap",
+    "get_logical_domain_size",
+    "get_physical_domain_size",
+    "topk_idx_t",
+]
 
 
 def __getattr__(name: str) -> Any:
