@@ -332,23 +332,23 @@ def test_rank_that_dies_is_masked_and_the_others_go_on(lost: int) -> None:
 
     def run(group: Group) -> None:
         try:
-            buffer = Buffer(group, backend="host", enable_shrink=True, timeout_s=1.0)
+            buffer = Buffer(group, backend="host", enable_shrink=True, timeout_s=2.0)
             check_low_latency(buffer, 2)
             if group.rank == lost:
                 return
             time.sleep(0.3 * group.rank)
             began = time.monotonic()
             shrunk_round(buffer, lost=lost)
-            assert time.monotonic() - began < 2.5
+            assert time.monotonic() - began < 4.5
             began = time.monotonic()
             shrunk_round(buffer, lost=lost)  # masked now: nobody waits any more
-            assert time.monotonic() - began < 0.8
+            assert time.monotonic() - began < 1.8
             status = np.zeros(3, np.int32)
             buffer.low_latency_query_mask_buffer(status)
             assert status.tolist() == [int(rank == lost) for rank in range(3)]
             began = time.monotonic()
             buffer.close()
-            assert time.monotonic() - began < 0.8
+            assert time.monotonic() - began < 1.8
         except BaseException as error:
             failures.append(error)
 
