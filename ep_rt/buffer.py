@@ -60,8 +60,8 @@ class Buffer:
 
     The calls carry the names and the argument order of DeepEP's ``Buffer``; results are named tuples in its
     order. Arrays may be CuPy, PyTorch or JAX on the GPU that is current when the buffer is made or, on the
-    host backend, NumPy, PyTorch or JAX in CPU memory. Results come back in the framework of the array they
-    belong to, without a copy.
+    host backend, NumPy, PyTorch or JAX in CPU memory. Results come back in the framework of `x`, without a
+    copy; what is made of `topk_idx` alone, in that of this array.
 
     Unless said otherwise a call is collective: every rank makes the same calls in the same order.
     Wrong arguments on any rank, arguments that must agree and do not, and ranks making different calls raise

@@ -234,6 +234,7 @@ def test_config_and_hints() -> None:
     with pytest.raises(ep_rt.ConfigError, match="num_sms=0"):
         deep_ep.Config(0)
     assert config.get_nvl_buffer_size_hint(14336, 8) >= 2 * 8 * 8192 * 14336
+    assert config.get_nvl_buffer_size_hint(14336, 64) == config.get_nvl_buffer_size_hint(14336, 16)
     assert config.get_rdma_buffer_size_hint(14336, 8) == 0
     plain = ep_rt.Buffer.get_low_latency_rdma_size_hint(128, 7168, 8, 256)
     assert deep_ep.Buffer.get_low_latency_rdma_size_hint(128, 7168, 8, 256) > plain

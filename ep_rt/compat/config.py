@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from .. import config
+
+_MOST_RANKS: Final = 16
 
 
 class Config(config.Config):
@@ -25,8 +29,9 @@ class Config(config.Config):
         )
 
     def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
-        """Bytes to pass as ``num_nvl_bytes``: for two results of 8192 tokens from every rank.
+        """Bytes to pass as ``num_nvl_bytes``: for two results of 8192 tokens from every rank, at most 16.
 
-        In DeepEP these bytes are rings, whatever the number of tokens; here results lie in them.
+        In DeepEP these bytes are rings, whatever the number of tokens; here results lie in them. With more
+        ranks that is room for twice what a rank receives on average of tokens with 8 experts.
         """
-        return 2 * super().get_nvl_buffer_size_hint(hidden_bytes, num_ranks)
+        return 2 * super().get_nvl_buffer_size_hint(hidden_bytes, min(num_ranks, _MOST_RANKS))

@@ -143,7 +143,7 @@ class HostEngine:
         def result(array: Array | None, like: ArrayView | None) -> Any:
             if array is None or like is None:
                 return None
-            return arrays.to_framework(array[:num_rows], like.framework)
+            return arrays.to_framework(array[:num_rows], request.x.framework)
 
         out_x = result(recv_x, request.x)
         return Dispatched(
@@ -189,7 +189,7 @@ class HostEngine:
         weights_back = None
         if weights is not None:
             summed = self._sum_rows(weights.numpy(), request, payloads[self._rank], counts, ())
-            weights_back = arrays.to_framework(summed, weights.framework)
+            weights_back = arrays.to_framework(summed, request.x.framework)
         return Combined(
             combined_x=arrays.to_framework(x, request.x.framework),
             combined_topk_weights=weights_back,
