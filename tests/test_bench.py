@@ -130,8 +130,12 @@ def test_row_bytes() -> None:
 
 def result(**changes: Any) -> report.Result:
     times = [
-        Times(kernel_us=(99.0, 100.0, 109.0), op_us=(120.0, 121.0, 122.0), call_us=(9.0, 8.0)),
-        Times(kernel_us=(101.0, 102.0, 103.0), op_us=(120.0, 124.0, 126.0), call_us=(7.0, 8.0)),
+        Times(
+            kernel_us=(99.0, 100.0, 109.0), op_us=(120.0, 121.0, 122.0), call_us=(9.0, 8.0), ahead_us=(4.0,)
+        ),
+        Times(
+            kernel_us=(101.0, 102.0, 103.0), op_us=(120.0, 124.0, 126.0), call_us=(7.0, 8.0), ahead_us=(5.0,)
+        ),
     ]
     traffic = Traffic(received=(10, 30), sent_away=(10, 20), received_from_others=(20, 10))
     facts = {"element": "bf16", "num_tokens": 40, "num_sms": 16, "operation": "dispatch", "row_bytes": 1000}
@@ -174,7 +178,8 @@ def test_line_fits_its_columns_and_a_terminal() -> None:
     printed = report.line(found, result())
     assert "101.0 (100.0-102.0)" in printed
     assert "122.5 (121.0-124.0)" in printed
-    assert printed.split()[-4:] == ["8.0", "0.2", "0.1", "30%"]
+    assert printed.split()[-4:] == ["4.5", "0.2", "0.1", "30%"]
+    assert printed.split()[-5] == "8.0"
     assert len(printed) == len(report.COLUMNS) <= 120
     slow = report.Reading(((123456.7,), (234567.8,)))
     wide = result(kernel=None, call=None, op=slow, num_sms=None, operation=max(OPERATIONS, key=len))
