@@ -16,11 +16,8 @@ Every call is one of `ep_rt.Buffer`, and so is every step of a backward pass:
 Within a compiled program XLA calls back into Python, once for each call, with its own buffers: what
 ``jax.experimental.buffer_callback`` does, with a token besides. On a GPU the callback enqueues on XLA's
 stream, waits for nothing, and copies results to XLA's memory there. The program holds all of a handle in its
-own arrays, so residuals and several uses of a handle are as for any array, and on CPUs so are loops and
-conditionals.
-On GPUs ``lax.scan``, ``lax.while_loop`` and ``lax.cond`` over these calls raise `NotImplementedError`: XLA of
-JAX 0.11.2 ends the process when it compiles a loop with such a call ("Check failed: shape.IsArray()"). A
-Python loop is unrolled, and works.
+own arrays, so residuals and several uses of a handle are as for any array, and so are loops and branches,
+which all ranks must go through alike. On GPUs those take JAX 0.11, and raise `NotImplementedError` before.
 
 Order     a call is an ordered effect, as ordered ones of ``jax.debug`` are: XLA makes the calls of a
           program, and of programs started one after another, in the order in which the functions were

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax._src import core, effects
 from jax.extend.core import Primitive
+from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import batching, mlir
 
 from . import arrays
@@ -61,12 +62,13 @@ class _CallEffect(effects.Effect):  # type: ignore[misc]  # see pyproject.toml: 
 
 class _GpuCallEffect(effects.Effect):  # type: ignore[misc]
     def __str__(self) -> str:
-        return "ep_rt call on a GPU, whose token XLA cannot carry through a loop or a branch"
+        return "ep_rt call on a GPU, which was not tried in a loop or a branch with this JAX"
 
     __repr__ = __str__
 
 
 _EFFECT, _GPU_EFFECT = _CallEffect(), _GpuCallEffect()
+_LOOPS_ON_GPUS = (0, 11)  # from there on they were tried
 for _allowed in (
     "ordered_effects",
     "lowerable_effects",
@@ -77,7 +79,7 @@ for _allowed in (
 ):
     if hasattr(effects, _allowed):
         getattr(effects, _allowed).add_type(_CallEffect)
-        if _allowed != "control_flow_allowed_effects":
+        if _allowed != "control_flow_allowed_effects" or jax.__version_info__ >= _LOOPS_ON_GPUS:
             getattr(effects, _allowed).add_type(_GpuCallEffect)
 
 
@@ -116,6 +118,9 @@ def _lower(ctx: Any, *operands: Any, call: Call) -> Any:
     ctx.module_context.add_host_callback(callback)
     number = np.uint64(len(ctx.module_context.host_callbacks) - 1)
     token = core.abstract_token
+    on_gpu = platforms[0] == "cuda"
+    if on_gpu:
+        operands = tuple(_apart(operands))
     lowered = jax.ffi.ffi_lowering(_TARGETS[platforms[0]], has_side_effect=True)(
         ctx.replace(avals_in=[token, *ctx.avals_in], avals_out=[token, *ctx.avals_out]),
         ctx.tokens_in.get(effect),
@@ -123,7 +128,16 @@ def _lower(ctx: Any, *operands: Any, call: Call) -> Any:
         index=number,
     )
     ctx.set_tokens_out(ctx.tokens_in.update_tokens(mlir.TokenSet({effect: lowered[0]})))
-    return lowered[1:]
+    return _apart(lowered[1:]) if on_gpu else lowered[1:]
+
+
+def _apart(values: Sequence[Any]) -> Sequence[Any]:
+    """The same values, which XLA does not fuse with what makes or takes them.
+
+    In a loop that is a slice of an array of all rounds. XLA of JAX 0.11.2 makes a fusion of such a slice and
+    the call (dynamic-slice-fusion-rewriter-v2), and ends the process when it asks for the size of the token.
+    """
+    return stablehlo.OptimizationBarrierOp(values).results if values else values
 
 
 call_p = Primitive("ep_rt_call")

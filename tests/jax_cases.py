@@ -251,6 +251,32 @@ def deep_dense(topk_idx: Array, inputs: Inputs) -> Array:
     return deep.x + dense(topk_idx, inputs)
 
 
+def check_decided(buffer: ep_rt.Buffer, options: dict[str, Any]) -> None:
+    """Layers in one branch, and as often as the data say; all ranks decide alike."""
+    case = Case.of(buffer.rank)
+    one = partial(layer, buffer, options, case.topk_idx)
+
+    def choose(is_moe: Array, inputs: Inputs) -> Array:
+        return jax.lax.cond(is_moe, one, lambda inputs: inputs.x, inputs)
+
+    chosen = jax.jit(choose)
+    assert same(chosen(True, case.inputs), dense(case.topk_idx, case.inputs))
+    assert same(chosen(False, case.inputs), case.inputs.x)
+
+    def repeat(times: Array, inputs: Inputs) -> Array:
+        def again(state: Any) -> Any:
+            count, inputs = state
+            return count + 1, inputs._replace(x=0.5 * one(inputs))
+
+        return jax.lax.while_loop(lambda state: state[0] < times, again, (0, inputs))[1].x
+
+    repeated, expected = jax.jit(repeat), case.inputs
+    for times in range(2):  # further squares would have more bits than float32
+        assert same(repeated(times, case.inputs), expected.x)
+        expected = expected._replace(x=0.5 * dense(case.topk_idx, expected))
+    np.testing.assert_allclose(repeated(3, case.inputs), 0.5 * dense(case.topk_idx, expected), rtol=1e-5)
+
+
 def check_deep(buffer: ep_rt.Buffer, options: dict[str, Any], form: str, way: Way) -> None:
     """Against dense layers on this rank; sums differ in their order."""
     case = Case.of(buffer.rank)

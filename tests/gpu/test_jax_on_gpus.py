@@ -8,8 +8,6 @@ What these tests share with those of the host backend is in jax_cases.py.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +27,7 @@ from jax_cases import (  # noqa: E402
     ORDER_FORMS,
     STATIC,
     Case,
+    check_decided,
     check_deep,
     check_gradients,
     check_oracle,
@@ -106,61 +105,22 @@ def test_gradients_in_a_program(options: dict[str, Any]) -> None:
     run(lambda buffer: check_gradients(buffer, options, jax.jit))
 
 
-@pytest.mark.parametrize("form", ["plain", "jit", "checkpoint"])
+@pytest.mark.parametrize("form", ["plain", "jit", "checkpoint", "scan", "scan of checkpoints"])
 @static
 def test_layers_in_a_program(options: dict[str, Any], form: str) -> None:
     with jax.default_matmul_precision("highest"):
         run(lambda buffer: check_deep(buffer, options, form, jax.jit))
 
 
+@pytest.mark.parametrize("form", ["plain", "scan", "scan of checkpoints"])
+def test_layers_in_eager_functions(form: str) -> None:
+    with jax.default_matmul_precision("highest"):
+        run(lambda buffer: check_deep(buffer, STATIC["expert-worst"], form, eager))
+
+
 @static
-def test_loops_are_refused(options: dict[str, Any]) -> None:
-    """XLA ends the process when it compiles one for a GPU."""
-
-    def body(buffer: Any) -> None:
-        with pytest.raises(NotImplementedError, match="through a loop"):
-            check_deep(buffer, options, "scan", jax.jit)
-
-    run(body)
-
-
-LOOP = """
-import jax
-import jax.numpy as jnp
-from jax._src import effects
-import ep_rt
-import ep_rt.jax
-from ep_rt import jax_calls
-
-effects.control_flow_allowed_effects.add_type(jax_calls._GpuCallEffect)
-
-def step(x, ids):
-    sent = ep_rt.jax.dispatch(buffer, x, ids, num_experts=1, num_worst_tokens=4)
-    return ep_rt.jax.combine(sent.recv_x, sent.handle).combined_x
-
-@jax.jit
-def loop(x, ids):
-    return jax.lax.scan(lambda x, _: (step(x, ids), None), x, None, length=3)[0]
-
-with ep_rt.Buffer(ep_rt.groups.thread_groups(1)[0], 1 << 26, backend="cuda") as buffer:
-    x, ids = jnp.ones((4, 8), jnp.float32), jnp.zeros((4, 1), jnp.int32)
-    assert (jax.jit(step)(x, ids) == 1).all()
-    print("compiling a loop", flush=True)
-    assert (loop(x, ids) == 1).all()
-    print("it ran", flush=True)
-"""
-
-
-@pytest.mark.skipif(IS_UNDER_MPI, reason="starts a process of its own")
-def test_loops_are_refused_because_xla_ends_the_process() -> None:
-    """Once it does not, loops may be allowed: this fails then."""
-    environ = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false")
-    done = subprocess.run(
-        [sys.executable, "-c", LOOP], env=environ, capture_output=True, text=True, timeout=120
-    )
-    assert done.stdout.splitlines() == ["compiling a loop"], done.stderr[-2000:]
-    assert done.returncode < 0
-    assert "shape.IsArray()" in done.stderr
+def test_branches_and_loops_that_data_decide(options: dict[str, Any]) -> None:
+    run(lambda buffer: check_decided(buffer, options))
 
 
 @pytest.mark.parametrize("form", ORDER_FORMS)
