@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import inspect
 import os
 import subprocess
@@ -162,6 +164,14 @@ def test_the_names_are_the_same_objects_by_either_module() -> None:
         "assert deep_ep.buffers.legacy.Buffer is Buffer and deep_ep.buffers.elastic.EPHandle is EPHandle\n"
         "assert deep_ep.buffers.elastic.ElasticBuffer is ElasticBuffer\n"
         "assert deep_ep.utils.event.EventOverlap is EventOverlap\n"
+        "import deep_ep._C as compiled\n"
+        "assert compiled.EventHandle is EventHandle and compiled.Config is Config\n"
+        "assert compiled.topk_idx_t is topk_idx_t\n"
+        "sys.modules['deep_ep_cpp'] = here\n"
+        "from deep_ep_cpp import Config as other\n"
+        "assert other is Config\n"
+        "import importlib.util\n"
+        "assert all(map(importlib.util.find_spec, ('deep_ep', 'deep_ep.utils')))\n"
         "print(topk_idx_t)\n"
     )
     done = subprocess.run(
@@ -172,8 +182,9 @@ def test_the_names_are_the_same_objects_by_either_module() -> None:
         check=True,
     )
     assert done.stdout.split() == ["False", "torch.int64"]
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        deep_ep.nothing  # noqa: B018
+    for module in (deep_ep, importlib.import_module("ep_rt.compat.deep_ep._C")):
+        with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+            module.nothing  # noqa: B018
     for name in deep_ep.__all__:
         assert getattr(deep_ep, name) is not None
     for kind in (deep_ep.Buffer, deep_ep.ElasticBuffer):
@@ -268,7 +279,56 @@ def one_rank(**options: Any) -> Any:
     return deep_ep.Buffer(ep_rt.groups.thread_groups(1)[0], backend="host", **options)
 
 
-def test_a_handle_that_was_taken_apart_is_refused() -> None:
+class Sent(torch.autograd.Function):  # type: ignore[misc]  # mypy does not see torch
+    """A dispatch whose backward has nothing of the handle but its elements, kept by autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, buffer: Any, ids: Any) -> Any:
+        _, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(ids, 8)
+        recv_x, _, _, _, handle, _ = buffer.dispatch(
+            x, topk_idx=ids, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert
+        )
+        ctx.save_for_backward(*handle)
+        ctx.buffer = buffer
+        return recv_x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> tuple[Any, None, None]:
+        return ctx.buffer.combine(grad.contiguous(), ctx.saved_tensors)[0], None, None
+
+
+@pytest.mark.parametrize("ranks_per_node", [4, 2])
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_a_normal_handle_comes_back_as_its_elements(ranks_per_node: int, is_checkpointed: bool) -> None:
+    def run(group: Group) -> None:
+        buffer = deep_ep.Buffer(group, int(1e9), int(1e9), backend="host", ranks_per_node=ranks_per_node)
+        ids = torch.tensor([[0, 1], [2, 7], [6, -1], [4, 3]]).roll(group.rank, dims=0)
+        x = torch.full((4, 128), 1.0 + group.rank, dtype=torch.bfloat16, requires_grad=True)
+        if is_checkpointed:
+            sent = torch.utils.checkpoint.checkpoint(Sent.apply, x, buffer, ids, use_reentrant=False)
+        else:
+            sent = Sent.apply(x, buffer, ids)
+        gc.collect()
+        sent.float().sum().backward()
+        _, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(ids, 8)
+        assert x.grad[:, 0].tolist() == in_rank.sum(dim=1).tolist()
+
+        first, _, _, _, handle, _ = buffer.dispatch(
+            x.detach(), topk_idx=ids, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert
+        )
+        elements: Any = handle
+        views = [each if each is None else each.detach() for each in elements]
+        again, *_ = buffer.dispatch(x.detach(), handle=views)
+        assert torch.equal(again, first)
+        copies = tuple(each if each is None else each.clone() for each in elements)
+        with pytest.raises(ep_rt.HandleError, match="handle is a tuple"):
+            buffer.combine(first, copies)
+        buffer.destroy()
+
+    ep_rt.run_local(run, 4, timeout_s=20)
+
+
+def test_a_low_latency_handle_that_was_taken_apart_is_refused() -> None:
     buffer = one_rank(low_latency_mode=True)
     x, ids = torch.ones(3, 128, dtype=torch.bfloat16), torch.zeros(3, 1, dtype=torch.int64)
     _, _, handle, _, _ = buffer.low_latency_dispatch(x, ids, 3, 1, use_fp8=False)
@@ -308,7 +368,7 @@ def test_errors_are_those_of_ep_rt() -> None:
     *_, handle, _ = buffer.dispatch(x, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert)
     with pytest.raises(ep_rt.ConfigError, match="give x alone"):
         buffer.dispatch(x, handle, topk_idx=ids)
-    for wrong in (tuple(handle), None):
+    for wrong in ((in_rank, None), None):
         with pytest.raises(ep_rt.HandleError, match="expected a DispatchHandle"):
             buffer.combine(x, wrong)
     low = buffer.low_latency_dispatch(x, ids, 4, 1, use_fp8=False)
@@ -323,6 +383,21 @@ def test_errors_are_those_of_ep_rt() -> None:
     buffer.destroy()
     with pytest.raises(ep_rt.ClosedError):
         buffer.get_dispatch_layout(ids, 1)
+
+
+def test_what_a_buffer_tells() -> None:
+    def run(group: Group) -> None:
+        buffer = deep_ep.Buffer(group, 1000, 1000, num_qps_per_rank=16 / 2, backend="host", ranks_per_node=2)
+        runtime: Any = buffer.runtime
+        assert (runtime.get_num_rdma_ranks(), runtime.get_rdma_rank()) == (2, group.rank // 2)
+        assert runtime.is_available()
+        assert runtime.is_internode_available()
+        buffer.destroy()
+        assert buffer.runtime is None
+        with pytest.raises(ep_rt.ConfigError, match=r"num_qps_per_rank=2\.5 is not an integer"):
+            deep_ep.Buffer(group, num_qps_per_rank=5 / 2, backend="host")
+
+    ep_rt.run_local(run, 4, timeout_s=20)
 
 
 def test_sums_on_the_ranks_of_the_experts_when_asked() -> None:
@@ -362,6 +437,11 @@ def test_what_an_elastic_buffer_tells() -> None:
         assert handle.psum_num_recv_tokens_per_scaleup_rank.tolist() == [2, 4]
         with pytest.raises(ep_rt.HandleError, match="do_expand=True"):
             buffer.dispatch(x, handle=handle, do_expand=True)
+        *_, expanded, _ = buffer.dispatch(x, ids, num_experts=4, num_max_tokens_per_rank=4, do_expand=True)
+        with pytest.raises(ep_rt.HandleError, match="do_expand=False"):
+            buffer.dispatch(x, handle=expanded, do_expand=False)
+        again, *_ = buffer.dispatch(x, handle=expanded)
+        assert again[:, 0].tolist() == [1, 2, 3, 4]
         with pytest.raises(ep_rt.ConfigError, match="those of the handle"):
             buffer.dispatch(x, ids, handle=handle)
         no_handle: Any = None

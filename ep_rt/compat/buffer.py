@@ -12,6 +12,7 @@ from ..events import EventOverlap
 from ..results import Combined, DispatchLayout, LowLatencyCombined
 from .config import Config
 from .handles import ExpertHandle, NormalHandle, unwrapped
+from .runtime import Runtime
 
 _MIN_NVL_BYTES = 1 << 30
 _MEETING_HIDDEN = 128
@@ -29,7 +30,7 @@ class Buffer:
     - Results lie in the memory of `num_nvl_bytes`, which in DeepEP holds rings. Less than 1 GiB is taken as
       1 GiB, and the hints of `Config` have room for usual sizes; where it is not enough, the error says how
       much is. That of `num_rdma_bytes` holds the landing zones of low-latency calls of one shape.
-    - Handles of the normal mode go back whole; `NormalHandle` says which elements there are to look at.
+    - `NormalHandle` says which elements of a handle there are to look at.
     - Construction, `destroy` and the first low-latency call of a shape are collective, and nothing
       collective happens when a buffer is garbage: its memory on a GPU stays until `destroy`, which may
       always be called. With `enable_shrink` a rank that stays away may call it while others go on: it
@@ -44,7 +45,7 @@ class Buffer:
         comm: an mpi4py communicator, in place of `group`.
         num_nvl_bytes, num_rdma_bytes, low_latency_mode, enable_shrink: see `ep_rt.Buffer`.
         allow_nvlink_for_low_latency_mode: see `ep_rt.Buffer`.
-        num_qps_per_rank: what NVSHMEM is told, as in DeepEP.
+        num_qps_per_rank: what NVSHMEM is told, as in DeepEP; 4.0, of a division, is 4.
         allow_mnnvl, use_fabric, explicitly_destroy: accepted; every value means the same.
         options: keywords of `ep_rt.Buffer` that DeepEP does not have: ``backend``, ``timeout_s``,
             ``ranks_per_node``, ``network``.
@@ -53,6 +54,7 @@ class Buffer:
         num_sms: what calls without a `Config` use.
         group, group_size, rank: the peers, as given.
         num_nvl_bytes, num_rdma_bytes, low_latency_mode, explicitly_destroy, enable_shrink: as given.
+        runtime: see `Runtime`; None once destroyed.
 
     Collective.
     """
@@ -65,7 +67,7 @@ class Buffer:
         num_nvl_bytes: int = 0,
         num_rdma_bytes: int = 0,
         low_latency_mode: bool = False,
-        num_qps_per_rank: int = 24,
+        num_qps_per_rank: float = 24,
         allow_nvlink_for_low_latency_mode: bool = True,
         allow_mnnvl: bool = False,
         use_fabric: bool = False,
@@ -82,7 +84,7 @@ class Buffer:
             max(num_nvl_bytes, _MIN_NVL_BYTES) if num_nvl_bytes > 0 else num_nvl_bytes,
             num_rdma_bytes,
             low_latency_mode=low_latency_mode,
-            num_qps_per_rank=num_qps_per_rank,
+            num_qps_per_rank=_whole(num_qps_per_rank),
             allow_nvlink_for_low_latency_mode=allow_nvlink_for_low_latency_mode,
             allow_mnnvl=allow_mnnvl,
             explicitly_destroy=explicitly_destroy,
@@ -96,6 +98,7 @@ class Buffer:
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
+        self.runtime: Runtime | None = Runtime(self._buffer.topology)
         self._device = "cpu" if self._buffer.backend == "host" else "cuda"
         self._raw: dict[bool, Any] = {}
         crosses = self._buffer.topology.num_nodes > 1 or not allow_nvlink_for_low_latency_mode
@@ -104,6 +107,7 @@ class Buffer:
     def destroy(self) -> None:
         """Give everything back. Collective; calling it again does nothing."""
         self._raw.clear()
+        self.runtime = None
         self._buffer.close()
 
     # Tuning and streams.
@@ -381,3 +385,8 @@ class Buffer:
     def low_latency_clean_mask_buffer(self) -> None:
         """Unmask every rank. Local; needs `enable_shrink`."""
         self._buffer.low_latency_clean_mask_buffer()
+
+
+def _whole(number: float) -> Any:
+    """An integer in place of a float that is one; the check of anything else is left to `ep_rt.Buffer`."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number

@@ -181,7 +181,7 @@ class ElasticBuffer:
         handle: EPHandle | None = None,
         do_handle_copy: bool = True,
         do_cpu_sync: bool | None = None,
-        do_expand: bool = False,
+        do_expand: bool | None = None,
         do_zero_padding: bool = False,
         use_tma_aligned_col_major_sf: bool = False,
     ) -> tuple[Any, Any, Any, EPHandle, EventOverlap]:
@@ -196,7 +196,8 @@ class ElasticBuffer:
                 factors then are there after the first wait for the event.
             handle: repeat the routing of an earlier dispatch; with `topk_weights`, these travel too.
             do_cpu_sync: exact shapes, for which the host waits; else as many rows as could arrive.
-            do_expand: a row for each expert of a token, the rows of an expert together.
+            do_expand: a row for each expert of a token, the rows of an expert together. Default: False; with
+                `handle` as its dispatch had it.
             do_zero_padding: of expanded rows.
             use_tma_aligned_col_major_sf: received scale factors column-major, columns at multiples of 16
                 bytes.
@@ -213,6 +214,7 @@ class ElasticBuffer:
         }
         if handle is not None:
             self._check_repeated(handle, topk_idx, do_cpu_sync, do_expand)
+            do_expand = handle.do_expand
             options["config"] = Config(num_sms or handle.num_sms)
             options["zero_padding"] = do_zero_padding
             if topk_weights is None:
@@ -237,6 +239,7 @@ class ElasticBuffer:
                 raise ConfigError("dispatch needs topk_idx and num_experts, or a handle")
             if num_max_tokens_per_rank is None:
                 num_max_tokens_per_rank = self.num_max_tokens_per_rank
+            do_expand = bool(do_expand)
             expert_alignment = 1 if expert_alignment is None else expert_alignment
             do_cpu_sync = True if do_cpu_sync is None else bool(do_cpu_sync)
             num_sms = num_sms or self.get_theoretical_num_sms(num_experts, topk_idx.shape[1])
@@ -328,13 +331,13 @@ class ElasticBuffer:
         return out.combined_x, out.combined_topk_weights if weights_back is None else weights_back, out.event
 
     def _check_repeated(
-        self, handle: EPHandle, topk_idx: Any, do_cpu_sync: bool | None, do_expand: bool
+        self, handle: EPHandle, topk_idx: Any, do_cpu_sync: bool | None, do_expand: bool | None
     ) -> None:
         if not isinstance(handle, EPHandle):
             raise HandleError(f"handle is a {type(handle).__name__}; expected an EPHandle")
         if topk_idx is not None or do_cpu_sync:
             raise ConfigError("with handle= the routing and the shapes are those of the handle")
-        if bool(do_expand) != handle.do_expand:
+        if do_expand is not None and bool(do_expand) != handle.do_expand:
             raise HandleError(f"do_expand={do_expand}; the handle's dispatch had {handle.do_expand}")
 
 

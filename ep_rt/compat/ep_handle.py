@@ -20,7 +20,8 @@ class EPHandle:
         topk_idx: as dispatched; a copy, unless ``do_handle_copy`` was False.
         num_recv_tokens: tokens that were sent here; without ``do_cpu_sync`` rows of the result.
         num_expanded_tokens: rows of an expanded result, else 0.
-        num_recv_tokens_per_expert_list: counts rounded up to `expert_alignment`.
+        num_recv_tokens_per_expert_list: counts rounded up to `expert_alignment`; without ``do_cpu_sync``
+            empty.
         psum_num_recv_tokens_per_scaleup_rank: int32 [num_scaleup_ranks], inclusive, by source rank; between
             nodes by local rank.
         psum_num_recv_tokens_per_expert: int32 [num_local_experts], inclusive, of the rounded counts; if
@@ -60,7 +61,9 @@ class EPHandle:
         self.expert_alignment = expert_alignment
         self.num_max_tokens_per_rank = num_max_tokens_per_rank
         self.num_sms = num_sms
-        self.num_recv_tokens_per_expert_list = handle.num_recv_tokens_per_expert_list
+        self.num_recv_tokens_per_expert_list = (
+            list(handle.num_recv_tokens_per_expert_list) if do_cpu_sync else []
+        )
         self.num_expanded_tokens = handle.num_recv_rows if self.do_expand else 0
         if not do_cpu_sync:
             self.num_recv_tokens = handle.num_recv_rows
@@ -89,7 +92,7 @@ class EPHandle:
     def _make_psum_num_recv_tokens_per_expert(self) -> Any:
         if self.do_expand:
             return self.handle.psum_num_tokens_per_expert
-        return self._tensor(np.cumsum(list(self.num_recv_tokens_per_expert_list)))
+        return self._tensor(np.cumsum(list(self.handle.num_recv_tokens_per_expert_list)))
 
     def _make_num_unaligned_recv_tokens_per_expert(self) -> Any:
         return (

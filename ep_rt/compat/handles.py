@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any, Final, overload
 
 import numpy as np
 
 from ..handle import DispatchHandle, LowLatencyHandle
+
+_MARK: Final = "ep_rt_handle"
 
 
 class Handle(Sequence[Any], abc.ABC):
@@ -58,6 +60,9 @@ class NormalHandle(Handle):
     another matrix, recv_gbl_rank_prefix_sum, recv_src_meta, send_rdma_head, send_nvl_head. There are the
     first, and the seventh, which is as above.
 
+    A tuple of the elements goes back in its place, as from ``ctx.save_for_backward(*handle)`` and
+    ``ctx.saved_tensors``: the memory of the counts remembers the handle. Copies of them do not.
+
     On a GPU the first look waits for the dispatch.
 
     Args:
@@ -81,11 +86,18 @@ class NormalHandle(Handle):
 
         ends = np.cumsum(self.handle.num_recv_tokens_per_rank, dtype=np.int32)
         if self._is_internode:
-            prefix_sum = torch.from_numpy(ends).to(self._device)
+            prefix_sum = self._marked(torch.from_numpy(ends))
             return self._is_token_in_rank, *(None,) * 5, prefix_sum, *(None,) * 3
         matrix = np.full((len(ends), len(ends)), -1, np.int32)
         matrix[:, self._rank] = ends
-        return torch.from_numpy(matrix).to(self._device), None, None, None, self._is_token_in_rank, None
+        return self._marked(torch.from_numpy(matrix)), None, None, None, self._is_token_in_rank, None
+
+    def _marked(self, counts: Any) -> Any:
+        """The same on the device, in memory of its own that leads back to the handle."""
+        counts = counts.to(self._device)
+        # The storage, because autograd returns other tensors of it.
+        setattr(counts.untyped_storage(), _MARK, self.handle)
+        return counts
 
 
 class ExpertHandle(Handle):
@@ -109,4 +121,9 @@ class ExpertHandle(Handle):
 
 def unwrapped(handle: Any) -> Any:
     """What ep_rt's calls take; they raise where it is something else."""
-    return handle.handle if isinstance(handle, Handle) else handle
+    if isinstance(handle, Handle):
+        return handle.handle
+    if isinstance(handle, (tuple, list)):
+        storages = (each.untyped_storage() for each in handle if hasattr(each, "untyped_storage"))
+        return next((getattr(each, _MARK) for each in storages if hasattr(each, _MARK)), handle)
+    return handle

@@ -6,6 +6,9 @@ Programs run unchanged after::
     from ep_rt.compat import deep_ep
     sys.modules["deep_ep"] = deep_ep
 
+What they import from DeepEP's compiled module is in `deep_ep._C`, as from DeepEP's second version on; for
+``from deep_ep_cpp import EventHandle`` say ``sys.modules["deep_ep_cpp"] = deep_ep``, too.
+
 Calls, argument order, tuples, dtypes and strides are those of DeepEP; `Buffer` and `ElasticBuffer` say what
 differs. Under the name ``deep_ep`` Python loads the submodules a second time, and what they name must stay
 the same: the files of this package import absolutely, and hold names only, or functions that keep nothing.
