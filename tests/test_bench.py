@@ -130,11 +130,9 @@ def test_row_bytes() -> None:
 
 def result(**changes: Any) -> report.Result:
     times = [
+        Times(kernel_us=(99.0, 100.0, 109.0), op_us=(120.0, 121.0, 122.0), call_us=(9.0, 8.0), row_us=(4.0,)),
         Times(
-            kernel_us=(99.0, 100.0, 109.0), op_us=(120.0, 121.0, 122.0), call_us=(9.0, 8.0), ahead_us=(4.0,)
-        ),
-        Times(
-            kernel_us=(101.0, 102.0, 103.0), op_us=(120.0, 124.0, 126.0), call_us=(7.0, 8.0), ahead_us=(5.0,)
+            kernel_us=(101.0, 102.0, 103.0), op_us=(120.0, 124.0, 126.0), call_us=(7.0, 8.0), row_us=(5.0,)
         ),
     ]
     traffic = Traffic(received=(10, 30), sent_away=(10, 20), received_from_others=(20, 10))

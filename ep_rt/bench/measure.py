@@ -6,8 +6,8 @@ op       everything included: a CUDA graph of operations back to back, or calls 
          where an operation cannot be captured. On the host, one call after a barrier.
 call     host time until the Python call returns. The stream is idle before each, so that no call waits for
          room in the launch queue.
-ahead    host time of each of some calls in a row, which the device has not done when the last one returns:
-         what a program pays that enqueues faster than the device works. Nothing wakes up, caches are warm.
+row      host time of each of some calls in a row, with nothing between them: nothing wakes up, and caches are
+         warm. Where a call takes the device longer, this is what a program pays whose host is ahead of it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NUM_IN_GRAPH: Final = 20
 
 _NUM_ON_STREAM: Final = 10
 _NUM_CALLS: Final = 20
-_NUM_AHEAD: Final = 50
+_NUM_IN_ROW: Final = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class Times:
     kernel_us: tuple[float, ...] | None
     op_us: tuple[float, ...]
     call_us: tuple[float, ...] | None
-    ahead_us: tuple[float, ...] | None = None
+    row_us: tuple[float, ...] | None = None
 
 
 class Timer(Protocol):
@@ -111,14 +111,14 @@ class CudaTimer:
         self.barrier_us = self._replayed(self._meet)
 
     def measure(self, call: Call) -> Times:
-        kernel_us = ahead_us = None
+        kernel_us = row_us = None
         if call.can_be_captured:
             kernel_us = self.between_barriers(call.run)
             op_us = self._replayed(call.run)
-            ahead_us = self._ahead(call.run)
+            row_us = self._in_row(call.run)
         else:
             op_us = self._on_stream(call.run)
-        return Times(kernel_us=kernel_us, op_us=op_us, call_us=self._returned(call.run), ahead_us=ahead_us)
+        return Times(kernel_us=kernel_us, op_us=op_us, call_us=self._returned(call.run), row_us=row_us)
 
     def between_barriers(self, enqueue: Callable[[], Any]) -> tuple[float, ...]:
         """Microseconds of the device for what `enqueue` enqueues, from when all ranks have met until the
@@ -196,15 +196,15 @@ class CudaTimer:
         self._group.barrier()
         return tuple(readings)
 
-    def _ahead(self, run: Callable[[], Any]) -> tuple[float, ...]:
+    def _in_row(self, run: Callable[[], Any]) -> tuple[float, ...]:
         readings = []
         for _ in range(self._repeat):
             self._place.synchronize()
             self._group.barrier()
             start = time.perf_counter()
-            for _ in range(_NUM_AHEAD):
+            for _ in range(_NUM_IN_ROW):
                 out = run()
-            readings.append((time.perf_counter() - start) * 1e6 / _NUM_AHEAD)
+            readings.append((time.perf_counter() - start) * 1e6 / _NUM_IN_ROW)
             del out
         self._place.synchronize()
         self._group.barrier()

@@ -98,7 +98,7 @@ class Result:
     kernel: Reading | None
     op: Reading
     call: Reading | None
-    ahead: Reading | None = None
+    row: Reading | None = None
     network_bytes: NetworkBytes | None = None
     beside: Beside | None = None
 
@@ -110,10 +110,10 @@ class Result:
             readings = [getattr(each, name) for each in times]
             return None if None in readings else Reading(tuple(readings))
 
-        call, ahead = reading("call_us"), reading("ahead_us")
+        call, row = reading("call_us"), reading("row_us")
         op = reading("op_us")
         assert op is not None
-        return cls(kernel=reading("kernel_us"), op=op, call=call, ahead=ahead, **facts)
+        return cls(kernel=reading("kernel_us"), op=op, call=call, row=row, **facts)
 
     @property
     def time_us(self) -> float:
@@ -142,7 +142,7 @@ class Result:
             "kernel_us": None if self.kernel is None else self.kernel.as_json(),
             "op_us": self.op.as_json(),
             "call_us": None if self.call is None else self.call.as_json(),
-            "ahead_us": None if self.ahead is None else self.ahead.as_json(),
+            "row_us": None if self.row is None else self.row.as_json(),
             "logical_gbps": self.logical_gbps,
             "wire_gbps": self.wire_gbps,
             "network_bytes": None if self.network_bytes is None else asdict(self.network_bytes),
@@ -239,14 +239,14 @@ def limit_lines(report: Report) -> list[str]:
 
 COLUMNS = (
     f"{'tokens':>6}{'SMs':>5} {'operation':<17}{'kernel us (ranks)':>23}{'op us (ranks)':>23}{'call us':>9}"
-    f"{'ahead':>7}{'logical':>9}{'wire GB/s':>10}{'of limit':>9}"
+    f"{'row us':>8}{'logical':>9}{'wire GB/s':>10}{'of limit':>9}"
 )
 
 
 _LEGEND = (
     "kernel: (barrier, operation) pairs in a CUDA graph, less the barriers. op: back to back in a graph",
-    "(dispatch-exact: on the stream). call: until Python returns, the stream idle before; ahead: in a row of",
-    "calls, the host ahead of the device. Medians; in brackets least and most of the ranks. GB/s of kernel,",
+    "(dispatch-exact: on the stream). call: until Python returns, the stream idle before; row: each of calls",
+    "in a row, nothing between them. Medians; in brackets least and most of the ranks. GB/s of kernel,",
     "else of op: logical, rows received; wire, rows that leave a rank; of limit, share of the best of those.",
 )
 _HOST_LEGEND = (
@@ -267,7 +267,7 @@ def line(report: Report, result: Result, name: str | None = None) -> str:
         f"{result.num_tokens:>6}{result.num_sms or '-':>5} {name or result.operation:<17}"
         f"{result.kernel.text if result.kernel else '-':>23}{result.op.text:>23}"
         f"{f'{result.call.median:.1f}' if result.call else '-':>9}"
-        f"{f'{result.ahead.median:.1f}' if result.ahead else '-':>7}"
+        f"{f'{result.row.median:.1f}' if result.row else '-':>8}"
         f"{result.logical_gbps:>9.1f}{result.wire_gbps:>10.1f}"
         f"{f'{share:.0%}' if share is not None else '-':>9}"
     )
