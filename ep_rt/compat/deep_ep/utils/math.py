@@ -120,7 +120,10 @@ def hash_tensor(t: Any) -> int:
     """
     import torch
 
-    in_bytes = t.contiguous().flatten().view(torch.uint8)
+    rows = t.contiguous()
+    if rows.storage_offset() * rows.element_size() % 4:  # no view of it has 32-bit words
+        rows = rows.clone()
+    in_bytes = rows.flatten().view(torch.uint8)
     return int((in_bytes if in_bytes.numel() % 4 else in_bytes.view(torch.int32)).sum())
 
 
