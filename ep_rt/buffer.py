@@ -76,7 +76,8 @@ class Buffer:
     routing given beside `topk_idx` is not compared with it. The work runs on the stream that is current for
     the arrays given or, with `previous_event`, `async_finish`, JAX arrays or those of two frameworks, on
     `get_comm_stream`, ordered with it. Arrays of other producers, by DLPack or the CUDA array interface,
-    count as CuPy's, and a call also comes after the streams that they name. Calls come one after the other
+    count as CuPy's, and a call also comes after the streams that they name, but not those before it: on such
+    a stream their memory may be used anew once it waits for that of the call. Calls come one after the other
     whatever their streams. The memory of a result that was dropped goes to later calls: what reads it on a
     stream other than theirs must come before them. Ranks that are threads on one GPU each need a
     non-blocking stream of their own, made current.
@@ -111,8 +112,9 @@ class Buffer:
         allow_mnnvl, explicitly_destroy: as in DeepEP; every value means the same.
         enable_shrink: in low-latency mode, mask a late rank and go on without it instead of raising. What
             a rank still sends that was late and not lost may spoil rows of later calls: end it, or let it
-            come to `reset`, with all others. `close` waits for no masked rank, which may call it, too. Over
-            several nodes it is for NVSHMEM's transport to bear that a rank is lost, and that was not tried.
+            come to `reset`, with all others. `close` waits for no masked rank, which may call it, too. A
+            group that is not one of ep_rt's must be a `PeerGroup` for these two. Over several nodes it is for
+            NVSHMEM's transport to bear that a rank is lost, and that was not tried.
         backend: "host"; "cuda", over several nodes with NVSHMEM; or "auto": what ``EP_RT_BACKEND`` says, else
             "cuda" if the ranks are on one host, the current GPU of each is its own, and several nodes of that
             host can be served, else "host". The attribute `backend` tells.
@@ -215,6 +217,7 @@ class Buffer:
                 with_nvlink_low_latency=allow_nvlink_for_low_latency_mode,
                 enable_shrink=enable_shrink,
                 counts_bytes=counts_bytes,
+                label=peers.label,
             )
             self._low_latency = self._engine.low_latency or NoLowLatency(self._engine.close)
 
@@ -634,6 +637,9 @@ class Buffer:
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Leave a rank out of this rank's low-latency calls, or take it back. Local; needs `enable_shrink`.
 
+        A rank that was missing when calls of a shape were first made comes back by `reset` alone: before it
+        this raises ConfigError, and `low_latency_clean_mask_buffer` leaves the rank out.
+
         A masked rank gets nothing from this rank; its tokens and its experts' outputs are missing.
         """
         self._enter()
@@ -645,7 +651,7 @@ class Buffer:
         self._low_latency.query_mask(mask_status)
 
     def low_latency_clean_mask_buffer(self) -> None:
-        """Unmask every rank. Local; needs `enable_shrink`."""
+        """Unmask every rank, see `low_latency_update_mask_buffer`. Local; needs `enable_shrink`."""
         self._enter()
         self._low_latency.clean_mask()
 
@@ -761,10 +767,11 @@ class Buffer:
         """After an error that all ranks raised, or of a late rank that came after all: start again together.
 
         Waits for this rank's device. Results and handles of earlier calls stay valid, but for handles of
-        low-latency calls of a shape that a rank was masked in from the first of its calls; what such calls
-        left in a CUDA graph must not be replayed any more. Masks stay as they are. Collective.
+        low-latency calls of a shape that was set up without a masked rank; what such calls left in a CUDA
+        graph must not be replayed any more. Masks stay as they are. Collective.
 
         Raises:
+            CollectiveMismatchError: with `enable_shrink`, another rank closes the buffer.
             PeerTimeoutError, PeerFailedError: a peer did not come; make a new buffer over the others.
         """
         self._enter()

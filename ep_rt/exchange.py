@@ -284,14 +284,18 @@ class PeerGroup(abc.ABC):
         messages: dict[int, Message] = {}
 
         def missing(deadline: float) -> list[int]:
-            for peer in peers:
-                if peer not in messages and (message := self._take(peer, this_round)) is not None:
-                    messages[peer] = message
-                    if message[0] > this_round and not skip_late:
-                        raise self._break(PeerFailedError(rank=self.rank, peer=peer, reason=_WENT_ON))
-                if peer not in messages and self._has_parted(peer):
-                    operation = self._partings[peer][self._num_partings].op
-                    messages[peer] = (this_round + 1 if skip_late else this_round, operation, None)
+            for peer in set(peers).difference(messages):
+                parting = self._parting_of(peer)
+                # What it says in rounds from its parting on is no part of this one, which it left out.
+                if parting is None or this_round < parting.round:
+                    message = self._take(peer, this_round)
+                    if message is not None:
+                        messages[peer] = message
+                        if message[0] > this_round and not skip_late:
+                            raise self._break(PeerFailedError(rank=self.rank, peer=peer, reason=_WENT_ON))
+                        continue
+                if parting is not None:
+                    messages[peer] = (this_round + 1 if skip_late else this_round, parting.op, None)
             return [peer for peer in peers if peer not in messages]
 
         late = self._wait(missing, op, timeout_s, skip_late)
@@ -318,47 +322,82 @@ class PeerGroup(abc.ABC):
         once; without, `op` is what it does instead of their operation.
 
         Args:
+            op: who parts for another reason has not said so.
             ranks: whom to wait for; all are told.
 
         Returns:
             Ranks that have not said so, in time if they were waited for.
         """
-        self._check_usable()
         others = [peer for peer in range(self.size) if peer != self.rank]
         peers = [peer for peer in others if ranks is None or peer in ranks]
-        mine = _Parting(op, self._round, self._num_transfers)
-        self._post([peer for peer in others if peer not in self._left], (-1, _PARTING, mine))
 
-        def missing(deadline: float) -> list[int]:
-            return [peer for peer in peers if not self._has_parted(peer)]
+        def absent(among: Sequence[int]) -> list[int]:
+            return [peer for peer in among if (said := self._parting_of(peer)) is None or said.op != op]
 
-        self._wait(missing, op, timeout_s, skip_late=True)
-        heard = [self._partings[peer][self._num_partings] for peer in others if self._has_parted(peer)]
-        self._round = max(parting.round for parting in (mine, *heard))
-        self._num_transfers = max(parting.num_transfers for parting in (mine, *heard))
-        absent = tuple(peer for peer in others if not self._has_parted(peer))
-        self._num_partings += 1
-        return absent
+        self._tell_parting(op)
+        self._wait(lambda deadline: absent(peers), op, timeout_s, skip_late=True)
+        missing = absent(others)
+        self._part_like(set(peers).difference(missing))
+        return tuple(missing)
 
     def rejoin(self, *, op: str, timeout_s: float | None = None) -> None:
         """Begin anew with all ranks, also those that others went on without. Collective.
 
         Raises:
-            PeerTimeoutError: names the ranks that did not call. They may call later, and all others again.
+            CollectiveMismatchError: a rank parts for another reason.
+            PeerTimeoutError: names the ranks that did not call. All may call again later.
+            PeerFailedError: a rank has left.
         """
-        if absent := self.part(op=op, timeout_s=timeout_s):
-            self._num_partings -= 1
-            self._post([peer for peer in range(self.size) if peer != self.rank], (-1, _PARTING, None))
-            raise PeerTimeoutError(
-                rank=self.rank,
-                peers=absent,
-                phase=op,
-                timeout_s=self.timeout_s if timeout_s is None else timeout_s,
-            )
+        peers = [peer for peer in range(self.size) if peer != self.rank]
 
-    def _has_parted(self, peer: int) -> bool:
-        """Whether a peer has parted where this rank has not."""
-        return len(self._partings[peer]) > self._num_partings
+        def operations() -> list[str | None]:
+            said = [op if peer == self.rank else self._parting_of(peer) for peer in range(self.size)]
+            return [each.op if isinstance(each, _Parting) else each for each in said]
+
+        def missing(deadline: float) -> list[int]:
+            if any(each is not None and each != op for each in operations()):
+                return []
+            return [peer for peer in peers if self._parting_of(peer) is None]
+
+        told = self._tell_parting(op)
+        self._wait(missing, op, timeout_s, skip_late=True)
+        called = operations()
+        if all(each == op for each in called):
+            self._part_like(peers)
+            return
+        self._post(told, (-1, _PARTING, None))
+        if any(each is not None and each != op for each in called):
+            raise on_all_ranks(CollectiveMismatchError(called))
+        absent = [peer for peer in peers if called[peer] is None]
+        for peer in absent:
+            failure = self._left.get(peer)
+            if isinstance(failure, PeerFailedError):
+                raise PeerFailedError(rank=self.rank, peer=failure.peer, reason=failure.reason)
+        raise PeerTimeoutError(
+            rank=self.rank,
+            peers=absent,
+            phase=op,
+            timeout_s=self.timeout_s if timeout_s is None else timeout_s,
+        )
+
+    def _tell_parting(self, op: str) -> list[int]:
+        """Say that this rank parts; whom it has told."""
+        self._check_usable()
+        told = [peer for peer in range(self.size) if peer != self.rank and peer not in self._left]
+        self._post(told, (-1, _PARTING, _Parting(op, self._round, self._num_transfers)))
+        return told
+
+    def _part_like(self, peers: Iterable[int]) -> None:
+        """This rank has parted, and counts like those that it met."""
+        met = [parting for peer in peers if (parting := self._parting_of(peer)) is not None]
+        self._round = max([self._round, *(parting.round for parting in met)])
+        self._num_transfers = max([self._num_transfers, *(parting.num_transfers for parting in met)])
+        self._num_partings += 1
+
+    def _parting_of(self, peer: int) -> _Parting | None:
+        """What a peer said when it parted where this rank has not."""
+        partings = self._partings[peer]
+        return partings[self._num_partings] if len(partings) > self._num_partings else None
 
     def barrier(self, *, timeout_s: float | None = None) -> None:
         self.allgather(None, op="barrier", timeout_s=timeout_s)
@@ -488,7 +527,7 @@ class PeerGroup(abc.ABC):
         if message[1] == _FAREWELL:
             self._left[peer] = message[2]
             return
-        if message[1] == _PARTING and message[2] is None:  # taken back
+        if message[1] == _PARTING and message[2] is None:  # taken back; whom it was not told to hears nothing
             self._partings[peer].pop()
             return
         if message[1] == _PARTING:

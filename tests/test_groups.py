@@ -523,15 +523,87 @@ def test_ranks_rejoin_from_different_rounds_and_transfers() -> None:
 
 
 def test_who_does_not_rejoin_is_named_and_may_come_later() -> None:
+    """It is ahead; those that were in step with each other still are."""
+    met, given_up = threading.Barrier(3), threading.Barrier(2)
+
     def fn(group: Group) -> None:
         if group.rank == 2:
-            time.sleep(0.6)
+            for _ in range(3):
+                group.allgather(None, timeout_s=0.01, skip_late=True)
         else:
             with pytest.raises(PeerTimeoutError, match="reset") as caught:
                 parting(group).rejoin(op="reset", timeout_s=0.2)
             assert 2 in caught.value.peers  # and perhaps the other one, which has given up as well
+            given_up.wait(10)
+            assert group.allgather("on", ranks=[0, 1], timeout_s=5) == ["on", "on", None]
+        met.wait(10)
         parting(group).rejoin(op="reset", timeout_s=5)
         assert group.allgather(group.rank) == [0, 1, 2]
+
+    run_local(fn, 3)
+
+
+def test_a_rank_that_is_not_waited_for_moves_no_counts() -> None:
+    """Some would hear of it in time, and others not."""
+    parted = threading.Event()
+
+    def fn(group: Group) -> None:
+        if group.rank == 2:
+            for _ in range(3):
+                group.allgather(None, timeout_s=0.01, skip_late=True)
+            parting(group).part(timeout_s=0.01)
+            parted.set()
+            return
+        parted.wait(10)
+        assert parting(group).part(timeout_s=5, ranks=[0, 1]) == ()
+        assert parting(group)._round == 0
+        assert group.allgather(group.rank, ranks=[0, 1], timeout_s=5)[:2] == [0, 1]
+
+    run_local(fn, 3)
+
+
+def test_what_is_said_after_a_parting_is_no_part_of_this_round() -> None:
+    met = threading.Barrier(2)
+
+    def fn(group: Group) -> None:
+        if group.rank == 1:
+            assert parting(group).part(timeout_s=0.01) == (0,)
+            group.allgather("after", op="another", timeout_s=0.01, skip_late=True)
+            met.wait(10)
+        else:
+            met.wait(10)
+            assert group.allgather("now", op="one", timeout_s=5, skip_late=True) == ["now", LATE]
+
+    run_local(fn, 2)
+
+
+def test_partings_for_different_reasons_are_told_apart() -> None:
+    """Who would begin anew is told; who ends waits for the other to end, too."""
+
+    def fn(group: Group) -> list[Any]:
+        here = parting(group)
+        if group.rank == 0:
+            with pytest.raises(CollectiveMismatchError, match="reset on rank 0; close on rank 1"):
+                here.rejoin(op="reset", timeout_s=5)
+        else:
+            group.allgather(None, ranks=[1])
+        assert here.part(op="close", timeout_s=5) == ()
+        return group.allgather(group.rank)
+
+    assert run_local(fn, 2) == [[0, 1]] * 2
+
+
+def test_rejoin_names_who_has_left() -> None:
+    left = threading.Event()
+
+    def fn(group: Group) -> None:
+        if group.rank == 2:
+            group.abort(ValueError("enough"))
+            left.set()
+            return
+        left.wait(10)
+        with pytest.raises(PeerFailedError, match="enough"):
+            parting(group).rejoin(op="reset", timeout_s=5)
 
     run_local(fn, 3)
 

@@ -276,7 +276,6 @@ def test_areas_lie_at_the_same_place_on_all_ranks() -> None:
 def test_what_was_put_is_received_before_its_zone_is_taken_again(first: int) -> None:
     def area(*, over_network: bool) -> Area:
         made = object.__new__(Area)
-        made.is_gone = False
         made.shape = AreaShape(
             num_ranks=2, num_max_tokens=1, hidden=8, num_experts=2, num_topk=1, over_network=over_network
         )

@@ -209,7 +209,7 @@ class Domain:
 
         Args:
             frameworks: see `Call`.
-            inputs: to be kept until the call is done.
+            inputs: to be kept until the call is done, where nobody orders what reuses their memory.
             producers: streams that must be waited for before they are read.
         """
         stream = self.comm.pointer

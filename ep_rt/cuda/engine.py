@@ -124,7 +124,7 @@ class MemoryReport:
 class CudaEngine:
     """Dispatch and combine by kernels. A call returns when its work is enqueued.
 
-    Args: see `Domain`; for `enable_shrink`, `CudaLowLatency`; for `counts_bytes`, `Operations`.
+    Args: see `Domain`; for `enable_shrink` and `label`, `CudaLowLatency`; for `counts_bytes`, `Operations`.
         remote: sizes for calls over several nodes, and for low-latency calls over the network.
         network: settings for those.
         with_low_latency: load the kernels of the low-latency calls.
@@ -155,6 +155,7 @@ class CudaEngine:
         with_nvlink_low_latency: bool = True,
         enable_shrink: bool = False,
         counts_bytes: bool = False,
+        label: str = "",
     ) -> None:
         self._topology = topology
         self._counts_bytes = counts_bytes
@@ -216,6 +217,7 @@ class CudaEngine:
                 places,
                 owner=owner,
                 enable_shrink=enable_shrink,
+                label=label,
                 close=self.close,
             )
 
@@ -250,11 +252,11 @@ class CudaEngine:
 
     def close(self) -> None:
         """Collective. Arrays that are still held stay valid; handles do not."""
-        confirm = None if self.low_latency is None else self.low_latency.part()
+        absent, confirm = ((), None) if self.low_latency is None else self.low_latency.part()
         self._domain.close(confirm)
         self._dispatch.close()
         if self._remote is not None:
-            self._remote.close()
+            self._remote.close(absent)
 
     def _farewells(self, operation: int) -> Sequence[int]:
         """See `HangWatch`."""

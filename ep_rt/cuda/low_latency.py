@@ -32,6 +32,7 @@ class CudaLowLatency:
         places: where its areas lie.
         owner: of the handles.
         enable_shrink: late ranks are masked.
+        label: of the buffer, among those of its group.
         close: what `close` does.
     """
 
@@ -44,15 +45,16 @@ class CudaLowLatency:
         *,
         owner: object,
         enable_shrink: bool,
+        label: str,
         close: Callable[[], None],
     ) -> None:
         self._close = close
         self._domain = domain
-        self._areas = Areas(domain, places, enable_shrink=enable_shrink)
+        self._areas = Areas(domain, places, enable_shrink=enable_shrink, label=label)
         self._dispatch = LowLatencyDispatch(domain, self._areas, load, inputs, owner=owner)
         self._combine = LowLatencyCombine(domain, self._areas, load, inputs, owner=owner)
 
-    def part(self) -> Callable[[], Sequence[int]] | None:
+    def part(self) -> tuple[Sequence[int], Callable[[], Sequence[int]] | None]:
         """See `Areas.part`."""
         return self._areas.part()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -63,12 +63,8 @@ class Places(Protocol):
     first_rank: int
     is_over_network: bool
 
-    @property
-    def end(self) -> int:
-        """Bytes of areas so far, where they lie one behind the other at the same offset on every rank."""
-
-    def skip_to(self, end: int) -> None:
-        """The next area begins there."""
+    def keep(self, pieces: Iterable[Piece]) -> None:
+        """Nothing uses the memory of other areas than these any more. The same on every rank."""
 
     def take(self, num_bytes: int) -> Piece:
         """Memory for an area. Raises `ConfigError` when there is no room."""
@@ -85,14 +81,13 @@ class SlabPlaces:
 
     is_over_network = False
     first_rank = 0
-    end = 0
 
     def __init__(self, domain: Domain) -> None:
         self._domain = domain
         self.group = domain.group
 
-    def skip_to(self, end: int) -> None:
-        """Every rank's areas have offsets of their own."""
+    def keep(self, pieces: Iterable[Piece]) -> None:
+        """The others are given back with their last holder."""
 
     def take(self, num_bytes: int) -> Piece:
         return self._domain.take(num_bytes, "the landing zones of low-latency calls (num_rdma_bytes)")
@@ -114,7 +109,7 @@ class SymmetricPiece:
 
 
 class SymmetricPlaces:
-    """Areas in NVSHMEM's symmetric memory, one behind the other; none is ever given back.
+    """Areas in NVSHMEM's symmetric memory, one behind the other, at the same places on every rank.
 
     Args:
         memory: of all areas.
@@ -130,7 +125,7 @@ class SymmetricPlaces:
         self.group = network.group
         self._network = network
         self._memory = memory
-        self.end = 0
+        self._end = 0
         self.first_rank = self.group.rank - domain.group.rank
         reached = network.pointers(memory) if with_stores else (0,) * self.group.size
         # Puts go to the address that memory has here.
@@ -138,18 +133,18 @@ class SymmetricPlaces:
             memory.pointer if rank == self.group.rank else base for rank, base in enumerate(reached)
         )
 
-    def skip_to(self, end: int) -> None:
-        self.end = end
+    def keep(self, pieces: Iterable[Piece]) -> None:
+        self._end = max((align_up(each.offset + each.num_bytes, OFFSET_UNIT) for each in pieces), default=0)
 
     def take(self, num_bytes: int) -> Piece:
-        left = self._memory.num_bytes - self.end
+        left = self._memory.num_bytes - self._end
         if num_bytes > left:
             raise ConfigError(
                 f"no room for the landing zones of low-latency calls and their outbox: {num_bytes} bytes, "
                 f"and {left} of {self._memory.num_bytes} are left (num_rdma_bytes)"
             )
-        piece = SymmetricPiece(self.end, num_bytes)
-        self.end += align_up(num_bytes, OFFSET_UNIT)
+        piece = SymmetricPiece(self._end, num_bytes)
+        self._end += align_up(num_bytes, OFFSET_UNIT)
         return piece
 
     def pointers(self, offsets: Sequence[int]) -> tuple[int, ...]:
@@ -186,8 +181,10 @@ class Area:
         state: address of the `LOW_LATENCY_STATE`.
         max_blocks: blocks that an SM count allows, the same on every rank.
         absent: ranks that took no part in making it, so that nobody knows where they have theirs.
-        is_gone: given up by `Areas.reset`.
+        piece: its memory here.
     """
+
+    is_gone = False
 
     def __init__(
         self,
@@ -201,9 +198,8 @@ class Area:
         import cupy
 
         self.absent: Sequence[int] = ()
-        self.is_gone = False
         self._domain = domain
-        self._piece = piece
+        self.piece = piece
         self.own = pointers[places.group.rank]
         self.shape = shape
         self.layout = AreaLayout.of(shape)
@@ -216,15 +212,18 @@ class Area:
     @property
     def num_bytes(self) -> int:
         """Of this rank."""
-        return self._piece.num_bytes
+        return self.piece.num_bytes
+
+    def check_there(self) -> None:
+        """Raise if `Areas.reset` has given it up."""
+        if self.is_gone:
+            raise HandleError("this handle is of calls that a rank was missing from; reset() has ended them")
 
     def check(self, *, first: int) -> None:
-        """Raise if the next zone of a kind, see `take_zone`, must not be taken, or not yet.
+        """Raise if the next zone of a kind, see `take_zone`, must not be taken yet.
 
         Puts may arrive at any time until they are awaited, also over what a later call puts there.
         """
-        if self.is_gone:
-            raise HandleError("this handle is of calls that a rank was missing from; reset() has ended them")
         pending = self._pending[first + (self._next[first // FIRST_COMBINE_ZONE] ^ 1)]
         if self.shape.over_network and pending is not None and not pending.is_received:
             raise HandleError(
@@ -286,9 +285,10 @@ class Areas:
         rank, num_ranks: of all ranks that call.
     """
 
-    def __init__(self, domain: Domain, places: Places, *, enable_shrink: bool) -> None:
+    def __init__(self, domain: Domain, places: Places, *, enable_shrink: bool, label: str = "") -> None:
         import cupy
 
+        self._label = label
         self._domain = domain
         self._places = places
         self.rank, self.num_ranks = places.group.rank, places.group.size
@@ -355,7 +355,7 @@ class Areas:
             if text is not None:
                 raise on_all_ranks(ConfigError(f"rank {rank}: {text}"))
         assert piece is not None
-        # Nothing is stored to ranks that are masked, so any place will do for theirs.
+        # Nothing is stored to ranks that are masked, as these are from now on: any place will do for theirs.
         offsets = [answers.get(rank, answers[self.rank])[2] for rank in range(self.num_ranks)]
         max_blocks = min(blocks for _, blocks, _, _ in answers.values())
         area = Area(domain, places, shape, piece, places.pointers(offsets), max_blocks)
@@ -390,29 +390,34 @@ class Areas:
         """The buffer is being closed."""
         self._areas.clear()
 
-    def part(self) -> Callable[[], Sequence[int]] | None:
+    def part(self) -> tuple[Sequence[int], Callable[[], Sequence[int]] | None]:
         """Before the buffer is closed: wait until no rank that is not masked will make a call any more.
 
         Ranks come here from different calls, since those that were lost made fewer.
 
         Returns:
-            Does that once more, and returns the ranks that did not. None where no rank may be lost.
+            The ranks that did not come, and what does the same once more and returns those of this node that
+            did not come then. None where no rank may be lost.
         """
         group = self._places.group
         if not self.masks or not isinstance(group, PeerGroup):
-            return None
+            return (), None
         there = set(range(self.num_ranks))
         with contextlib.suppress(DeviceError):  # the slab logs what became of the device
             there = set(self._unmasked())
 
         def part(op: str) -> Sequence[int]:
+            op = f"{op}{self._label}"
             absent = group.part(op=op, timeout_s=self._domain.timeout_s, ranks=sorted(there))
             there.difference_update(absent)
             return absent
 
+        absent: Sequence[int] = ()
         with contextlib.suppress(PeerTimeoutError, PeerFailedError):  # it says so once more
-            part("close")
-        return lambda: part("slab close")
+            absent = part("close")
+        first = self._places.first_rank
+        of_node = range(first, first + self._domain.group.size)
+        return absent, lambda: [rank for rank in part("slab close") if rank in of_node]
 
     def reset(self) -> bool:
         """After an error, while no rank has work under way: the same on every rank. Collective.
@@ -432,12 +437,12 @@ class Areas:
     def _give_up_partial_areas(self) -> None:
         whole = {shape for shape, area in self._areas.items() if not area.absent}
         answers = self._places.group.allgather(
-            (whole, self._places.end), op="low-latency areas", timeout_s=self._domain.timeout_s
+            whole, op="low-latency areas", timeout_s=self._domain.timeout_s
         )
-        whole.intersection_update(*(shapes for shapes, _ in answers))
-        self._places.skip_to(max(end for _, end in answers))
+        whole = whole.intersection(*answers)
         for shape in self._areas.keys() - whole:
             self._areas.pop(shape).give_up()
+        self._places.keep([area.piece for area in self._areas.values()])
 
     def farewells(self) -> list[int]:
         """A word for each rank: not 0 once it has given a call up over the network. Waits for no call."""
@@ -459,7 +464,15 @@ class Areas:
         return [rank for rank, masked in enumerate(self.masked()[: self.num_ranks]) if not masked]
 
     def mask(self, rank: int, masked: bool) -> None:
-        """For the calls from now on."""
+        """For the calls from now on.
+
+        Raises:
+            ConfigError: nobody knows where the rank has an area.
+        """
+        if not masked and rank in self._absent():
+            raise ConfigError(
+                f"rank {rank} was not there when low-latency calls of a shape were first made: reset() first"
+            )
         masks = self.masked()
         masks[rank] = masked
         self._domain.on_device(self._write_masks, masks)
@@ -470,8 +483,13 @@ class Areas:
         self._write_masks(masks)
 
     def unmask(self) -> None:
-        """All of them."""
-        self._domain.on_device(self._write_masks, np.zeros(MAX_LOW_LATENCY_RANKS, np.uint64))
+        """All of them but those of whom nobody knows where they have an area."""
+        masks = np.zeros(MAX_LOW_LATENCY_RANKS, np.uint64)
+        masks[self._absent()] = 1
+        self._domain.on_device(self._write_masks, masks)
+
+    def _absent(self) -> list[int]:
+        return sorted({rank for area in self._areas.values() for rank in area.absent})
 
     def _write_masks(self, masks: np.ndarray[Any, np.dtype[np.uint64]]) -> None:
         domain = self._domain

@@ -95,6 +95,8 @@ class LowLatencyCombine:
         objects: Sequence[Any] = given
         streams: tuple[int, ...] = ()
         is_mine = type(handle) is CudaLowLatencyHandle and handle.owner is self._owner
+        if is_mine:
+            handle.area.check_there()
         if is_mine and (glanced := glance(given)) is not None:
             facts, pointers = glanced
             key = (facts, options, handle.shape)

@@ -248,8 +248,11 @@ class Network:
             self._on_device(self._started.library.initialise_module, handle)
             self._started.modules[handle] = module
 
-    def close(self) -> None:
+    def close(self, absent: Sequence[int] = ()) -> None:
         """Give all memory back; the last one that closes ends NVSHMEM. Collective. May be called twice.
+
+        Args:
+            absent: ranks that will not come.
 
         When a peer does not come in time, or has failed, everything stays as it is until the process ends,
         since NVSHMEM would wait for it for ever: a warning is logged and nothing is raised.
@@ -261,6 +264,9 @@ class Network:
             self._on_device(_synchronize)
         except DeviceError as error:
             _LOG.warning("device %d failed before its network was closed: %s", self.device, error)
+        if absent:
+            _lose(f"no word from ranks {list(absent)}")
+            return
         try:
             confirmed = self.group.allgather(
                 _PROCESS.lost, op="network close", timeout_s=self._timeout_s, skip_late=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import BackendError, EpError, TopologyError, on_all_ranks
@@ -131,6 +132,6 @@ class Remote:
                 TopologyError(f"{topology.num_ranks} ranks: low-latency calls serve {MAX_LOW_LATENCY_RANKS}")
             )
 
-    def close(self) -> None:
-        """After the domain: no kernel uses the network any more."""
-        self._network.close()
+    def close(self, absent: Sequence[int] = ()) -> None:
+        """After the domain: no kernel uses the network any more. For `absent` see `Network.close`."""
+        self._network.close(absent)

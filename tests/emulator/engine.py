@@ -185,7 +185,7 @@ class _Areas(Areas):
         if self._reached is not None:
             pointers = [at if there else 0 for at, there in zip(pointers, self._reached[rank], strict=True)]
         state = ranks.machine.allocate(rank, LOW_LATENCY_STATE.itemsize, "state")
-        area._domain, area._piece = self._domain, None  # type: ignore[assignment]
+        area._domain, area.piece = self._domain, None  # type: ignore[assignment]
         area.shape, area.layout, area.pointers = shape, layout, tuple(pointers)
         area.state = state.address
         area.max_send_blocks = max_send_blocks(shape, max_blocks=self._domain.max_blocks)

@@ -481,21 +481,31 @@ def test_rank_that_stops_is_masked_and_comes_back(place: str, at_first: bool) ->
                     cupy.cuda.get_current_stream().synchronize()
                     if number:  # masked now: nobody waits any more
                         assert time.monotonic() - began < SHORT_S
+                if at_first:  # nobody knows where it has room
+                    buffer.low_latency_clean_mask_buffer()
+                    with pytest.raises(ep_rt.ConfigError, match="reset"):
+                        buffer.low_latency_update_mask_buffer(lost, False)
                 buffer.low_latency_query_mask_buffer(status)
                 assert status.tolist() == [int(rank == lost) for rank in range(group.size)]
-                buffer.low_latency_clean_mask_buffer()
             assert isinstance(group, PeerGroup)
             group.rejoin(op="test")
             buffer.reset()  # which also lets the one that stopped count the same calls
-            if at_first and group.rank != lost:
-                with pytest.raises(ep_rt.HandleError, match="reset"):
-                    buffer.low_latency_combine(
-                        put(y[group.rank]), put(ids[group.rank]), put(weights[group.rank]), out.handle
-                    )
+            buffer.low_latency_clean_mask_buffer()
+
+            def combine(handle: Any) -> None:
+                buffer.low_latency_combine(
+                    put(y[group.rank]), put(ids[group.rank]), put(weights[group.rank]), handle
+                )
+
+            old = out.handle if at_first and group.rank != lost else None
             for _ in range(2):
+                if old is not None:
+                    with pytest.raises(ep_rt.HandleError, match="reset"):
+                        combine(old)
                 out = dispatch()
                 assert same_bits(fetch(out.recv_count), whole[group.rank].recv_count)
                 assert same_bits(fetch(out.handle.src_info), whole[group.rank].src_info)
+                combine(out.handle)
             check_low_latency(buffer, 4)
             context_is_alive()
 
