@@ -13,7 +13,8 @@ Leaving    a rank that gives up, or leaves with an exception, posts a farewell t
            of ranks that wait for each other only the end is late.
 Parting    a rank that has nothing more to do says so, in no round, and waits for others to say the same.
            Until then they may go on without it; after it the rounds and transfers of those that waited for
-           each other are counted alike again. The n-th parting of a rank meets the n-th of the others.
+           each other are counted alike again. The n-th parting of a rank meets the n-th of the others, if
+           it is for the same reason. Who would begin anew takes one back that not all others have met.
 """
 
 from __future__ import annotations
