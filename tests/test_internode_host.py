@@ -26,7 +26,8 @@ from ep_rt.cuda.layout import (
     signal_operation,
     signal_word,
 )
-from ep_rt.cuda.low_latency_areas import Area, Pending, SymmetricPlaces
+from ep_rt.cuda.low_latency_areas import Area, Pending
+from ep_rt.cuda.low_latency_places import SymmetricPlaces
 from ep_rt.cuda.low_latency_plan import AreaShape
 from ep_rt.cuda.nvshmem import SymmetricMemory
 from ep_rt.cuda.remote import Remote, RemoteSizes

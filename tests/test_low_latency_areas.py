@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from ep_rt.cuda.layout import OFFSET_UNIT, PAYLOAD_OFFSET
-from ep_rt.cuda.low_latency_areas import Areas, SlabPlaces, SymmetricPlaces
+from ep_rt.cuda.low_latency_areas import Areas
+from ep_rt.cuda.low_latency_places import SlabPlaces, SymmetricPlaces
 from ep_rt.cuda.low_latency_plan import AreaLayout, AreaShape
 from ep_rt.cuda.pool import Pool
 from ep_rt.errors import ConfigError, HandleError

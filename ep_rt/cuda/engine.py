@@ -43,8 +43,8 @@ from .inputs import Inputs
 from .launch import current_architecture
 from .layout import WORKSPACE, field_offset
 from .low_latency import CudaLowLatency
-from .low_latency_areas import Places, SlabPlaces
 from .low_latency_calls import LowLatencyKernels
+from .low_latency_places import Places, SlabPlaces
 from .memory import device_errors
 from .operations import Operations
 from .pool import Lease, PoolStats

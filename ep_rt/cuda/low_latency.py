@@ -18,10 +18,11 @@ from ..requests import LowLatencyCombineRequest, LowLatencyDispatchRequest, Sche
 from ..results import LowLatencyCombined, LowLatencyDispatched
 from .domain import Domain
 from .inputs import Inputs
-from .low_latency_areas import Areas, Places
+from .low_latency_areas import Areas
 from .low_latency_calls import LowLatencyKernels
 from .low_latency_combine import LowLatencyCombine
 from .low_latency_dispatch import LowLatencyDispatch
+from .low_latency_places import Places
 from .memory import device_errors
 
 

@@ -16,7 +16,8 @@ from .heap import Block
 from .kernels import WIRES
 from .launch import Kernel, Launch, ModuleOwner, bind
 from .layout import LOW_LATENCY_RECORD, OFFSET_UNIT, ROUTE, align_up
-from .low_latency_areas import Area, Pending, Places
+from .low_latency_areas import Area, Pending
+from .low_latency_places import Places
 from .low_latency_plan import AreaShape
 from .operations import Operations
 

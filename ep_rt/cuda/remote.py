@@ -14,8 +14,8 @@ from .domain import Domain, together
 from .internode import Internode
 from .launch import current_architecture
 from .layout import MAX_LOW_LATENCY_RANKS, OFFSET_UNIT, align_up
-from .low_latency_areas import SymmetricPlaces
 from .low_latency_calls import LowLatencyKernels
+from .low_latency_places import SymmetricPlaces
 from .operations import Operations
 
 
