@@ -352,8 +352,10 @@ class PeerGroup(abc.ABC):
         peers = [peer for peer in range(self.size) if peer != self.rank]
 
         def operations() -> list[str | None]:
-            said = [op if peer == self.rank else self._parting_of(peer) for peer in range(self.size)]
-            return [each.op if isinstance(each, _Parting) else each for each in said]
+            partings = map(self._parting_of, range(self.size))
+            said = [None if parting is None else parting.op for parting in partings]
+            said[self.rank] = op
+            return said
 
         def missing(deadline: float) -> list[int]:
             if any(each is not None and each != op for each in operations()):
@@ -528,11 +530,11 @@ class PeerGroup(abc.ABC):
         if message[1] == _FAREWELL:
             self._left[peer] = message[2]
             return
-        if message[1] == _PARTING and message[2] is None:  # taken back; whom it was not told to hears nothing
-            self._partings[peer].pop()
-            return
         if message[1] == _PARTING:
-            self._partings[peer].append(message[2])
+            if message[2] is None:  # taken back; whom it was not told to hears nothing
+                self._partings[peer].pop()
+            else:
+                self._partings[peer].append(message[2])
             return
         # Nobody takes the messages of a peer that is left out of the rounds: keep none that are over.
         inbox = self._inbox[peer]

@@ -140,16 +140,14 @@ class HostEngine:
                 plan, recv_counts, num_recv_rows=num_rows, num_recv_tokens_per_expert_list=per_expert
             )
 
-        def result(array: Array | None, like: ArrayView | None) -> Any:
-            if array is None or like is None:
-                return None
-            return arrays.to_framework(array[:num_rows], request.x.framework)
+        def result(array: Array | None) -> Any:
+            return None if array is None else arrays.to_framework(array[:num_rows], request.x.framework)
 
-        out_x = result(recv_x, request.x)
+        out_x = result(recv_x)
         return Dispatched(
-            recv_x=out_x if recv_sf is None else (out_x, result(recv_sf, request.sf or request.x)),
-            recv_topk_idx=result(recv_idx, request.topk_idx),
-            recv_topk_weights=result(recv_weights, request.topk_weights),
+            recv_x=out_x if recv_sf is None else (out_x, result(recv_sf)),
+            recv_topk_idx=result(recv_idx),
+            recv_topk_weights=result(recv_weights),
             num_recv_tokens_per_expert_list=handle.num_recv_tokens_per_expert_list,
             handle=handle,
             event=EventOverlap(),

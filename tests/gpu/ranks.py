@@ -71,6 +71,11 @@ def run_ranks(place: str, fn: Callable[[Group], T], *, num_virtual_ranks: int = 
     return run_on_devices(devices, fn)
 
 
+def num_ranks_of(place: str, num_virtual_ranks: int) -> int:
+    """How many ranks `run_ranks` runs."""
+    return {"virtual": num_virtual_ranks, "gpus": device_count()}.get(place) or as_group().size
+
+
 def run_on_devices(devices: Sequence[int], fn: Callable[[Group], T]) -> list[T]:
     """Run ``fn(group)`` in one thread per entry, on that device."""
 

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import IS_UNDER_MPI, LOW_LATENCY_OVER_NETWORK, PLACES, RANKS_PER_NODE, device_count
+from ranks import (
+    IS_UNDER_MPI,
+    LOW_LATENCY_OVER_NETWORK,
+    PLACES,
+    RANKS_PER_NODE,
+    device_count,
+    num_ranks_of,
+)
 
 import ep_rt
 from ep_rt import Group
@@ -26,7 +33,7 @@ from ep_rt.compat import deep_ep, elastic  # noqa: E402
 
 if device_count():
     from device_arrays import poison
-    from torch_ranks import meeting, num_ranks_of, points_into_slab, run_torch
+    from torch_ranks import meeting, points_into_slab, run_torch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,9 +50,9 @@ SHORT_S = 2
 
 
 @contextlib.contextmanager
-def deep_ep_buffer(group: Any, **options: Any) -> Iterator[Any]:
+def deep_ep_buffer(group: Any, *, timeout_s: float = TIMEOUT_S, **options: Any) -> Iterator[Any]:
     buffer = deep_ep.Buffer(
-        group, NUM_BYTES, low_latency_mode=True, backend="cuda", timeout_s=TIMEOUT_S, **options
+        group, NUM_BYTES, low_latency_mode=True, backend="cuda", timeout_s=timeout_s, **options
     )
     poison(buffer._buffer, 0xA5)
     yield buffer
@@ -53,11 +60,11 @@ def deep_ep_buffer(group: Any, **options: Any) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def elastic_buffer(group: Any) -> Iterator[Any]:
+def elastic_buffer(group: Any, *, hidden: int = 384) -> Iterator[Any]:
     buffer = deep_ep.ElasticBuffer(
         group,
         num_max_tokens_per_rank=64,
-        hidden=384,
+        hidden=hidden,
         num_topk=8,
         backend="cuda",
         num_gpu_timeout_secs=TIMEOUT_S,
@@ -118,21 +125,11 @@ def test_elastic_buffer_of_the_default_size_is_enough(place: str, monkeypatch: p
     monkeypatch.setattr(elastic, "_MIN_BYTES", 0)  # else small models have room for everything
 
     def body(group: Group) -> None:
-        buffer = deep_ep.ElasticBuffer(
-            group,
-            num_max_tokens_per_rank=64,
-            hidden=1024,
-            num_topk=8,
-            backend="cuda",
-            num_gpu_timeout_secs=TIMEOUT_S,
-        )
-        assert buffer._buffer.memory_report().slab.num_bytes == buffer.num_bytes
-        poison(buffer._buffer, 0xA5)
-        with meeting(buffer._buffer, place):
+        with elastic_buffer(group, hidden=1024) as buffer, meeting(buffer._buffer, place):
+            assert buffer._buffer.memory_report().slab.num_bytes == buffer.num_bytes
             for seed in range(4):
                 case = cases.full_case(seed, buffer, hidden=1024)
                 cases.check_elastic(buffer, seed, do_cpu_sync=False, summed_ranks=RANKS_PER_NODE, case=case)
-        buffer.destroy()
 
     run_torch(place, body)
 
@@ -156,11 +153,9 @@ def test_ranks_that_stop_at_different_calls() -> None:
         if group.size < 2:
             pytest.skip("needs a peer")
         for _ in range(2):
-            buffer = deep_ep.Buffer(
-                group, NUM_BYTES, low_latency_mode=True, enable_shrink=True, backend="cuda", timeout_s=SHORT_S
-            )
-            cases.check_ranks_that_stop(buffer)
-            buffer.destroy()  # also by those that stopped, while the others go on
+            # Those that stop end it, too, while the others go on.
+            with deep_ep_buffer(group, enable_shrink=True, timeout_s=SHORT_S) as buffer:
+                cases.check_ranks_that_stop(buffer)
             assert isinstance(group, PeerGroup)
             group.rejoin(op="the end of the test")  # some may have waited in vain for the end of the others
 

@@ -21,6 +21,7 @@ from ranks import (
     PLACES,
     WITH_PUTS_ALONE,
     device_count,
+    num_ranks_of,
     run_ranks,
 )
 
@@ -436,7 +437,7 @@ def test_waiting_for_a_rank_is_counted(place: str) -> None:
 def test_rank_that_stops_is_masked_and_comes_back(place: str, at_first: bool) -> None:
     """In the middle of a stream of calls, or before the first one of their shape, one rank makes none; the
     others go on, and take it back."""
-    if {"mpi": as_group().size, "gpus": device_count()}.get(place, 4) < 3:
+    if num_ranks_of(place, 4) < 3:
         pytest.skip("needs three ranks")
 
     def body(group: Group) -> None:

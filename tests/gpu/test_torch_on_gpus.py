@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from ranks import PLACES, device_count
+from ranks import PLACES, device_count, num_ranks_of
 
 import ep_rt
 from ep_rt import Group
@@ -26,7 +26,7 @@ import ep_rt.torch as ep  # noqa: E402
 
 if device_count():
     from device_arrays import poison
-    from torch_ranks import meeting, num_ranks_of, points_into_slab, run_torch
+    from torch_ranks import meeting, points_into_slab, run_torch
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,16 +9,11 @@ from typing import Any
 import cupy
 import torch
 import torch_places
-from ranks import device_count, run_ranks
+from ranks import run_ranks
 
-from ep_rt import Group, as_group
+from ep_rt import Group
 
 _WAITING_CALLS = ("dispatch", "combine", "low_latency_dispatch", "low_latency_combine")
-
-
-def num_ranks_of(place: str, num_virtual_ranks: int) -> int:
-    """How many ranks `run_torch` runs."""
-    return {"virtual": num_virtual_ranks, "gpus": device_count()}.get(place) or as_group().size
 
 
 def run_torch(place: str, body: Callable[[Group], Any], *, num_virtual_ranks: int = 4) -> None:
