@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from . import arrays
+
 Tokens = NDArray[np.intp]
 
 
@@ -74,6 +76,15 @@ class DispatchHandle(abc.ABC):
     @abc.abstractmethod
     def num_recv_tokens_per_rank(self) -> list[int]:
         """The same by source rank. On a GPU reading it waits for the dispatch."""
+
+    @property
+    @abc.abstractmethod
+    def psum_num_recv_tokens_per_local_rank(self) -> Any:
+        """int32 [ranks of a node], tokens from all sources whose local rank is no higher; on one node by
+        source rank. The last is `num_recv_tokens`.
+
+        In the framework of ``x``; on a GPU it lies there, and reading it there needs no host.
+        """
 
     @property
     def num_needed_rows(self) -> int:
@@ -161,12 +172,16 @@ class HostDispatchHandle(DispatchHandle):
         is_token_in_rank: bool [num_tokens, num_ranks].
         send_tokens: tokens for each rank, ascending.
         recv_counts: tokens from each rank.
+        local_ranks: of each rank, its number within its node.
+        framework: of ``x``.
         expert_rows: with layout "expert".
     """
 
     is_token_in_rank: NDArray[np.bool_] = field(repr=False)
     send_tokens: tuple[Tokens, ...] = field(repr=False)
     recv_counts: tuple[int, ...] = field(repr=False)
+    local_ranks: tuple[int, ...] = field(repr=False)
+    framework: str = field(default="numpy", repr=False)
     expert_rows: ExpertRows | None = field(default=None, repr=False)
 
     @property
@@ -176,6 +191,11 @@ class HostDispatchHandle(DispatchHandle):
     @property
     def num_recv_tokens_per_rank(self) -> list[int]:
         return list(self.recv_counts)
+
+    @property
+    def psum_num_recv_tokens_per_local_rank(self) -> Any:
+        counts = np.bincount(self.local_ranks, weights=self.recv_counts)
+        return arrays.to_framework(np.cumsum(counts).astype(np.int32), self.framework)
 
     @property
     def num_needed_rows(self) -> int:

@@ -82,6 +82,11 @@ class Topology:
         return self.local_ranks.index(self.rank)
 
     @property
+    def local_rank_of_rank(self) -> tuple[int, ...]:
+        """Of every rank, its place among those of its node."""
+        return tuple(self.ranks_of(node).index(rank) for rank, node in enumerate(self.node_of_rank))
+
+    @property
     def num_local_ranks(self) -> int:
         return len(self.local_ranks)
 

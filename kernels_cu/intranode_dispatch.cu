@@ -171,10 +171,11 @@ __device__ void DispatchBlock<kCfg>::plan_rows(int32_t peer) {
     if (total > capacity) atomicOr(&shared.overfull_ranks, 1u << peer);
 }
 
+// Tokens that come from ranks up to `last`.
 template <IntranodeDispatchCfg kCfg>
-__device__ int32_t DispatchBlock<kCfg>::num_recv_tokens() const {
+__device__ int32_t DispatchBlock<kCfg>::recv_end(int32_t last) const {
     int32_t total = 0;
-    for (int32_t src = 0; src < args.num_ranks; ++src) total += shared.recv_counts[src];
+    for (int32_t src = 0; src <= last; ++src) total += shared.recv_counts[src];
     return total;
 }
 
@@ -251,7 +252,7 @@ __device__ Reason DispatchBlock<kCfg>::report() const {
             args.send_plan->base[lane] = shared.plan.base[lane];
             args.send_plan->limit[lane] = shared.plan.limit[lane];
             args.send_plan->recv_counts[lane] = shared.recv_counts[lane];
-            args.result->recv_counts[lane] = shared.recv_counts[lane];
+            args.send_plan->recv_ends[lane] = recv_end(min(lane, args.num_ranks - 1));
         }
         if constexpr (kCfg.segmented) report_segments();
         if (lane == 0) {

@@ -131,7 +131,8 @@ struct DispatchBlock {
     __device__ void plan_rows(int32_t peer);
     __device__ void plan_segments();
     __device__ void report_segments() const;
-    __device__ int32_t num_recv_tokens() const;
+    __device__ int32_t recv_end(int32_t last) const;
+    __device__ int32_t num_recv_tokens() const { return recv_end(args.num_ranks - 1); }
     __device__ bool has_offer(int32_t peer) const;
     __device__ bool has_experts(int32_t peer) const;
     __device__ Reason sum_experts() const;

@@ -142,7 +142,6 @@ struct DispatchResult {
     uint64_t call;                            // DispatchArgs.call, stored last: the rest is complete
     int32_t num_recv_tokens;                  // sent here, also those that do not fit
     uint32_t overfull_ranks;                  // bit r: more tokens go to rank r than fit there
-    int32_t recv_counts[kMaxLocalRanks];      // by source rank
     int32_t expert_counts[kMaxLocalExperts];  // by local expert, (token, column) pairs
 };
 
@@ -153,6 +152,7 @@ struct DispatchResult {
 struct SendPlan {
     int32_t base[kMaxLocalRanks], limit[kMaxLocalRanks];
     int32_t recv_counts[kMaxLocalRanks];  // rows that this rank got from each source, also dropped ones
+    int32_t recv_ends[kMaxLocalRanks];    // from sources up to each; of interest to callers
     int32_t segment_base[kMaxNodes][kMaxLocalRanks];
     int32_t segment_counts[kMaxNodes][kMaxLocalRanks];  // as recv_counts, by segment and source
 };

@@ -430,10 +430,8 @@ def check_elastic(
         assert (handle.topk_idx is ids_here) == (seed % 2 == 0)
         known_counts = mine.num_recv_tokens_per_expert if do_cpu_sync else []
         assert handle.num_recv_tokens_per_expert_list == known_counts
-        # The ranks of the same number on all nodes count together.
-        from_ranks = [np.sum((each // num_local_experts == rank).any(axis=1)) for each in ids]
-        by_number = np.reshape(from_ranks, (-1, buffer.num_scaleup_ranks)).sum(axis=0)
-        assert handle.psum_num_recv_tokens_per_scaleup_rank.tolist() == np.cumsum(by_number).tolist()
+        by_number = handle.psum_num_recv_tokens_per_scaleup_rank
+        assert by_number.tolist() == sources_of(buffer, ids, case.num_experts)
         if do_cpu_sync:
             assert handle.num_recv_tokens == num_recv_tokens
         slots = np.full(ids[rank].shape, -1, np.int32)
@@ -878,3 +876,128 @@ def check_elastic_order(buffer: Any, streams: Streams, *, do_expand: bool, do_cp
         return recv_x, combined_x
 
     torch_places.check_order(buffer._buffer, streams, layer, dtype=torch.bfloat16)
+
+
+def check_elastic_counts_first(buffer: Any, streams: Streams) -> None:
+    """Who looks at a handle's counts before waiting for its dispatch gets them, too."""
+    num_ranks, rank = buffer.num_ranks, buffer.rank_idx
+    num_experts = 3 * num_ranks
+    rng = np.random.default_rng(5)
+    drawn = [[rng.integers(0, num_experts, (NUM_TOKENS, 1)) for _ in range(num_ranks)] for _ in range(4)]
+    given = [tensor(ids[rank]) for ids in drawn]
+    x = torch.ones((NUM_TOKENS, 256), dtype=torch.bfloat16)
+    torch_places.meet(buffer._buffer)
+    results = []
+    for ids in given:
+        with streams.current(0):
+            torch_places.slow()
+            *_, handle, event = buffer.dispatch(
+                x,
+                ids,
+                num_experts=num_experts,
+                num_max_tokens_per_rank=NUM_TOKENS,
+                expert_alignment=8,
+                do_expand=True,
+                do_cpu_sync=False,
+                async_with_compute_stream=True,
+            )
+        with streams.current(1):
+            counts, ends = handle.num_unaligned_recv_tokens_per_expert, handle.psum_num_recv_tokens_per_expert
+            by_number = handle.psum_num_recv_tokens_per_scaleup_rank
+            event.current_stream_wait()
+            results.append((counts.clone(), ends.clone(), by_number.clone()))
+    streams.settle()
+    torch_places.meet(buffer._buffer)
+    for all_ids, (counts, ends, by_number) in zip(drawn, results, strict=True):
+        each = np.bincount(np.concatenate(all_ids).flat, minlength=num_experts)[3 * rank : 3 * rank + 3]
+        assert counts.tolist() == each.tolist()
+        begins = np.cumsum([0, *(-(-each[:-1] // 8) * 8)])
+        assert ends.tolist() == (begins + each).tolist()
+        assert by_number.tolist() == sources_of(buffer, all_ids, num_experts)
+
+
+def sources_of(buffer: Any, all_ids: list[Array], num_experts: int) -> list[int]:
+    """``psum_num_recv_tokens_per_scaleup_rank``: the ranks of the same number on all nodes count together."""
+    num_local_experts = num_experts // buffer.num_ranks
+    from_ranks = [np.sum((each // num_local_experts == buffer.rank_idx).any(axis=1)) for each in all_ids]
+    by_number = np.reshape(from_ranks, (-1, buffer.num_scaleup_ranks)).sum(axis=0)
+    ends: list[int] = np.cumsum(by_number).tolist()
+    return ends
+
+
+def check_elastic_graph(
+    buffer: Any,
+    *,
+    has_threads_beside: bool,
+    first: contextlib.AbstractContextManager[None] | None = None,
+) -> None:
+    """A layer in a graph that asks the device how many tokens came, replayed with other routing.
+
+    Args:
+        first: around the calls before the capture.
+    """
+    num_ranks, rank = buffer.num_ranks, buffer.rank_idx
+    num_tokens, hidden, num_experts, num_topk = 24, 256, 2 * num_ranks, 2
+    rng = np.random.default_rng(11)
+
+    def draw() -> tuple[list[Array], list[Array]]:
+        """x and ids of all ranks; an expert is not named twice by a token, and some tokens go nowhere."""
+        x = [rng.integers(-9, 10, (num_tokens, hidden)).astype(BF16) for _ in range(num_ranks)]
+        ids = [np.argsort(rng.random((num_tokens, num_experts)), axis=1)[:, :num_topk] for _ in x]
+        for each in ids:
+            each[rng.random(num_tokens) < rng.random()] = -1
+        return x, ids
+
+    given = [tensor(each[rank]) for each in draw()]
+    x, ids = given
+
+    def calls() -> Any:
+        results = []
+        for do_expand in (False, True):
+            recv_x, _, _, handle, _ = buffer.dispatch(
+                x,
+                ids,
+                num_experts=num_experts,
+                num_max_tokens_per_rank=num_tokens,
+                expert_alignment=16,
+                do_expand=do_expand,
+                do_cpu_sync=False,
+            )
+            ends = handle.psum_num_recv_tokens_per_scaleup_rank
+            counts = handle.num_unaligned_recv_tokens_per_expert
+            # What lies behind the last received row is anything.
+            is_there = torch.arange(len(recv_x)) < ends[-1]
+            if do_expand:
+                last = handle.psum_num_recv_tokens_per_expert
+                row = torch.arange(len(recv_x)).view(-1, 1)
+                is_there = ((row < last) & (row >= last - counts)).any(dim=1)
+            y = torch.where(is_there.view(-1, 1), 2 * recv_x, 0)
+            results.append((ends, counts, buffer.combine(y, handle)[0]))
+        return results
+
+    with first or contextlib.nullcontext():
+        calls()
+    inner = buffer._buffer
+    torch_places.meet(inner)
+    replay = torch_places.Replay(inner.group, calls, has_threads_beside=has_threads_beside)
+    for _ in range(4):
+        drawn = draw()
+        for static, values in zip(given, drawn, strict=True):
+            static.copy_(tensor(values[rank]))
+        torch_places.meet(inner)
+        replay()
+        torch_places.meet(inner)
+        all_x, all_ids = drawn
+        places = all_ids[rank] // 2
+        num_copies = np.stack([(places == dst).any(axis=1) for dst in range(num_ranks)]).sum(axis=0)
+        num_rows = (all_ids[rank] >= 0).sum(axis=1)
+        for number, (ends, counts, combined) in enumerate(replay.results):
+            assert ends.dtype == torch.int32
+            assert ends.tolist() == sources_of(buffer, all_ids, num_experts)
+            if number == 1:
+                wanted = [sum(int((each == 2 * rank + e).sum()) for each in all_ids) for e in range(2)]
+                assert counts.tolist() == wanted
+            times = 2 * (num_copies, num_rows)[number].astype(np.float32)
+            # Of numbers so small that all sums are exact.
+            expected = all_x[rank].astype(np.float32) * times[:, None]
+            assert torch.equal(combined, tensor(expected.astype(BF16)))

@@ -119,6 +119,11 @@ def check_normal(buffer: Buffer, seed: int) -> None:
     num_local_experts = case.num_experts // case.num_ranks
     from_each = [int((ids // num_local_experts == rank).any(axis=1).sum()) for ids in case.topk_idx]
     assert out.handle.num_recv_tokens_per_rank == from_each
+    by_number = np.zeros(max(buffer.topology.node_sizes), np.int32)
+    for node in range(buffer.topology.num_nodes):
+        for number, src in enumerate(buffer.topology.ranks_of(node)):
+            by_number[number:] += from_each[src]
+    assert same_bits(out.handle.psum_num_recv_tokens_per_local_rank, by_number)
     assert not out.handle.overflow
 
     cached = buffer.dispatch((again[rank], sf[rank]), handle=out.handle)

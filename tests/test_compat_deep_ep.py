@@ -144,6 +144,16 @@ def test_calls_again_and_again_as_a_graph_makes_them() -> None:
     ep_rt.run_local(run, 3, timeout_s=20)
 
 
+def test_elastic_calls_again_and_again_as_a_graph_makes_them() -> None:
+    def run(group: Group) -> None:
+        buffer = deep_ep.ElasticBuffer(group, 1 << 21, backend="host", ranks_per_node=2)
+        compat_cases.check_elastic_graph(buffer, has_threads_beside=True)
+        compat_cases.check_elastic_counts_first(buffer, Streams())
+        buffer.destroy()
+
+    ep_rt.run_local(run, 4, timeout_s=20)
+
+
 def test_a_program_for_deep_ep_runs_unchanged(tmp_path: Path) -> None:
     environment = {"EP_RT_BACKEND": "host", "CUDA_VISIBLE_DEVICES": ""}
     run_program(tmp_path / "program.py", 2, timeout_s=120, **environment)

@@ -87,6 +87,7 @@ def test_combine_knows_its_dispatch() -> None:
         is_token_in_rank=np.zeros((4, 2), np.bool_),
         send_tokens=(),
         recv_counts=(3,),
+        local_ranks=(0,),
     )
     x, weights = np.ones((3, 16), np.float32), np.ones((3, 2), np.float32)
 

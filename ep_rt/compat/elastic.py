@@ -274,6 +274,7 @@ class ElasticBuffer:
                 num_max_tokens_per_rank=num_max_tokens_per_rank,
                 num_sms=num_sms,
                 do_cpu_sync=do_cpu_sync,
+                event=out.event.event if async_with_compute_stream else None,
             )
         recv_x, later = out.recv_x, []
         if use_tma_aligned_col_major_sf and isinstance(recv_x, tuple):

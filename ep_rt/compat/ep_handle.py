@@ -7,13 +7,16 @@ from typing import Any
 import numpy as np
 
 from .. import buffer
+from ..events import Event
 from ..handle import DispatchHandle
 
 
 class EPHandle:
     """The routing of a dispatch, for `ElasticBuffer.combine` and for repeated dispatches.
 
-    What is not known at once is made when it is first looked at; on a GPU that waits for the dispatch.
+    What is not known at once is made when it is first looked at; on a GPU that may wait for the dispatch,
+    which a CUDA graph cannot. There, psum_num_recv_tokens_per_scaleup_rank, and if expanded the counts by
+    expert, are on the device once the dispatch is done.
 
     Attributes:
         do_expand, num_experts, expert_alignment, num_max_tokens_per_rank, num_sms: of the dispatch.
@@ -51,9 +54,11 @@ class EPHandle:
         num_max_tokens_per_rank: int,
         num_sms: int,
         do_cpu_sync: bool,
+        event: Event | None,
     ) -> None:
         self.handle = handle
         self._owner = owner
+        self._event = event  # None where the current stream has waited
         self.do_expand = handle.layout == "expert"
         self.topk_idx = topk_idx
         self.recv_topk_idx = recv_topk_idx
@@ -82,22 +87,22 @@ class EPHandle:
         return self.handle.num_recv_tokens
 
     def _make_psum_num_recv_tokens_per_scaleup_rank(self) -> Any:
-        topology = self._owner.topology
-        counts = np.array(self.handle.num_recv_tokens_per_rank)
-        if topology.num_nodes > 1 and topology.is_uniform:
-            nodes = [counts[list(topology.ranks_of(node))] for node in range(topology.num_nodes)]
-            counts = np.sum(nodes, axis=0)
-        return self._tensor(np.cumsum(counts))
+        return self.handle.psum_num_recv_tokens_per_local_rank
 
     def _make_psum_num_recv_tokens_per_expert(self) -> Any:
         if self.do_expand:
             return self.handle.psum_num_tokens_per_expert
-        return self._tensor(np.cumsum(list(self.handle.num_recv_tokens_per_expert_list)))
+        import torch
+
+        ends = np.cumsum(list(self.handle.num_recv_tokens_per_expert_list)).astype(np.int32)
+        return torch.from_numpy(ends).to(self.topk_idx.device)
 
     def _make_num_unaligned_recv_tokens_per_expert(self) -> Any:
-        return (
-            unaligned(self.psum_num_recv_tokens_per_expert, self.expert_alignment) if self.do_expand else None
-        )
+        if not self.do_expand:
+            return None
+        if self._event is not None:
+            self._event.wait(None)  # whoever looks need not have waited
+        return unaligned(self.psum_num_recv_tokens_per_expert, self.expert_alignment)
 
     def _make_dst_buffer_slot_idx(self) -> Any:
         import torch
@@ -138,11 +143,6 @@ class EPHandle:
                 )
                 made[token, 2 + column] = torch.arange(end - count, end, dtype=torch.int32, device=device)
         return made
-
-    def _tensor(self, values: Any) -> Any:
-        import torch
-
-        return torch.from_numpy(values.astype(np.int32)).to(self.topk_idx.device)
 
 
 def unaligned(psum: Any, alignment: int) -> Any:

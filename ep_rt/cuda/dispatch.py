@@ -176,11 +176,11 @@ class Dispatch:
             results, num_recv_rows, places, psum = made
         event = domain.finish(call)
         if handle is None:
-            shape, landed_shape, read = found.shape, found.landed, domain.read
+            shape, landed_shape = found.shape, found.landed
             if is_exact:
                 shape, landed_shape = kind.shapes(found.num_tokens, num_recv_rows, num_rows)
             elif kind.num_topk:
-                counts = LazyCounts(read, routing, landed_shape)
+                counts = LazyCounts(domain.read, routing, landed_shape)
             known_tokens = num_rows if is_exact else None
             # By position: names take longer than everything else here.
             handle = CudaDispatchHandle(
@@ -192,7 +192,8 @@ class Dispatch:
                 number,
                 routing,
                 known_tokens,
-                read,
+                domain,
+                kind.frameworks[0],
                 places,
                 crossing,
             )

@@ -107,7 +107,8 @@ def unflatten(
         call=0,
         routing=routing,
         known_recv_tokens=shape.num_landed_rows if shape.is_exact else None,
-        read=domain.read,
+        domain=domain,
+        framework=flat[0].framework,
         places=places,
         crossing=crossing,
     )

@@ -9,7 +9,9 @@ from typing import Any, Final, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from ..cuda_arrays import Column
 from ..handle import DispatchHandle
+from .domain import Domain
 from .heap import Block
 from .internode import Crossing
 from .layout import DISPATCH_RESULT, MAX_LOCAL_RANKS, SEND_PLAN, Struct, align_up, field_offset
@@ -17,6 +19,7 @@ from .plan import aligned
 
 # Within the block that holds the routing of a dispatch.
 SEND_PLAN_OFFSET: Final = 0
+RECV_ENDS_OFFSET: Final = SEND_PLAN_OFFSET + field_offset(SEND_PLAN, "recv_ends")
 RESULT_OFFSET: Final = SEND_PLAN.itemsize
 NUM_RECV_TOKENS_OFFSET: Final = RESULT_OFFSET + field_offset(DISPATCH_RESULT, "num_recv_tokens")
 EXPERT_COUNTS_OFFSET: Final = RESULT_OFFSET + field_offset(DISPATCH_RESULT, "expert_counts")
@@ -24,6 +27,7 @@ SEND_ROW_OFFSET: Final = align_up(RESULT_OFFSET + DISPATCH_RESULT.itemsize, 256)
 
 _INT32: Final[Struct] = np.dtype("<i4")
 _INT64: Final[Struct] = np.dtype("<i8")
+_ENDS: Final = Column("int32", ())
 
 
 def routing_bytes(num_tokens: int) -> int:
@@ -55,7 +59,8 @@ class CudaDispatchHandle(DispatchHandle):
         call: the number of the dispatch, the same on every rank.
         routing: see `routing_bytes`.
         known_recv_tokens: None where only the device knows.
-        read: fetches a struct [1] from an address, once earlier calls are done.
+        domain: reads what only the device knows, and makes arrays over it.
+        framework: of x.
         places: with layout "expert", see `expert_major.PlacesLayout`.
         crossing: over several nodes, which tokens cross the network.
     """
@@ -64,7 +69,8 @@ class CudaDispatchHandle(DispatchHandle):
     call: int
     routing: Block = field(repr=False)
     known_recv_tokens: int | None = field(repr=False)
-    read: Callable[[int, Struct], NDArray[Any]] = field(repr=False)
+    domain: Domain = field(repr=False)
+    framework: str = field(repr=False)
     places: Block | None = field(repr=False)
     crossing: Crossing | None = field(repr=False)
 
@@ -83,11 +89,11 @@ class CudaDispatchHandle(DispatchHandle):
     def num_recv_tokens(self) -> int:
         if self.known_recv_tokens is not None:
             return self.known_recv_tokens
-        return int(self.read(self.routing.pointer + NUM_RECV_TOKENS_OFFSET, _INT32)[0])
+        return int(self.domain.read(self.routing.pointer + NUM_RECV_TOKENS_OFFSET, _INT32)[0])
 
     @property
     def num_recv_tokens_per_rank(self) -> list[int]:
-        plan = self.read(self.routing.pointer + SEND_PLAN_OFFSET, SEND_PLAN)
+        plan = self.domain.read(self.routing.pointer + SEND_PLAN_OFFSET, SEND_PLAN)
         num_ranks = self.landed.num_ranks
         per_rank: list[int] = plan["recv_counts"][0, :num_ranks].tolist()
         if self.crossing is not None:
@@ -96,10 +102,18 @@ class CudaDispatchHandle(DispatchHandle):
         return per_rank
 
     @property
+    def psum_num_recv_tokens_per_local_rank(self) -> Any:
+        num_local_ranks = self.domain.group.size
+        [ends] = self.domain.results([_ENDS], self.framework).over(
+            self.routing.pointer, RESULT_OFFSET, self.routing, [(RECV_ENDS_OFFSET, num_local_ranks)]
+        )
+        return ends
+
+    @property
     def num_needed_rows(self) -> int:
         if self.places is None:
             return self.num_recv_tokens
-        return int(self.read(self.places.pointer, _INT64)[0])
+        return int(self.domain.read(self.places.pointer, _INT64)[0])
 
     @property
     def num_recv_tokens_pointer(self) -> int:
@@ -111,7 +125,7 @@ class LazyCounts(Sequence[int]):
     """Counts by expert that only the device knows. Looking at them waits for the calls so far, each time.
 
     Args:
-        read: as in `CudaDispatchHandle`.
+        read: fetches a struct [1] from an address, once earlier calls are done.
         routing: of the dispatch that counts.
         shape: says how many there are, and what each is rounded up to.
     """

@@ -33,6 +33,7 @@ class HostEngine:
         self._rank = peers.group.rank
         self._num_ranks = peers.group.size
         self._topology = topology
+        self._local_ranks = topology.local_rank_of_rank
 
     def reset(self) -> None:
         self._peers.agree("reset", Announcement())
@@ -48,7 +49,7 @@ class HostEngine:
 
     def unflatten_handle(self, shape: FlatShape, parts: Sequence[Any]) -> HostDispatchHandle:
         [part] = parts
-        return flat.unflatten(shape, arrays.host(part, name="handle"), self._num_ranks, self._owner)
+        return flat.unflatten(shape, arrays.host(part, name="handle"), self._local_ranks, self._owner)
 
     # Calls.
 
@@ -217,6 +218,8 @@ class HostEngine:
             is_token_in_rank=plan.is_token_in_rank,
             send_tokens=plan.send_tokens,
             recv_counts=tuple(recv_counts),
+            local_ranks=self._local_ranks,
+            framework=plan.request.x.framework,
             expert_rows=expert_rows,
         )
 

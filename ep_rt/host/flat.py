@@ -45,8 +45,11 @@ def flatten(handle: HostDispatchHandle, shape: FlatShape) -> NDArray[np.uint8]:
     return out
 
 
-def unflatten(shape: FlatShape, flat: NDArray[np.uint8], num_ranks: int, owner: object) -> HostDispatchHandle:
+def unflatten(
+    shape: FlatShape, flat: NDArray[np.uint8], local_ranks: tuple[int, ...], owner: object
+) -> HostDispatchHandle:
     """The handle again. It has copies of all that `flat` holds."""
+    num_ranks = len(local_ranks)
     end = _num_words(shape, num_ranks) * _WORD.itemsize
     ends = [field.offset // _WORD.itemsize for field in _fields(shape, num_ranks)][1:]
     _, needed_rows, counts, psum, expert_row, recv_counts, received_rows = np.split(
@@ -73,6 +76,7 @@ def unflatten(shape: FlatShape, flat: NDArray[np.uint8], num_ranks: int, owner: 
         is_token_in_rank=in_rank,
         send_tokens=tuple(np.flatnonzero(column) for column in in_rank.T),
         recv_counts=tuple(recv_counts.tolist()),
+        local_ranks=local_ranks,
         expert_rows=expert_rows,
     )
 

@@ -159,9 +159,8 @@ def dispatch(
         _compare_told(ranks, rank, memory, at, expected, ids, [each.capacity for each in landed])
     if handle is not None:
         return handle, landed
-    if lists is not None:
-        for rank, memory in enumerate(routing):
-            _compare_segments(ranks, rank, memory, lists)
+    for rank, memory in enumerate(routing):
+        _compare_sources(ranks, rank, memory, expected[rank], lists)
     made = Handle(
         call=ranks.num_calls,
         num_tokens=[len(each) for each in x],
@@ -253,8 +252,6 @@ def _compare_told(
     """What the host, or the handle, is told."""
     told = memory.array(DISPATCH_RESULT, (1,), offset=offset)
     wanted = expected[rank]
-    kept = wanted.src_rank[wanted.src_rank >= 0]
-    counts = [int((kept == src).sum()) for src in range(ranks.num_ranks)]
     number = ranks.num_calls
     overfull = sum(
         1 << each for each, capacity in enumerate(capacities) if expected[each].num_recv_tokens > capacity
@@ -269,8 +266,6 @@ def _compare_told(
         }
         if offset == 0:  # a repeated dispatch stores its own number with the handle's result
             facts["call"] = int(seen["call"]), number
-        if not wanted.overflow:
-            facts["recv_counts"] = (seen["recv_counts"][: ranks.num_ranks].tolist(), counts)
         if ids is not None:
             facts["expert_counts"] = (seen["expert_counts"][: len(experts)].tolist(), experts)
         for name, (got, right) in facts.items():
@@ -281,17 +276,32 @@ def _compare_told(
     ranks.check(check)
 
 
-def _compare_segments(ranks: Ranks, rank: int, routing: Memory, lists: Sequence[SegmentList]) -> None:
+def _compare_sources(
+    ranks: Ranks,
+    rank: int,
+    routing: Memory,
+    expected: reference.Dispatched,
+    lists: Sequence[SegmentList] | None,
+) -> None:
     """What the handle is told of where tokens came from, the dropped ones included."""
-    plan = routing.array(SEND_PLAN, (1,), offset=SEND_PLAN_OFFSET)
-    wanted = np.stack([each.counts[:, rank] for each in lists], axis=1)
-    num_segments, num_ranks = wanted.shape
+    plan = routing.array(SEND_PLAN, (1,), offset=SEND_PLAN_OFFSET)[0]
+    counts = plan["recv_counts"][: ranks.num_ranks]
 
     def check() -> str | None:
-        seen = plan["segment_counts"][0, :num_segments, :num_ranks]
-        if np.array_equal(seen, wanted):
-            return None
-        return f"segment_counts of rank {rank} is {seen.tolist()}, expected {wanted.tolist()}"
+        wanted = {"recv_ends": np.cumsum(counts), "num_recv_tokens": np.array([expected.num_recv_tokens])}
+        seen = {"recv_ends": plan["recv_ends"][: ranks.num_ranks], "num_recv_tokens": plan["recv_ends"][-1:]}
+        if lists is not None:
+            segments = np.stack([each.counts[:, rank] for each in lists], axis=1)
+            wanted["segment_counts"], wanted["recv_counts"] = segments, segments.sum(axis=0)
+            seen["segment_counts"] = plan["segment_counts"][: len(segments), : ranks.num_ranks]
+        elif not expected.overflow:  # the oracle has only those of rows that are kept
+            kept = expected.src_rank[expected.src_rank >= 0]
+            wanted["recv_counts"] = np.bincount(kept, minlength=ranks.num_ranks)
+        seen["recv_counts"] = counts
+        for name, right in wanted.items():
+            if not np.array_equal(seen[name], right):
+                return f"{name} of rank {rank} is {seen[name].tolist()}, expected {right.tolist()}"
+        return None
 
     ranks.check(check)
 

@@ -345,7 +345,7 @@ class TwoLevel:
         landed: Any = None
         routing: Any = SimpleNamespace(pointer=routed["send_plan"] - SEND_PLAN_OFFSET)
         handle = CudaDispatchHandle(
-            None, shape.handle, (), None, landed, 0, routing, None, read, None, crossing
+            None, shape.handle, (), None, landed, 0, routing, None, domain, "cupy", None, crossing
         )
         at, copies = flat.layout(shape, internode), []
         for block, num_bytes in zip(flat.memory(handle), at.num_bytes, strict=True):

@@ -209,6 +209,28 @@ def test_graph_of_both_modes(place: str) -> None:
 
 
 @on_every_place
+def test_elastic_graph(place: str) -> None:
+    def body(group: Group) -> None:
+        with elastic_buffer(group) as buffer:
+            first = meeting(buffer._buffer, place)
+            cases.check_elastic_graph(buffer, has_threads_beside=place != "mpi", first=first)
+
+    run_torch(place, body, num_virtual_ranks=2)
+
+
+@on_every_place
+def test_counts_of_a_dispatch_on_its_way(place: str) -> None:
+    def body(group: Group) -> None:
+        streams = Streams()
+        with elastic_buffer(group) as buffer:
+            for meets in (meeting(buffer._buffer, place), contextlib.nullcontext()):
+                with meets:
+                    cases.check_elastic_counts_first(buffer, streams)
+
+    run_torch(place, body, num_virtual_ranks=2)
+
+
+@on_every_place
 def test_events(place: str) -> None:
     """They are behind the work of the current stream, not further, and other streams wait for them."""
 
