@@ -265,11 +265,13 @@ def cuda_to_framework(
 
 
 class TensorPlace(NamedTuple):
-    """A C-contiguous array inside an allocation: `offset` in bytes, a multiple of its itemsize."""
+    """An array inside an allocation: `offset` in bytes, a multiple of its itemsize; `strides` in bytes, None
+    where it is C-contiguous."""
 
     shape: tuple[int, ...]
     dtype: str
     offset: int
+    strides: tuple[int, ...] | None = None
 
 
 def torch_tensors(
@@ -287,9 +289,9 @@ def torch_tensors(
         if place is None:
             made.append(None)
             continue
-        shape, dtype, offset = place
+        shape, dtype, offset, strides = place
         with_float8 = dtype == "float8_e4m3fn"  # through uint8, as in `cuda_to_framework`
-        capsule = np.ndarray(shape, _BITS[dtype], whole, offset).__dlpack__()
+        capsule = np.ndarray(shape, _BITS[dtype], whole, offset, strides).__dlpack__()
         dlpack.relabel(capsule, cuda_index=device, dtype="uint8" if with_float8 else dtype)
         tensor = from_dlpack(capsule)
         made.append(tensor.view(_load("torch").float8_e4m3fn) if with_float8 else tensor)

@@ -11,11 +11,12 @@ import sys
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from . import arrays
 from .arrays import CUDA_STREAM_LEGACY, ArrayView, TensorPlace, torch_tensors
 
+T = TypeVar("T")
 Fact = tuple[Any, tuple[int, ...], Hashable, Hashable, Hashable]
 """Of an array: its type, shape, strides, dtype and device."""
 
@@ -105,6 +106,21 @@ def _look_at(kind: Any) -> _Look | None:
     return _LOOKS.get(kind)
 
 
+def undisturbed(call: Callable[..., T], *args: Any) -> T:
+    """``call(*args)``, in which nothing replaces torch's functions.
+
+    A default device of torch is a mode that its functions ask what to do, and each look at a tensor is one:
+    all together they take longer than a call.
+    """
+    # While torch is being imported, these may not be there yet.
+    functions = getattr(sys.modules.get("torch"), "_C", None)
+    num_modes = getattr(functions, "_len_torch_function_stack", None)
+    if num_modes is None or num_modes() == 0:
+        return call(*args)
+    with functions.DisableTorchFunction():  # type: ignore[union-attr]
+        return call(*args)
+
+
 def current_stream(framework: str, device: int) -> int:
     """The CUDA stream that is current in this thread for "cupy" or "torch"; never 0."""
     if framework == "torch":
@@ -126,6 +142,20 @@ class Column(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     is_swapped: bool = False
+
+    @property
+    def seen_shape(self) -> tuple[int, ...]:
+        """The shape behind the first axis."""
+        return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.is_swapped else self.shape
+
+    @property
+    def strides(self) -> tuple[int, ...] | None:
+        """Bytes, of all axes; None where it is C-contiguous."""
+        if not self.is_swapped:
+            return None
+        itemsize = arrays.np_dtype(self.dtype).itemsize
+        *outer, last, second = (itemsize * prod(self.shape[axis:]) for axis in range(len(self.shape) + 1))
+        return (*outer, second, last)
 
 
 class ResultArrays:
@@ -163,7 +193,7 @@ class ResultArrays:
                 self._cupy = _CupyColumns(self._columns, self._device)
             return partial(self._cupy.over, self._cupy.placed(places))
         if self._framework == "torch" and any(num_rows for _, num_rows in places):
-            return self._swapping(self._placed_torch(places))
+            return self._placed_torch(places)
 
         def make(pointer: int, num_bytes: int, owner: object) -> list[Any]:
             return [
@@ -201,7 +231,9 @@ class ResultArrays:
     def _placed_torch(self, places: Sequence[tuple[int, int]]) -> Callable[[int, int, object], list[Any]]:
         device = self._device
         wanted = [
-            None if column is None else TensorPlace((num_rows, *column.shape), column.dtype, offset)
+            None
+            if column is None
+            else TensorPlace((num_rows, *column.seen_shape), column.dtype, offset, column.strides)
             for column, (offset, num_rows) in zip(self._columns, places, strict=True)
         ]
 
@@ -231,12 +263,7 @@ class _CupyColumns:
             kind = arrays.np_dtype("uint8" if column.dtype == "float8_e4m3fn" else column.dtype)
             # By its letter CuPy finds a dtype faster, but for those that NumPy itself does not have.
             letter = kind.char if kind.isbuiltin == 1 else kind
-            shape = column.shape
-            strides = None
-            if column.is_swapped:
-                *outer, last, second = (kind.itemsize * prod(shape[axis:]) for axis in range(len(shape) + 1))
-                shape, strides = (*shape[:-2], shape[-1], shape[-2]), (*outer, second, last)
-            self._wanted.append((number, shape, letter, strides))
+            self._wanted.append((number, column.seen_shape, letter, column.strides))
 
     def placed(self, places: Sequence[tuple[int, int]]) -> list[_CupyPlace]:
         """The arrays with the places that `over` wants."""

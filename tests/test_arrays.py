@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ep_rt import arrays, dlpack
+from ep_rt import arrays, cuda_arrays, dlpack
 from ep_rt.errors import ArrayError
 
 DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "uint8", "int32", "int64", "bool")
@@ -300,6 +300,23 @@ def test_torch_memory_outlives_the_tensor(torch: Any) -> None:
     del found
     gc.collect()
     assert storage_gone() is None
+
+
+def test_undisturbed_by_modes_of_torch(torch: Any) -> None:
+    x = torch.ones(3)
+    asked = []
+
+    class Listening(torch.overrides.TorchFunctionMode):  # type: ignore[misc]
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            asked.append(func)
+            return func(*args, **(kwargs or {}))
+
+    assert cuda_arrays.undisturbed(x.stride, 0) == 1
+    with Listening():
+        assert cuda_arrays.undisturbed(x.stride, 0) == 1
+        assert not asked
+        x.stride(0)
+        assert len(asked) == 1
 
 
 def test_torch_refusals(torch: Any) -> None:

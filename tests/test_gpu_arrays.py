@@ -162,6 +162,34 @@ def test_results_are_arrays_as_cupy_makes_them(dtype: str, is_swapped: bool, cup
     assert gone() is None
 
 
+@pytest.mark.parametrize("is_swapped", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_are_tensors_over_one_allocation(dtype: str, is_swapped: bool, torch: Any, cupy: Any) -> None:
+    slab = Slab(cupy, dtype)
+    rows = ROWS // 2, 2, COLUMNS
+    results = ResultArrays(
+        [Column(dtype, rows[1:], is_swapped), None, Column("uint8", ())], device=0, framework="torch"
+    )
+    tensor, absent, numbers = results.over(
+        slab.pointer, slab.memory.nbytes, slab, [(0, rows[0]), (0, 0), (3, 5)]
+    )
+    like = slab.give("torch").reshape(rows)
+    if is_swapped:
+        like = like.swapaxes(1, 2)
+    assert (absent, numbers.shape, numbers.data_ptr()) == (None, (5,), slab.pointer + 3)
+    for name in ("dtype", "shape", "device"):
+        assert getattr(tensor, name) == getattr(like, name)
+    assert (tensor.data_ptr(), tensor.stride()) == (like.data_ptr(), like.stride())
+    gone = weakref.ref(slab)
+    part = tensor[1:]
+    del slab, like, tensor, numbers
+    gc.collect()
+    assert gone() is not None
+    del part
+    gc.collect()
+    assert gone() is None
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_torch_in_and_out(dtype: str, cupy: Any, torch: Any) -> None:
     slab = Slab(cupy, dtype)

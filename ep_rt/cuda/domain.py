@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import arrays
-from ..cuda_arrays import Column, ResultArrays, current_stream
+from ..cuda_arrays import Column, ResultArrays, current_stream, undisturbed
 from ..errors import BackendError, ClosedError, ConfigError, EpError, TopologyError, on_all_ranks
 from ..events import CompletedEvent, EventOverlap
 from ..exchange import Group
@@ -170,10 +170,10 @@ class Domain:
         """Run with this rank's device current."""
         before = self.runtime.getDevice()
         if before == self.device:
-            return call(*args)
+            return undisturbed(call, *args)
         self.runtime.setDevice(self.device)
         try:
-            return call(*args)
+            return undisturbed(call, *args)
         finally:
             self.runtime.setDevice(before)
 

@@ -27,7 +27,7 @@ torch = pytest.importorskip("torch")
 
 import compat_cases as cases  # noqa: E402  # which imports torch
 from compat_program import run_program  # noqa: E402
-from torch_places import Streams, everywhere, settle, slow  # noqa: E402
+from torch_places import Streams, everywhere, meet, settle, slow  # noqa: E402
 
 from ep_rt.compat import deep_ep, elastic  # noqa: E402
 
@@ -228,6 +228,48 @@ def test_counts_of_a_dispatch_on_its_way(place: str) -> None:
                     cases.check_elastic_counts_first(buffer, streams)
 
     run_torch(place, body, num_virtual_ranks=2)
+
+
+@on_every_place
+def test_a_default_device_takes_no_time(place: str) -> None:
+    """It is a mode, which torch's functions ask what to do: calls whose plans are made use none of them."""
+    from torch.overrides import TorchFunctionMode
+
+    asked: list[str] = []
+
+    class Listening(TorchFunctionMode):  # type: ignore[misc]
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            asked.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    def check(buffer: Any) -> None:
+        num_ranks = buffer.group_size
+        ids = everywhere(num_ranks)
+        weights = torch.ones(ids.shape)
+        x = torch.ones((len(ids), 256), dtype=torch.bfloat16)
+        y = torch.ones((1, num_ranks * len(ids), 256), dtype=torch.bfloat16)
+        routing = {"topk_idx": ids, "topk_weights": weights, "num_experts": num_ranks}
+        num_tokens = len(ids)
+
+        def calls() -> None:
+            sent = buffer._buffer.dispatch(x, **routing, num_worst_tokens=num_ranks * num_tokens)
+            buffer.combine(sent.recv_x, sent.handle, topk_weights=sent.recv_topk_weights)
+            few = buffer.low_latency_dispatch(x, ids, num_tokens, num_ranks)
+            buffer.low_latency_combine(y, ids, weights, few[2])
+
+        calls()
+        meet(buffer._buffer)
+        if buffer.rank > 0:
+            calls()
+        else:  # threads would share the list
+            with Listening():
+                x.data_ptr()
+                assert asked
+                asked.clear()
+                calls()
+            assert asked == []
+
+    run(place, check)
 
 
 @on_every_place
