@@ -95,6 +95,28 @@ def test_a_start_that_does_not_return_is_an_error(
     released.set()
 
 
+def test_a_close_without_a_rank_asks_nobody(
+    library: FakeLibrary, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not even those that are there: NVSHMEM would wait for the lost one. Nobody starts it anew."""
+    monkeypatch.setattr(nvshmem._PROCESS, "started", None)
+
+    def body(group: Group) -> None:
+        network = Network(group, num_bytes=1000)
+        network.allocate(100)
+        library.calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(group, "allgather", None)
+            network.close((1, 3))
+        network.close()
+        with pytest.raises(BackendError, match=r"no word from ranks \[1, 3\]"):
+            Network(group, num_bytes=1000)
+
+    run_local(body, 1)
+    assert library.calls == []
+    assert "NVSHMEM is left as it is until the process ends: no word from ranks [1, 3]" in caplog.text
+
+
 def test_a_kernel_on_the_network_needs_one(library: FakeLibrary) -> None:
     with pytest.raises(BackendError, match="uses NVSHMEM: it can be loaded with a network alone"):
         launch.Kernel(kernels.nvshmem_ping("warp"))
