@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-
-from . import arrays
 
 Tokens = NDArray[np.intp]
 
@@ -173,7 +171,7 @@ class HostDispatchHandle(DispatchHandle):
         send_tokens: tokens for each rank, ascending.
         recv_counts: tokens from each rank.
         local_ranks: of each rank, its number within its node.
-        framework: of ``x``.
+        give: hands an array to the framework of ``x``.
         expert_rows: with layout "expert".
     """
 
@@ -181,7 +179,7 @@ class HostDispatchHandle(DispatchHandle):
     send_tokens: tuple[Tokens, ...] = field(repr=False)
     recv_counts: tuple[int, ...] = field(repr=False)
     local_ranks: tuple[int, ...] = field(repr=False)
-    framework: str = field(default="numpy", repr=False)
+    give: Callable[[NDArray[Any]], Any] = field(default=np.asarray, repr=False)
     expert_rows: ExpertRows | None = field(default=None, repr=False)
 
     @property
@@ -195,7 +193,7 @@ class HostDispatchHandle(DispatchHandle):
     @property
     def psum_num_recv_tokens_per_local_rank(self) -> Any:
         counts = np.bincount(self.local_ranks, weights=self.recv_counts)
-        return arrays.to_framework(np.cumsum(counts).astype(np.int32), self.framework)
+        return self.give(np.cumsum(counts).astype(np.int32))
 
     @property
     def num_needed_rows(self) -> int:

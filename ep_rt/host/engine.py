@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -219,7 +220,7 @@ class HostEngine:
             send_tokens=plan.send_tokens,
             recv_counts=tuple(recv_counts),
             local_ranks=self._local_ranks,
-            framework=plan.request.x.framework,
+            give=partial(arrays.to_framework, framework=plan.request.x.framework),
             expert_rows=expert_rows,
         )
 
