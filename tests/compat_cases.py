@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
@@ -716,6 +717,32 @@ def check_ranks_that_stop(buffer: Any) -> None:
         check()
 
 
+def replays(
+    buffer: Any,
+    calls: Callable[[], Any],
+    draw: Callable[[], tuple[list[Array], ...]],
+    given: list[Any],
+    *,
+    has_threads_beside: bool,
+) -> Iterator[tuple[tuple[list[Array], ...], Any]]:
+    """What `draw` drew for all ranks, and what `calls` made of it in one graph, for a few replays.
+
+    Args:
+        given: the tensors that `calls` reads, for this rank's part of what is drawn.
+    """
+    inner = buffer._buffer
+    torch_places.meet(inner)
+    replay = torch_places.Replay(inner.group, calls, has_threads_beside=has_threads_beside)
+    for _ in range(4):
+        drawn = draw()
+        for static, values in zip(given, drawn, strict=True):
+            static.copy_(tensor(values[inner.rank]))
+        torch_places.meet(inner)
+        replay()
+        torch_places.meet(inner)
+        yield drawn, replay.results
+
+
 def check_graph(
     buffer: Any,
     *,
@@ -760,17 +787,8 @@ def check_graph(
 
     with first or contextlib.nullcontext():
         calls()
-    inner = buffer._buffer
-    torch_places.meet(inner)
-    replay = torch_places.Replay(inner.group, calls, has_threads_beside=has_threads_beside)
-    for _ in range(4):
-        drawn = draw()
-        for static, values in zip(given, drawn, strict=True):
-            static.copy_(tensor(values[rank]))
-        torch_places.meet(inner)
-        replay()
-        torch_places.meet(inner)
-        layout, sent, back, few, few_back = replay.results
+    for drawn, results in replays(buffer, calls, draw, given, has_threads_beside=has_threads_beside):
+        layout, sent, back, few, few_back = results
         all_x, all_ids, all_weights, all_y = drawn
         counts = [num_tokens] * num_ranks
         expected = reference.dispatch(
@@ -977,21 +995,12 @@ def check_elastic_graph(
 
     with first or contextlib.nullcontext():
         calls()
-    inner = buffer._buffer
-    torch_places.meet(inner)
-    replay = torch_places.Replay(inner.group, calls, has_threads_beside=has_threads_beside)
-    for _ in range(4):
-        drawn = draw()
-        for static, values in zip(given, drawn, strict=True):
-            static.copy_(tensor(values[rank]))
-        torch_places.meet(inner)
-        replay()
-        torch_places.meet(inner)
+    for drawn, results in replays(buffer, calls, draw, given, has_threads_beside=has_threads_beside):
         all_x, all_ids = drawn
         places = all_ids[rank] // 2
         num_copies = np.stack([(places == dst).any(axis=1) for dst in range(num_ranks)]).sum(axis=0)
         num_rows = (all_ids[rank] >= 0).sum(axis=1)
-        for number, (ends, counts, combined) in enumerate(replay.results):
+        for number, (ends, counts, combined) in enumerate(results):
             assert ends.dtype == torch.int32
             assert ends.tolist() == sources_of(buffer, all_ids, num_experts)
             if number == 1:

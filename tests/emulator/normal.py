@@ -288,19 +288,21 @@ def _compare_sources(
     counts = plan["recv_counts"][: ranks.num_ranks]
 
     def check() -> str | None:
-        wanted = {"recv_ends": np.cumsum(counts), "num_recv_tokens": np.array([expected.num_recv_tokens])}
-        seen = {"recv_ends": plan["recv_ends"][: ranks.num_ranks], "num_recv_tokens": plan["recv_ends"][-1:]}
+        ends = plan["recv_ends"]
+        facts = {
+            "recv_ends": (ends[: ranks.num_ranks], np.cumsum(counts)),
+            "the last of recv_ends": (ends[-1:], np.array([expected.num_recv_tokens])),
+        }
         if lists is not None:
             segments = np.stack([each.counts[:, rank] for each in lists], axis=1)
-            wanted["segment_counts"], wanted["recv_counts"] = segments, segments.sum(axis=0)
-            seen["segment_counts"] = plan["segment_counts"][: len(segments), : ranks.num_ranks]
+            facts["segment_counts"] = plan["segment_counts"][: len(segments), : ranks.num_ranks], segments
+            facts["recv_counts"] = counts, segments.sum(axis=0)
         elif not expected.overflow:  # the oracle has only those of rows that are kept
             kept = expected.src_rank[expected.src_rank >= 0]
-            wanted["recv_counts"] = np.bincount(kept, minlength=ranks.num_ranks)
-        seen["recv_counts"] = counts
-        for name, right in wanted.items():
-            if not np.array_equal(seen[name], right):
-                return f"{name} of rank {rank} is {seen[name].tolist()}, expected {right.tolist()}"
+            facts["recv_counts"] = counts, np.bincount(kept, minlength=ranks.num_ranks)
+        for name, (seen, right) in facts.items():
+            if not np.array_equal(seen, right):
+                return f"{name} of rank {rank} is {seen.tolist()}, expected {right.tolist()}"
         return None
 
     ranks.check(check)
