@@ -32,6 +32,7 @@ __device__ void low_latency_combine(const LowLatencyCombineArgs<kCfg>& args) {
     __shared__ LowLatencyCombineShared<kCfg> shared;
     low_latency::Session<Block::kOverNetwork> session;
     const int64_t most_tokens = args.dispatch_record->max_tokens;  // on its way while the block begins
+    if constexpr (Block::kWire == wire::kLogFmt) logfmt::fill_block_table();
     if (!low_latency::begin(session, shared.found, args, kLowLatencyCombine)) return;
     const bool sends = (args.phases & low_latency::kSends) != 0;
     if (low_latency::speaks()) {

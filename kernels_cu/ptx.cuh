@@ -140,6 +140,13 @@ __device__ __forceinline__ uint32_t cvt_rn_bf16x2_f32(float low, float high) {
     return halves;
 }
 
+// A power of 2, roughly: to within 2^-22 of itself, but 0 where it would be subnormal.
+__device__ __forceinline__ float ex2_approx_ftz(float value) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+    return result;
+}
+
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
 #define EP_HAS_E4M3 1
 // Two float32 to e4m3: to nearest, ties to even, saturated to +-448; a NaN becomes 0x7f. The low byte comes

@@ -7,11 +7,9 @@
 //            has the blocks and, behind them, 4 bytes for each. FP8: blocks of 128 bytes; the scale factor.
 //            LogFMT: of 256 bytes, of which 128 hold bits 0-7 of the codes and 32 bits 8 and 9, or all of
 //            them the block as it was where it is not cast; amax and amin.
-//
-// LogFMT as ep_rt/reference/logfmt.py states it: float32 arithmetic, every step rounded by itself, logarithms
-// and powers the float32 nearest to the exact value, hence the double ones here.
 #pragma once
 #include "fp8.cuh"
+#include "logfmt.cuh"
 #include "low_latency.cuh"
 
 namespace ep::wire {
@@ -42,24 +40,8 @@ __host__ __device__ constexpr int64_t slot_bytes(int64_t hidden) {
     return align_up<int64_t>(2 * hidden + 4 * num_blocks, 16);
 }
 
-__device__ __noinline__ static float nearest_log2(float value) {
-    return static_cast<float>(log2(static_cast<double>(value)));
-}
-__device__ __noinline__ static float nearest_exp2(float value) {
-    return static_cast<float>(exp2(static_cast<double>(value)));
-}
-__device__ __forceinline__ float bfloat16_value(uint32_t half) { return __uint_as_float(half << 16); }
 __device__ __forceinline__ uint32_t bfloat16_at(const uint4& vector, int i) {
     return rows::word_of(vector, i / 2) >> (16 * (i % 2)) & 0xffff;
-}
-
-// The grid of the logarithms of a block; false where the block is not cast. From amax and amin as bfloat16.
-__device__ __forceinline__ bool logfmt_grid(uint32_t amax, uint32_t amin, float& log_amin, float& step) {
-    constexpr float kMaxLogRange = 32.0f, kNumSteps = 510.0f;
-    const float log_amax = nearest_log2(bfloat16_value(amax));
-    log_amin = fmaxf(nearest_log2(bfloat16_value(amin)), __fadd_rn(log_amax, -kMaxLogRange));
-    step = __fdiv_rn(__fadd_rn(log_amax, -log_amin), kNumSteps);
-    return log_amax < 0.0f && log_amin < log_amax;
 }
 
 // The largest and the least of the lanes that share a block.
@@ -79,50 +61,65 @@ __device__ __forceinline__ void extremes(const uint4 (&from)[2], uint32_t& amax,
     }
 }
 
+// Of a lane's part of a piece, in the slot of a row.
+template <int kWire>
+struct Place {
+    bool is_there, is_first;  // within the row; the first lane of its block
+    int32_t part;             // which lane of the block
+    uint8_t* block;
+    uint32_t* side;  // what belongs to the block as a whole
+
+    __device__ __forceinline__ Place(uint8_t* slot, int32_t hidden, int32_t piece, int32_t lane) {
+        const int32_t vector = vector_of<kWire>(piece, lane, 0), number = vector / (2 * fp8::kLanesPerPair);
+        is_there = vector < hidden / kNumChannels;
+        part = lane % fp8::kLanesPerPair;
+        is_first = part == 0;
+        block = slot + int64_t{number} * kBlockBytes<kWire>;
+        side = reinterpret_cast<uint32_t*>(slot + int64_t{hidden} * kChannelBytes<kWire>) + number;
+    }
+};
+
+// Out of line: it is long, and rows are stored from several places.
+__device__ __noinline__ static void store_logfmt(uint8_t* slot, int32_t hidden, int32_t piece, int32_t lane,
+                                                 uint4 first, uint4 second) {
+    const Place<kLogFmt> at(slot, hidden, piece, lane);
+    const uint4 from[2] = {first, second};
+    uint32_t amax, amin;
+    extremes(from, amax, amin);
+    if (!at.is_there) return;
+    if (at.is_first) *at.side = amax | amin << 16;
+    if (!logfmt::is_cast(amax, amin)) {
+        reinterpret_cast<uint4*>(at.block)[2 * at.part] = first;
+        reinterpret_cast<uint4*>(at.block)[2 * at.part + 1] = second;
+        return;
+    }
+    const logfmt::Encoder encoder(logfmt::Grid(amax, amin));
+    uint32_t low[4] = {0, 0, 0, 0}, high = 0;
+#pragma unroll
+    for (int i = 0; i < 2 * kNumChannels; ++i) {
+        const uint32_t bits = bfloat16_at(from[i / kNumChannels], i % kNumChannels);
+        const uint32_t code = encoder.code(bits & 0x7fff);
+        low[i / 4] |= (code & 0xff) << (8 * (i % 4));
+        high |= (code >> 8 | (bits >> 15) << 1) << (2 * i);
+    }
+    reinterpret_cast<uint4*>(at.block)[at.part] = make_uint4(low[0], low[1], low[2], low[3]);
+    reinterpret_cast<uint32_t*>(at.block + fp8::kChannelsPerScale)[at.part] = high;
+}
+
 // Stores a lane's part of a piece into a slot, as a warp; lanes past the end of the row store nothing.
 template <int kWire>
 __device__ __forceinline__ void store(uint8_t* slot, int32_t hidden, int32_t piece, int32_t lane,
                                       const uint4 (&from)[2]) {
     static_assert(kWire != kBfloat16);
-    const int32_t vector = vector_of<kWire>(piece, lane, 0);
-    const bool is_there = vector < hidden / kNumChannels, is_first = lane % fp8::kLanesPerPair == 0;
-    const int32_t block = vector / (2 * fp8::kLanesPerPair), part = lane % fp8::kLanesPerPair;
-    uint8_t* at = slot + int64_t{block} * kBlockBytes<kWire>;
-    auto* side = reinterpret_cast<uint32_t*>(slot + int64_t{hidden} * kChannelBytes<kWire>) + block;
     if constexpr (kWire == kFp8) {
+        const Place<kWire> at(slot, hidden, piece, lane);
         float factor;
         const uint4 cast = fp8::cast_pair(from, false, factor);
-        if (!is_there) return;
-        reinterpret_cast<uint4*>(at)[part] = cast;
-        if (is_first) *side = __float_as_uint(factor);
+        if (!at.is_there) return;
+        reinterpret_cast<uint4*>(at.block)[at.part] = cast;
+        if (at.is_first) *at.side = __float_as_uint(factor);
     } else {
-        uint32_t amax, amin;
-        extremes(from, amax, amin);
-        if (!is_there) return;
-        if (is_first) *side = amax | amin << 16;
-        float log_amin, step;
-        if (!logfmt_grid(amax, amin, log_amin, step)) {
-            reinterpret_cast<uint4*>(at)[2 * part] = from[0];
-            reinterpret_cast<uint4*>(at)[2 * part + 1] = from[1];
-            return;
-        }
-        const float step_inv = __fdiv_rn(1.0f, step);
-        const float middle = __fmul_rn(__fadd_rn(1.0f, nearest_exp2(step)), 0.5f);
-        const float rounding = __fadd_rn(2.0f, -__fmul_rn(nearest_log2(middle), step_inv));
-        const float shift = __fadd_rn(rounding, -__fmul_rn(log_amin, step_inv));
-        uint32_t low[4] = {0, 0, 0, 0}, high = 0;
-#pragma unroll
-        for (int i = 0; i < 2 * kNumChannels; ++i) {
-            const uint32_t bits = bfloat16_at(from[i / kNumChannels], i % kNumChannels);
-            const float position =
-                __fadd_rn(__fmul_rn(nearest_log2(bfloat16_value(bits & 0x7fff)), step_inv), shift);
-            const float code = fminf(floorf(fmaxf(position, 0.0f)), 511.0f);
-            const uint32_t word = static_cast<uint32_t>(code) | (bits >> 15) << 9;
-            low[i / 4] |= (word & 0xff) << (8 * (i % 4));
-            high |= (word >> 8) << (2 * i);
-        }
-        reinterpret_cast<uint4*>(at)[part] = make_uint4(low[0], low[1], low[2], low[3]);
-        reinterpret_cast<uint32_t*>(at + fp8::kChannelsPerScale)[part] = high;
+        store_logfmt(slot, hidden, piece, lane, from[0], from[1]);
     }
 }
 
@@ -147,44 +144,76 @@ __device__ __forceinline__ Parcel load(const uint8_t* slot, int32_t hidden, int3
         const int32_t block = vector / (2 * fp8::kLanesPerPair), part = lane % fp8::kLanesPerPair;
         const uint8_t* at = slot + int64_t{block} * kBlockBytes<kWire>;
         parcel.side = reinterpret_cast<const uint32_t*>(slot + int64_t{hidden} * kChannelBytes<kWire>)[block];
-        float log_amin, step;
-        if (kWire == kFp8 || logfmt_grid(parcel.side & 0xffff, parcel.side >> 16, log_amin, step)) {
-            parcel.vectors[0] = reinterpret_cast<const uint4*>(at)[part];
-            if (kWire == kLogFmt)
-                parcel.high = reinterpret_cast<const uint32_t*>(at + fp8::kChannelsPerScale)[part];
-        } else {
-            parcel.vectors[0] = reinterpret_cast<const uint4*>(at)[2 * part];
-            parcel.vectors[1] = reinterpret_cast<const uint4*>(at)[2 * part + 1];
+        parcel.vectors[0] = reinterpret_cast<const uint4*>(at)[part];
+        if constexpr (kWire == kLogFmt) {
+            parcel.high = reinterpret_cast<const uint32_t*>(at + fp8::kChannelsPerScale)[part];
+            if (!logfmt::is_cast(parcel.side & 0xffff, parcel.side >> 16)) {
+                parcel.vectors[0] = reinterpret_cast<const uint4*>(at)[2 * part];
+                parcel.vectors[1] = reinterpret_cast<const uint4*>(at)[2 * part + 1];
+            }
         }
     }
     return parcel;
 }
 
+// Of a parcel in LogFMT that is cast: how many steps above the least magnitude an element is, and its value.
+__device__ __forceinline__ float steps_at(const Parcel& parcel, int i) {
+    const uint32_t low = rows::word_of(parcel.vectors[0], i / 4) >> (8 * (i % 4)) & 0xff;
+    return logfmt::steps_of(low | (parcel.high >> (2 * i) & 1) << 8);
+}
+__device__ __forceinline__ float signed_value(const Parcel& parcel, int i, float steps, float power) {
+    return __uint_as_float(logfmt::magnitude_of(steps, power) | (parcel.high >> (2 * i + 1) & 1) << 31);
+}
+
+// Decodes one where rough powers do not do. Out of line and not unrolled: it is rare.
+struct Decoded {
+    float values[2 * kNumChannels];
+};
+__device__ __noinline__ static Decoded decode_exactly(const Parcel parcel, const logfmt::Grid grid) {
+    Decoded decoded;
+#pragma unroll 1
+    for (int i = 0; i < 2 * kNumChannels; ++i) {
+        const float steps = steps_at(parcel, i);
+        float power = logfmt::rough_power(steps, grid);
+        if (logfmt::may_be_subnormal(grid) || !logfmt::is_sure(logfmt::margin_of(power)))
+            power = logfmt::exact_power(steps, grid);
+        decoded.values[i] = signed_value(parcel, i, steps, power);
+    }
+    return decoded;
+}
+
 // What it stands for, in float32.
 template <int kWire>
 __device__ __forceinline__ void decode(const Parcel& parcel, Channels (&to)[2]) {
-    float log_amin = 0.0f, step = 1.0f;
-    bool is_cast = false;
-    if constexpr (kWire == kLogFmt)
-        is_cast = logfmt_grid(parcel.side & 0xffff, parcel.side >> 16, log_amin, step);
+    const auto value = [&](int i) -> float& { return to[i / kNumChannels][i % kNumChannels]; };
+    if constexpr (kWire == kFp8) {
+#pragma unroll
+        for (int i = 0; i < 2 * kNumChannels; ++i) {
+            const uint32_t byte = rows::word_of(parcel.vectors[0], i / 4) >> (8 * (i % 4)) & 0xff;
+            value(i) = __fmul_rn(__uint_as_float(fp8::float_bits_of(byte)), __uint_as_float(parcel.side));
+        }
+        return;
+    }
+    const uint32_t amax = parcel.side & 0xffff, amin = parcel.side >> 16;
+    if (kWire == kBfloat16 || !logfmt::is_cast(amax, amin)) {
+#pragma unroll
+        for (int i = 0; i < 2 * kNumChannels; ++i)
+            value(i) =
+                logfmt::bfloat16_value(bfloat16_at(parcel.vectors[i / kNumChannels], i % kNumChannels));
+        return;
+    }
+    const logfmt::Grid grid(amax, amin);
+    uint32_t least_margin = logfmt::may_be_subnormal(grid) ? 0 : ~0u;
 #pragma unroll
     for (int i = 0; i < 2 * kNumChannels; ++i) {
-        float& value = to[i / kNumChannels][i % kNumChannels];
-        if constexpr (kWire == kFp8) {
-            const uint32_t byte = rows::word_of(parcel.vectors[0], i / 4) >> (8 * (i % 4)) & 0xff;
-            value = __fmul_rn(__uint_as_float(fp8::float_bits_of(byte)), __uint_as_float(parcel.side));
-        } else if (is_cast) {
-            const uint32_t high = parcel.high >> (2 * i) & 3;
-            const uint32_t code =
-                (rows::word_of(parcel.vectors[0], i / 4) >> (8 * (i % 4)) & 0xff) | (high & 1) << 8;
-            const float exponent = __fadd_rn(__fmul_rn(static_cast<float>(code) - 1.0f, step), log_amin);
-            const float magnitude = code == 0 ? 0.0f : nearest_exp2(exponent);
-            const uint32_t half = ptx::cvt_rn_bf16x2_f32(magnitude, 0.0f) & 0xffff;
-            value = bfloat16_value(half | (high >> 1) << 15);
-        } else {
-            value = bfloat16_value(bfloat16_at(parcel.vectors[i / kNumChannels], i % kNumChannels));
-        }
+        const float steps = steps_at(parcel, i), power = logfmt::rough_power(steps, grid);
+        least_margin = min(least_margin, logfmt::margin_of(power));
+        value(i) = signed_value(parcel, i, steps, power);
     }
+    if (logfmt::is_sure(least_margin)) return;
+    const Decoded decoded = decode_exactly(parcel, grid);
+#pragma unroll
+    for (int i = 0; i < 2 * kNumChannels; ++i) value(i) = decoded.values[i];
 }
 
 }  // namespace ep::wire

@@ -32,6 +32,7 @@ INSTRUCTIONS = {
     "cvt_f32_f16": ["cvt.f32.f16"],
     "cvt_rn_f16x2_f32": ["cvt.rn.f16x2.f32"],
     "cvt_rn_bf16x2_f32": ["cvt.rn.bf16x2.f32"],
+    "ex2_approx_ftz": ["ex2.approx.ftz.f32"],
     "cvt_rn_satfinite_e4m3x2_f32": ["cvt.rn.satfinite.e4m3x2.f32"],
     "launch_dependents": ["griddepcontrol.launch_dependents"],
     "wait_for_prerequisites": ["griddepcontrol.wait"],
@@ -48,7 +49,7 @@ INSTRUCTIONS = {
     "globaltimer_ns": ["mov.u64"],
 }
 # Arithmetic, which touches no memory.
-PURE = {"cvt_f32_f16", "cvt_rn_f16x2_f32", "cvt_rn_bf16x2_f32", "cvt_rn_satfinite_e4m3x2_f32"}
+PURE = {name for name in INSTRUCTIONS if name.startswith("cvt_") or "_approx" in name}
 # Not one instruction: an address conversion without assembly, and a wait that hands out its predicate.
 OTHERS = {"smem_address", "mbarrier_try_wait"}
 

@@ -10,7 +10,7 @@ import numpy as np
 from ep_rt import reference
 from ep_rt.cuda.low_latency_plan import AreaShape
 
-from . import normal
+from . import blocks, normal
 from .engine import Engines
 from .low_latency import BF16, Dispatched, LowLatency
 from .machine import Array
@@ -97,6 +97,8 @@ def draw_low_latency(
             bits = rng.integers(0, 1 << 16, (count, shape.hidden)).astype(np.uint16)
             bits[rng.random(bits.shape) < 0.3] = 0xFFFF
             return bits.view(BF16)
+        if has_fp8 and not rng.integers(2):
+            return blocks.below_one(rng, values.shape)
         return values.astype(BF16)
 
     def draw() -> tuple[list[Array], list[Array]]:

@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from device_arrays import fetch, overwrite, put
+from emulator import blocks
 from host_cases import Case, low_latency_combine_options, random_bits, random_values, same_bits
 from ranks import LOW_LATENCY_OVER_NETWORK
 
@@ -29,10 +30,16 @@ def most_rows(case: Case) -> int:
     return int(max([1, *case.num_tokens, *pairs]))
 
 
-def expert_outputs(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """Rows that differ from all near them, also past an expert's last one. Few are drawn: it is quick."""
+def expert_outputs(rng: np.random.Generator, shape: tuple[int, ...], *, below_one: bool = False) -> Array:
+    """Rows that differ from all near them, also past an expert's last one. Few are drawn: it is quick.
+
+    Args:
+        below_one: every other row has blocks of every kind that LogFMT casts.
+    """
     num_different = 257
     rows = (random_values(rng, (num_different, shape[-1]), np.float32) / 64).astype(BF16)
+    if below_one:
+        rows[::2] = blocks.below_one(rng, rows[::2].shape)
     which = np.arange(int(np.prod(shape[:-1]))) * 3 % num_different
     return rows.view(np.uint16)[which].view(BF16).reshape(shape)
 
@@ -146,7 +153,7 @@ def check_low_latency(
     if case.hidden % 128:
         back_options |= {"use_logfmt": False, "use_fp8": False}
     shape = (*mine.src_info.shape, case.hidden)
-    y = [expert_outputs(rng, shape) for _ in expected]
+    y = [expert_outputs(rng, shape, below_one=bool(back_options["use_logfmt"])) for _ in expected]
     combined = reference.low_latency_combine(y, expected, ids, case.topk_weights, **back_options)[rank]
     zero_copy, has_target = bool(rng.integers(2)), bool(rng.integers(2))
     target = put(np.zeros((case.num_tokens[rank], case.hidden), BF16), framework) if has_target else None

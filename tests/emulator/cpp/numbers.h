@@ -1,5 +1,6 @@
 // Conversions that kernels leave to instructions: to nearest, ties to even.
 #pragma once
+#include <cmath>
 #include <cstdint>
 
 namespace emu {
@@ -51,6 +52,13 @@ inline float f32_of_f16(uint16_t half) {
     }
     const uint32_t wide = exponent == 31 ? 0xff : exponent + 112;
     return __builtin_bit_cast(float, sign | wide << 23 | mantissa << 13);
+}
+
+// As far off as it may be, to either side.
+inline float rough_exp2(float value) {
+    const double error = float_bits(value) * 0x9e3779b9u >> 31 ? 0x1p-22 : -0x1p-22;
+    const auto power = static_cast<float>(std::exp2(static_cast<double>(value)) * (1.0 + error));
+    return power < 0x1p-126f ? 0.0f : power;
 }
 
 }  // namespace emu

@@ -68,6 +68,7 @@ __device__ __forceinline__ uint32_t cvt_rn_f16x2_f32(float low, float high) {
 __device__ __forceinline__ uint32_t cvt_rn_bf16x2_f32(float low, float high) {
     return emu::bf16_of(low) | emu::bf16_of(high) << 16;
 }
+__device__ __forceinline__ float ex2_approx_ftz(float value) { return emu::rough_exp2(value); }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
 #define EP_HAS_E4M3 1
