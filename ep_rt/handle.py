@@ -85,6 +85,14 @@ class DispatchHandle(abc.ABC):
         """
 
     @property
+    @abc.abstractmethod
+    def psum_num_recv_tokens_per_expert(self) -> Any:
+        """int32 [num_local_experts], sums of `num_recv_tokens_per_expert_list` up to each, in the same place.
+
+        None where the dispatch had no ``topk_idx``.
+        """
+
+    @property
     def num_needed_rows(self) -> int:
         """Rows that ``num_worst_tokens`` would have to be at least, for nothing to be dropped.
 
@@ -194,6 +202,13 @@ class HostDispatchHandle(DispatchHandle):
     def psum_num_recv_tokens_per_local_rank(self) -> Any:
         counts = np.bincount(self.local_ranks, weights=self.recv_counts)
         return self.give(np.cumsum(counts).astype(np.int32))
+
+    @property
+    def psum_num_recv_tokens_per_expert(self) -> Any:
+        if self.num_topk == 0:
+            return None
+        ends = np.cumsum(self.num_recv_tokens_per_expert_list, dtype=np.int32)
+        return self.give(ends)
 
     @property
     def num_needed_rows(self) -> int:

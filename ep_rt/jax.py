@@ -260,6 +260,10 @@ class _Planned(DispatchHandle):
     def psum_num_recv_tokens_per_local_rank(self) -> Any:
         raise NotImplementedError
 
+    @property
+    def psum_num_recv_tokens_per_expert(self) -> Any:
+        raise NotImplementedError
+
 
 def _seen(array: Array, name: str) -> ArrayView:
     """What checks want to know of an array, which may have no memory yet."""

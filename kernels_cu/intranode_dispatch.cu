@@ -206,30 +206,51 @@ __device__ bool DispatchBlock<kCfg>::has_experts(int32_t peer) const {
     return is_complete;
 }
 
-// What the experts of this rank get from all ranks. The words of all ranks are on their way together.
+// What an expert of this rank gets from all ranks, whose words are on their way together.
+template <IntranodeDispatchCfg kCfg>
+__device__ Reason DispatchBlock<kCfg>::sum_expert(int32_t e, uint32_t& count) const {
+    const auto& words = call.exchange(args.rank)->expert_counts[call.parity];
+    uint32_t missing = (1u << args.num_ranks) - 1;
+    for (uint32_t polls = 1; missing != 0; ++polls) {
+        uint64_t seen[kMaxLocalRanks];
+#pragma unroll
+        for (int32_t src = 0; src < kMaxLocalRanks; ++src)
+            if (missing >> src & 1) seen[src] = ptx::ld_relaxed_sys(&words[src][e]);
+#pragma unroll
+        for (int32_t src = 0; src < kMaxLocalRanks; ++src) {
+            if (missing >> src & 1 && is_stamped(seen[src], call.epoch)) {
+                count += static_cast<uint32_t>(seen[src]);
+                missing ^= 1u << src;
+            }
+        }
+        if (missing == 0 || polls % 64 != 0) continue;
+        const int32_t src = polls / 64 % args.num_ranks;  // one after another is asked what it does
+        const Reason reason = sync::trouble(call, missing >> src & 1 ? src : -1);
+        if (reason != kNothing) return reason;
+    }
+    return kNothing;
+}
+
+// One warp: what the experts of this rank get. The same reason, or none, in some lane.
 template <IntranodeDispatchCfg kCfg>
 __device__ Reason DispatchBlock<kCfg>::sum_experts() const {
-    const auto& words = call.exchange(args.rank)->expert_counts[call.parity];
-    for (int32_t e = lane; e < num_local_experts; e += kWarpSize) {
-        uint32_t count = 0, missing = (1u << args.num_ranks) - 1;
-        for (uint32_t polls = 1; missing != 0; ++polls) {
-            uint64_t seen[kMaxLocalRanks];
-#pragma unroll
-            for (int32_t src = 0; src < kMaxLocalRanks; ++src)
-                if (missing >> src & 1) seen[src] = ptx::ld_relaxed_sys(&words[src][e]);
-#pragma unroll
-            for (int32_t src = 0; src < kMaxLocalRanks; ++src) {
-                if (missing >> src & 1 && is_stamped(seen[src], call.epoch)) {
-                    count += static_cast<uint32_t>(seen[src]);
-                    missing ^= 1u << src;
-                }
-            }
-            if (missing == 0 || polls % 64 != 0) continue;
-            const int32_t src = polls / 64 % args.num_ranks;  // one after another is asked what it does
-            const Reason reason = sync::trouble(call, missing >> src & 1 ? src : -1);
-            if (reason != kNothing) return reason;
+    int32_t end = 0;
+    for (int32_t first = 0; first < num_local_experts; first += kWarpSize) {
+        const int32_t e = first + lane;
+        const bool is_expert = e < num_local_experts;
+        uint32_t count = 0;
+        const Reason reason = is_expert ? sum_expert(e, count) : kNothing;
+        if (!__all_sync(kFullWarp, reason == kNothing)) return reason;
+        int32_t sum = align_up(static_cast<int32_t>(count), args.expert_alignment);
+        for (int32_t shift = 1; shift < kWarpSize; shift *= 2) {
+            const int32_t lower = __shfl_up_sync(kFullWarp, sum, shift);
+            if (lane >= shift) sum += lower;
         }
-        args.result->expert_counts[e] = count;
+        if (is_expert) {
+            args.result->expert_counts[e] = static_cast<int32_t>(count);
+            args.send_plan->expert_ends[e] = end + sum;
+        }
+        end += __shfl_sync(kFullWarp, sum, kWarpSize - 1);
     }
     return kNothing;
 }

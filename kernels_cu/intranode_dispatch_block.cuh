@@ -37,6 +37,7 @@ struct IntranodeDispatchArgs {
     int32_t idx_bytes, is_cached;
     int32_t fill_rows;             // received rows from num_recv_tokens to here are filled: id -1, weight 0
     int32_t max_redundant_tokens;  // of a layout that every block makes for itself
+    int32_t expert_alignment;      // that counts by expert are rounded up to, for callers
     uint8_t* slabs[kMaxLocalRanks];
 
     // With kCfg.segmented alone. num_tokens is then the most that the list can have. Tokens of the own
@@ -135,6 +136,7 @@ struct DispatchBlock {
     __device__ int32_t num_recv_tokens() const { return recv_end(args.num_ranks - 1); }
     __device__ bool has_offer(int32_t peer) const;
     __device__ bool has_experts(int32_t peer) const;
+    __device__ Reason sum_expert(int32_t e, uint32_t& count) const;
     __device__ Reason sum_experts() const;
     __device__ Reason report() const;
 

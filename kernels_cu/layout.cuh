@@ -151,8 +151,9 @@ struct DispatchResult {
 // send_row is -1 or that row is not below limit[d].
 struct SendPlan {
     int32_t base[kMaxLocalRanks], limit[kMaxLocalRanks];
-    int32_t recv_counts[kMaxLocalRanks];  // rows that this rank got from each source, also dropped ones
-    int32_t recv_ends[kMaxLocalRanks];    // from sources up to each; of interest to callers
+    int32_t recv_counts[kMaxLocalRanks];    // rows that this rank got from each source, also dropped ones
+    int32_t recv_ends[kMaxLocalRanks];      // from sources up to each; of interest to callers, as the next
+    int32_t expert_ends[kMaxLocalExperts];  // pairs of local experts up to each, counts rounded up
     int32_t segment_base[kMaxNodes][kMaxLocalRanks];
     int32_t segment_counts[kMaxNodes][kMaxLocalRanks];  // as recv_counts, by segment and source
 };

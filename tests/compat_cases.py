@@ -982,15 +982,15 @@ def check_elastic_graph(
                 do_cpu_sync=False,
             )
             ends = handle.psum_num_recv_tokens_per_scaleup_rank
+            last = handle.psum_num_recv_tokens_per_expert
             counts = handle.num_unaligned_recv_tokens_per_expert
             # What lies behind the last received row is anything.
             is_there = torch.arange(len(recv_x)) < ends[-1]
             if do_expand:
-                last = handle.psum_num_recv_tokens_per_expert
                 row = torch.arange(len(recv_x)).view(-1, 1)
                 is_there = ((row < last) & (row >= last - counts)).any(dim=1)
             y = torch.where(is_there.view(-1, 1), 2 * recv_x, 0)
-            results.append((ends, counts, buffer.combine(y, handle)[0]))
+            results.append((ends, last, counts, buffer.combine(y, handle)[0]))
         return results
 
     with first or contextlib.nullcontext():
@@ -1000,12 +1000,16 @@ def check_elastic_graph(
         places = all_ids[rank] // 2
         num_copies = np.stack([(places == dst).any(axis=1) for dst in range(num_ranks)]).sum(axis=0)
         num_rows = (all_ids[rank] >= 0).sum(axis=1)
-        for number, (ends, counts, combined) in enumerate(results):
+        per_expert = np.array([sum(int((ids == 2 * rank + e).sum()) for ids in all_ids) for e in range(2)])
+        rounded = -(-per_expert // 16) * 16
+        for number, (ends, last, counts, combined) in enumerate(results):
             assert ends.dtype == torch.int32
             assert ends.tolist() == sources_of(buffer, all_ids, num_experts)
-            if number == 1:
-                wanted = [sum(int((each == 2 * rank + e).sum()) for each in all_ids) for e in range(2)]
-                assert counts.tolist() == wanted
+            if number == 0:
+                assert last.tolist() == np.cumsum(rounded).tolist()
+            else:
+                assert last.tolist() == [per_expert[0], rounded[0] + per_expert[1]]
+                assert counts.tolist() == per_expert.tolist()
             times = 2 * (num_copies, num_rows)[number].astype(np.float32)
             # Of numbers so small that all sums are exact.
             expected = all_x[rank].astype(np.float32) * times[:, None]

@@ -119,6 +119,8 @@ def check_normal(buffer: Buffer, seed: int) -> None:
     num_local_experts = case.num_experts // case.num_ranks
     from_each = [int((ids // num_local_experts == rank).any(axis=1).sum()) for ids in case.topk_idx]
     assert out.handle.num_recv_tokens_per_rank == from_each
+    by_expert = np.cumsum(mine.num_recv_tokens_per_expert, dtype=np.int32)
+    assert same_bits(out.handle.psum_num_recv_tokens_per_expert, by_expert)
     by_number = np.zeros(max(buffer.topology.node_sizes), np.int32)
     for node in range(buffer.topology.num_nodes):
         for number, src in enumerate(buffer.topology.ranks_of(node)):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from .. import buffer
 from ..events import Event
 from ..handle import DispatchHandle
@@ -14,9 +12,9 @@ from ..handle import DispatchHandle
 class EPHandle:
     """The routing of a dispatch, for `ElasticBuffer.combine` and for repeated dispatches.
 
-    What is not known at once is made when it is first looked at; on a GPU that may wait for the dispatch,
-    which a CUDA graph cannot. There, psum_num_recv_tokens_per_scaleup_rank, and if expanded the counts by
-    expert, are on the device once the dispatch is done.
+    What is not known at once is made when it is first looked at; on a GPU num_recv_tokens and
+    recv_src_metadata wait for the dispatch, which a CUDA graph cannot. The other counts are on the device
+    once the dispatch is done.
 
     Attributes:
         do_expand, num_experts, expert_alignment, num_max_tokens_per_rank, num_sms: of the dispatch.
@@ -90,12 +88,8 @@ class EPHandle:
         return self.handle.psum_num_recv_tokens_per_local_rank
 
     def _make_psum_num_recv_tokens_per_expert(self) -> Any:
-        if self.do_expand:
-            return self.handle.psum_num_tokens_per_expert
-        import torch
-
-        ends = np.cumsum(list(self.handle.num_recv_tokens_per_expert_list)).astype(np.int32)
-        return torch.from_numpy(ends).to(self.topk_idx.device)
+        handle = self.handle
+        return handle.psum_num_tokens_per_expert if self.do_expand else handle.psum_num_recv_tokens_per_expert
 
     def _make_num_unaligned_recv_tokens_per_expert(self) -> Any:
         if not self.do_expand:

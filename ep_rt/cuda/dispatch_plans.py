@@ -233,6 +233,7 @@ class DispatchPlans:
             is_cached=is_cached,
             fill_rows=request.num_landed_rows,
             max_redundant_tokens=plan.MAX_REDUNDANT_TOKENS,
+            expert_alignment=request.expert_alignment,
         )
         return Kind(
             launch=launch,

@@ -20,6 +20,7 @@ from .plan import aligned
 # Within the block that holds the routing of a dispatch.
 SEND_PLAN_OFFSET: Final = 0
 RECV_ENDS_OFFSET: Final = SEND_PLAN_OFFSET + field_offset(SEND_PLAN, "recv_ends")
+EXPERT_ENDS_OFFSET: Final = SEND_PLAN_OFFSET + field_offset(SEND_PLAN, "expert_ends")
 RESULT_OFFSET: Final = SEND_PLAN.itemsize
 NUM_RECV_TOKENS_OFFSET: Final = RESULT_OFFSET + field_offset(DISPATCH_RESULT, "num_recv_tokens")
 EXPERT_COUNTS_OFFSET: Final = RESULT_OFFSET + field_offset(DISPATCH_RESULT, "expert_counts")
@@ -103,10 +104,15 @@ class CudaDispatchHandle(DispatchHandle):
 
     @property
     def psum_num_recv_tokens_per_local_rank(self) -> Any:
-        num_local_ranks = self.domain.group.size
-        [ends] = self.domain.results([_ENDS], self.framework).over(
-            self.routing.pointer, RESULT_OFFSET, self.routing, [(RECV_ENDS_OFFSET, num_local_ranks)]
-        )
+        return self._ends(RECV_ENDS_OFFSET, self.domain.group.size)
+
+    @property
+    def psum_num_recv_tokens_per_expert(self) -> Any:
+        return self._ends(EXPERT_ENDS_OFFSET, self.landed.num_local_experts) if self.num_topk else None
+
+    def _ends(self, offset: int, length: int) -> Any:
+        arrays = self.domain.results([_ENDS], self.framework)
+        [ends] = arrays.over(self.routing.pointer, RESULT_OFFSET, self.routing, [(offset, length)])
         return ends
 
     @property

@@ -261,7 +261,7 @@ def intranode_dispatch(
                 ("recv_capacity", "<u4"),
                 *_ints("rank", "num_ranks", "num_tokens", "num_topk", "num_experts"),
                 *_ints("row_bytes", "sf_row_bytes", "idx_bytes", "is_cached"),
-                *_ints("fill_rows", "max_redundant_tokens"),
+                *_ints("fill_rows", "max_redundant_tokens", "expert_alignment"),
                 ("slabs", "<u8", (MAX_LOCAL_RANKS,)),
                 *_pointers("segments", "landed_x", "landed_sf", "landed_topk_idx", "landed_topk_weights"),
                 *_pointers("order", "node_masks", "landed_node_masks"),

@@ -153,6 +153,7 @@ SEND_PLAN: Final[Struct] = np.dtype(
         ("limit", "<i4", (MAX_LOCAL_RANKS,)),
         ("recv_counts", "<i4", (MAX_LOCAL_RANKS,)),
         ("recv_ends", "<i4", (MAX_LOCAL_RANKS,)),
+        ("expert_ends", "<i4", (MAX_LOCAL_EXPERTS,)),
         ("segment_base", "<i4", (MAX_NODES, MAX_LOCAL_RANKS)),
         ("segment_counts", "<i4", (MAX_NODES, MAX_LOCAL_RANKS)),
     ],

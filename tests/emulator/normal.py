@@ -64,6 +64,7 @@ def dispatch(
     masks: Sequence[Array] | None = None,
     places: Sequence[int],
     max_redundant_tokens: int = 512,
+    expert_alignment: int = 8,
     only: Collection[int] | None = None,
     digests: Sequence[int] | None = None,
     lists: Sequence[SegmentList] | None = None,
@@ -144,6 +145,7 @@ def dispatch(
                 "is_cached": handle is not None,
                 "fill_rows": num_worst_tokens if handle is None else 0,
                 "max_redundant_tokens": max_redundant_tokens,
+                "expert_alignment": expert_alignment,
             },
             ranks.common(rank),
         )
@@ -161,6 +163,8 @@ def dispatch(
         return handle, landed
     for rank, memory in enumerate(routing):
         _compare_sources(ranks, rank, memory, expected[rank], lists)
+        if ids is not None:
+            _compare_experts(ranks, rank, memory, expected[rank], expert_alignment)
     made = Handle(
         call=ranks.num_calls,
         num_tokens=[len(each) for each in x],
@@ -304,6 +308,21 @@ def _compare_sources(
             if not np.array_equal(seen, right):
                 return f"{name} of rank {rank} is {seen.tolist()}, expected {right.tolist()}"
         return None
+
+    ranks.check(check)
+
+
+def _compare_experts(
+    ranks: Ranks, rank: int, routing: Memory, expected: reference.Dispatched, alignment: int
+) -> None:
+    plan = routing.array(SEND_PLAN, (1,), offset=SEND_PLAN_OFFSET)[0]
+    counts = -(-np.array(expected.num_recv_tokens_per_expert) // alignment) * alignment
+
+    def check() -> str | None:
+        seen = plan["expert_ends"][: len(counts)]
+        if np.array_equal(seen, np.cumsum(counts)):
+            return None
+        return f"expert_ends of rank {rank} is {seen.tolist()}, expected {np.cumsum(counts).tolist()}"
 
     ranks.check(check)
 

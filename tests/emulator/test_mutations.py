@@ -38,7 +38,7 @@ FOUND = {
     "threads of a block leave one by one": 17,
     "`failed` is stored by an ordinary store": 18,
     "the digest of an offer is read by an ordinary load": 83,
-    "segments: counts for the handle are read by others than those that have waited for them": 2,
+    "segments: counts for the handle are read by others than those that have waited for them": 9,
 }
 
 

@@ -559,6 +559,7 @@ class TwoLevel:
                     "idx_bytes": 8 if num_topk else 0,
                     "is_cached": earlier is not None,
                     "max_redundant_tokens": 512,
+                    "expert_alignment": 1,
                     "row_bytes": row.row_bytes,
                     "sf_row_bytes": row.sf_bytes,
                 },

@@ -90,6 +90,8 @@ def check_normal(
     assert handle.num_recv_tokens == mine.num_recv_tokens
     by_rank = np.bincount(mine.src_rank, minlength=buffer.num_ranks)
     assert handle.num_recv_tokens_per_rank == by_rank.tolist()
+    by_expert = np.cumsum(mine.num_recv_tokens_per_expert, dtype=np.int32)
+    assert same_bits(fetch(handle.psum_num_recv_tokens_per_expert), by_expert)
     by_number = np.cumsum(by_rank.reshape(-1, RANKS_PER_NODE or buffer.num_ranks).sum(axis=0))
     assert same_bits(fetch(handle.psum_num_recv_tokens_per_local_rank), by_number.astype(np.int32))
     assert not handle.overflow
