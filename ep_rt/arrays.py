@@ -24,6 +24,7 @@ One conversion narrows: int64 becomes int32 in JAX unless ``jax_enable_x64`` is 
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -275,7 +276,7 @@ class TensorPlace(NamedTuple):
 
 
 def torch_tensors(
-    places: Sequence[TensorPlace | None], pointer: int, num_bytes: int, *, device: int, owner: object
+    places: Sequence[TensorPlace | None], pointer: int, *, device: int, owner: object
 ) -> list[Any]:
     """`cuda_to_framework` for several torch tensors over one allocation, the shortest way.
 
@@ -283,7 +284,8 @@ def torch_tensors(
     among the places gives None.
     """
     from_dlpack = _load("torch").utils.dlpack.from_dlpack
-    whole = np.asarray(_Bytes(pointer, num_bytes, owner))
+    whole = _FromHere.from_address(pointer)
+    whole.owner = owner
     made: list[Any] = []
     for place in places:
         if place is None:
@@ -545,19 +547,13 @@ class _Memory:
         }
 
 
-class _Bytes:
-    """The same for bytes."""
+class _FromHere(ctypes.c_uint8 * (1 << 46)):  # type: ignore[misc]
+    """Memory from an address on, longer than any; `owner` is kept.
 
-    __slots__ = ("__array_interface__", "owner")
+    NumPy takes it in a fifth of the time that it takes an `__array_interface__`.
+    """
 
-    def __init__(self, pointer: int, num_bytes: int, owner: object) -> None:
-        self.owner = owner
-        self.__array_interface__ = {
-            "version": 3,
-            "data": (pointer, False),
-            "shape": (num_bytes,),
-            "typestr": "|u1",
-        }
+    owner: object
 
 
 def _cuda_capsule(seen: ArrayView, dtype: str) -> object:

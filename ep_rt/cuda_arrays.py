@@ -238,7 +238,7 @@ class ResultArrays:
         ]
 
         def make(pointer: int, num_bytes: int, owner: object) -> list[Any]:
-            return torch_tensors(wanted, pointer, num_bytes, device=device, owner=owner)
+            return torch_tensors(wanted, pointer, device=device, owner=owner)
 
         return make
 
