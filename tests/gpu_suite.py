@@ -56,7 +56,10 @@ OVER_MANY_NODES = (
 )
 OVER_LOOPBACK = ("tests/gpu/test_nvshmem.py", *OVER_MANY_NODES)
 NORMAL_MODE = ("dispatch", "dispatch-cached", "combine")
-LOW_LATENCY = ("ll-dispatch", "ll-dispatch-packed", "ll-dispatch-split", "ll-combine", "ll-pair")
+LOW_LATENCY = (
+    *("ll-dispatch", "ll-dispatch-packed", "ll-dispatch-split"),
+    *("ll-combine", "ll-combine-fp8", "ll-combine-logfmt", "ll-pair"),
+)
 SUMMARY = re.compile(r"((?:\d+ (?:passed|failed|skipped|errors?|deselected|warnings?)(?:, )?)+) in [\d.]+s")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any, Final
 
 import numpy as np
 
@@ -15,12 +17,23 @@ from .options import Options
 from .places import TIMEOUT_S, Place, fetch
 from .workload import BF16, FP8, Array, Element, Payload, Routing
 
+# What experts return is so much smaller than the payload that LogFMT casts all sums.
+_Y_SCALE: Final = np.float32(2.0**-9)
+
+_WIRES: Final[Mapping[str, Mapping[str, bool]]] = MappingProxyType(
+    {
+        "ll-combine": {},
+        "ll-combine-fp8": {"use_fp8": True},
+        "ll-combine-logfmt": {"use_logfmt": True},
+    }
+)
+
 
 class LowLatencyLayer:
     """Arrays that live as long as the measurements of one (element, number of tokens).
 
     Rows are bfloat16 and, for FP8, cast on their way. What the expert with number e returns for a row has
-    salt + e; weights are one, so that sums of eight columns are exact.
+    salt + e; weights are one, so that sums of eight columns are exact, but for casts.
     """
 
     def __init__(
@@ -60,9 +73,9 @@ class LowLatencyLayer:
             "ll-dispatch": lambda: self.dispatch("rank"),
             "ll-dispatch-packed": lambda: self.dispatch("expert"),
             "ll-dispatch-split": self.dispatch_split,
-            "ll-combine": self.combine,
             "ll-pair": self.pair,
         }
+        runs |= {name: partial(self.combine, **wire) for name, wire in _WIRES.items()}
         return [Call(name=name, run=runs[name], can_be_captured=True) for name in self._names]
 
     # Operations.
@@ -86,8 +99,10 @@ class LowLatencyLayer:
         out.hook()
         return out
 
-    def combine(self, handle: Any = None) -> Any:
-        return self.buffer.low_latency_combine(self._y, self._ids, self._weights, handle or self.handle)
+    def combine(self, handle: Any = None, **wire: Any) -> Any:
+        return self.buffer.low_latency_combine(
+            self._y, self._ids, self._weights, handle or self.handle, **wire
+        )
 
     def pair(self) -> Any:
         out = self.dispatch("rank")
@@ -102,14 +117,14 @@ class LowLatencyLayer:
         first = self.group.rank * self.routing.num_local_experts
         for number, (src_rank, src_token) in enumerate(self._sources):
             rows = self.payload.rows(src_rank, src_token, self.salt + first + number)
-            self._y_there[number, : len(rows)] = rows
+            self._y_there[number, : len(rows)] = rows * _Y_SCALE
         self.place.write(self._y, self._y_there)
 
     def problem(self, call: Call, out: Any) -> str | None:
         """What is wrong with a result; None if nothing is."""
         if call.name == "ll-pair":
-            return self._dispatched(out[0]) or self._combined(out[1])
-        return self._combined(out) if call.name == "ll-combine" else self._dispatched(out)
+            return self._dispatched(out[0]) or self._combined(out[1], "ll-combine")
+        return self._combined(out, call.name) if call.name in _WIRES else self._dispatched(out)
 
     def _dispatched(self, out: Any) -> str | None:
         recv_x, recv_sf = out.recv_x if self.element is FP8 else (out.recv_x, None)
@@ -138,25 +153,43 @@ class LowLatencyLayer:
                 )
         return None
 
-    def _combined(self, out: Any) -> str | None:
+    def _combined(self, out: Any, name: str) -> str | None:
         ids = self.routing.topk_idx[self.group.rank]
         wanted = np.zeros((len(self.tokens), self.payload.hidden), np.float32)
-        for k in range(ids.shape[1]):
-            for expert in np.unique(ids[:, k]):
-                here = np.flatnonzero(ids[:, k] == expert)
-                wanted[here] += self.payload.rows(
-                    self.group.rank, self.tokens[here], self.salt + int(expert)
-                ).astype(np.float32)
+        for rank in range(self.group.size):
+            partial_sums = np.zeros_like(wanted)
+            is_here = ids // self.routing.num_local_experts == rank
+            for expert in np.unique(ids[is_here]):
+                token, _ = np.nonzero(ids == expert)
+                rows = self.payload.rows(self.group.rank, self.tokens[token], self.salt + int(expert))
+                np.add.at(partial_sums, token, rows.astype(np.float32) * _Y_SCALE)
+            wanted += _travelled(partial_sums.astype(BF16.dtype), name)
         got = fetch(self.place, out.combined_x, BF16.dtype).astype(np.float32)
         different = np.flatnonzero((got != wanted.astype(BF16.dtype).astype(np.float32)).any(axis=1))
         return f"the sum of token {different[0]} differs" if len(different) else None
+
+
+def _travelled(rows: Array, name: str) -> Array:
+    """float32: what arrives of sums in bfloat16."""
+    if name == "ll-combine-fp8":
+        return reference.dequantize_fp8(*reference.quantize_fp8(rows))
+    if name == "ll-combine-logfmt":
+        rows = reference.logfmt10_decode(reference.logfmt10_encode(rows))
+    arrived: Array = rows.astype(np.float32)
+    return arrived
 
 
 def open_low_latency_buffer(group: Group, place: Place, routing: Routing, options: Options) -> Buffer:
     """A buffer with room for the calls of `LowLatencyLayer`."""
     num_tokens = len(routing.topk_idx[0])
     num_bytes = Buffer.get_low_latency_rdma_size_hint(
-        num_tokens, options.hidden, group.size, options.num_experts
+        num_tokens,
+        options.hidden,
+        group.size,
+        options.num_experts,
+        num_topk=options.num_topk,
+        # Casts have landing zones of their own.
+        with_columns=any(_WIRES.get(name) for name in options.operations),
     )
     return Buffer(
         group,

@@ -10,7 +10,11 @@ from ..errors import ConfigError
 
 OPERATIONS: Final = ("dispatch", "dispatch-cached", "dispatch-exact", "combine", "combine-copied")
 
-LOW_LATENCY: Final = ("ll-dispatch", "ll-dispatch-packed", "ll-dispatch-split", "ll-combine", "ll-pair")
+LOW_LATENCY: Final = (
+    *("ll-dispatch", "ll-dispatch-packed", "ll-dispatch-split"),
+    *("ll-combine", "ll-combine-fp8", "ll-combine-logfmt"),
+    "ll-pair",
+)
 
 LIBRARIES: Final = ("nccl", "jax")
 
@@ -24,7 +28,8 @@ operations:
   ll-dispatch         low-latency mode, rows stay where they land (layout "rank"); weights travel along
   ll-dispatch-packed  rows are copied to their experts (layout "expert")
   ll-dispatch-split   as ll-dispatch, in two kernels: the send phase, and the receive hook at once
-  ll-combine          one row for each rank (reduce "rank")
+  ll-combine          one row for each rank (reduce "rank"), in bfloat16
+  ll-combine-fp8, ll-combine-logfmt  the same rows cast for their way
   ll-pair             ll-dispatch and ll-combine
 Those of the low-latency mode are measured when they are named; they take the SMs that they need.
 Combine sums bfloat16 rows, also after a dispatch of FP8: it is measured with --dtype bf16 or both.
@@ -83,7 +88,7 @@ class Options:
     def low_latency_of(self, dtype: str) -> tuple[str, ...]:
         """Those of the low-latency mode. A combine by itself does not depend on the dtype of the dispatch."""
         names = tuple(name for name in self.operations if name in LOW_LATENCY)
-        return tuple(name for name in names if name != "ll-combine" or dtype == "bf16")
+        return tuple(name for name in names if not name.startswith("ll-combine") or dtype == "bf16")
 
     def operations_of(self, dtype: str, backend: str) -> tuple[str, ...]:
         """Those of `operations` that there are for a dtype on a backend."""

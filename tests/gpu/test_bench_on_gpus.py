@@ -13,7 +13,7 @@ from conftest import MpiRun
 from ranks import IS_UNDER_MPI, PLACES, device_count
 
 from ep_rt.__main__ import main
-from ep_rt.bench.options import LIBRARIES, OPERATIONS
+from ep_rt.bench.options import LIBRARIES, LOW_LATENCY, OPERATIONS
 from ep_rt.groups import as_group
 
 pytestmark = pytest.mark.gpu
@@ -63,6 +63,17 @@ def test_every_operation_is_checked_and_timed(place: str, tmp_path: Path) -> Non
     assert read["barrier_us"]["median"] > 0
     num_ranks = len(read["barrier_us"]["ranks"])
     assert num_ranks == 1 or read["wire_limit_best_gbps"] > 1
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_operation_of_the_low_latency_mode(place: str, tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    run_bench(place, path, "--operations", *LOW_LATENCY)
+    if IS_UNDER_MPI and as_group().rank != 0:
+        return
+    read = json.loads(path.read_text())
+    assert {entry["operation"] for entry in read["results"]} == set(LOW_LATENCY)
+    assert all(entry["kernel_us"]["min"] > 0 for entry in read["results"])
 
 
 @pytest.mark.parametrize("place", PLACES)
