@@ -231,7 +231,8 @@ struct LowLatencyState {
     uint64_t decisions[kLowLatencyZones]
                       [kMaxLowLatencyRanks];               // [zone][src_rank]: stamped; 1 present, 2 absent
     uint64_t cleared[kFirstCombineZone][kMaxClearBlocks];  // [zone][block that clears]: stamped
-    uint64_t listed[kFirstCombineZone][kMaxLowLatencyRanks];  // [zone][src_rank]: stamped; its tokens
+    uint64_t listed[kFirstCombineZone]
+                   [kMaxLowLatencyRanks];  // [zone][src_rank]: stamped; its tokens, with masks
     uint64_t posted[kLowLatencyZones][kMaxLowLatencyRanks];  // [zone][peer]: `freed` as told over the network
 };
 

@@ -7,15 +7,16 @@
 //            gets. From the ids of all ranks a receiver works out where each row belongs among those of its
 //            expert: source rank, then token, then column.
 // Layouts    with layout "rank" the result is the landing zone itself, with lists of its rows for each
-//            expert. Else warps copy the rows to their experts, as soon as the flags of their pieces are
-//            there.
+//            expert. Else warps copy the rows to their experts. Each sees by itself whether a row is ours,
+//            loads it as soon as the flags of its pieces are there, and asks last where it belongs, so that
+//            no row waits for lists of others.
 // Flags      and not data that is polled: bfloat16 rows may hold any bits, so no pattern says "not yet"; a
 //            row that several experts want is read several times; and a row that came late, after a
 //            time-out, must not be taken for one of a later call.
 // Order      rows leave by ordinary stores; block barrier, release.sys flag. The receiver acquires the flag.
 //            Ids and weights are relaxed words that carry all there is to know. Those who list learn by a
-//            release.gpu word of each block that clears that it has, those who copy by one of each that
-//            lists.
+//            release.gpu word of each block that clears that it has, those who copy by a stamped word of
+//            each pair; with masks, where those who list decide who takes part, by their words first.
 // Blocks     in this order, so that none waits for one behind it that has no place yet: one that tells the
 //            peers where this rank is; R that send ids, one for each rank, so that their words do not queue
 //            behind rows, and then say what came for each expert; those that clear the lists, while ids

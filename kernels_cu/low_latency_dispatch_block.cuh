@@ -37,6 +37,7 @@ struct LowLatencyDispatchArgs {
     // Within the area of every rank, of this zone.
     int64_t ids_offset;              // uint64 [R, words], stamped: two ids each
     int64_t weights_offset;          // uint64 [R, M*K], stamped
+    int64_t places_offset;           // uint64 [R, M*K], stamped: the row of recv_x for a pair
     int64_t rows_offset, sf_offset;  // [R, M] rows
     uint32_t digest;
     int32_t rank, num_ranks, num_tokens, num_topk, num_experts, num_max_tokens, hidden, idx_bytes;
@@ -89,6 +90,7 @@ struct LowLatencyDispatchBlock {
     static constexpr int32_t kNumWarps = kCfg.num_threads / kWarpSize;
     static constexpr bool kQuantizes = kCfg.quantizes != 0, kOverNetwork = kCfg.over_network != 0;
     static constexpr int32_t kPartVectors = 8 * kWarpSize;  // of a row, that a warp copies in one turn
+    static constexpr int32_t kScaleDepth = 4;  // words of scale factors that a lane has on their way
 
     using Shared = LowLatencyDispatchShared<kCfg>;
 
@@ -121,7 +123,12 @@ struct LowLatencyDispatchBlock {
         return reinterpret_cast<uint64_t*>(args.areas[rank] + args.weights_offset) +
                int64_t{src} * args.num_max_tokens * args.num_topk;
     }
-    // The same, and rows with their scale factors, as they lie in the outbox; what is for whom.
+    // What those who list tell those who copy of the pairs of `src`.
+    __device__ uint64_t* places(int32_t src) const {
+        return reinterpret_cast<uint64_t*>(args.areas[args.rank] + args.places_offset) +
+               int64_t{src} * args.num_max_tokens * args.num_topk;
+    }
+    // Ids, weights, rows with their scale factors as they lie in the outbox; what is for whom.
     __device__ uint64_t* out_ids(int32_t dst) const {
         return reinterpret_cast<uint64_t*>(args.areas[args.rank] + args.out_ids_offset) +
                int64_t{dst} * num_id_words(args.num_max_tokens);
@@ -204,6 +211,9 @@ struct LowLatencyDispatchBlock {
     __device__ Reason tell(int32_t part, uint64_t began_ns) const;
     __device__ Reason list(int32_t src) const;
     __device__ Reason copy_rows(int32_t block, int32_t num_blocks) const;
+    __device__ Reason await_tokens() const;
+    __device__ Reason await_id(int32_t src, int32_t pair, bool& is_ours) const;
+    __device__ Reason await_place(int32_t src, int32_t pair, int32_t& row) const;
     __device__ Reason copy_row(int32_t src, int32_t token, int32_t part) const;
     __device__ Reason await_rows(int32_t src, int32_t num_flags) const;
 };

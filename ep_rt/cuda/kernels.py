@@ -390,7 +390,7 @@ def low_latency_dispatch(*, quantizes: bool, over_network: bool = False) -> Kern
                 *_pointers("recv_x", "recv_sf", "recv_count", "src_info", "expert_rows", "layout_range"),
                 *_pointers("routes", "recv_stats", "wait_stats"),
                 ("timeout_ns", "<u8"),
-                *_offsets("ids_offset", "weights_offset", "rows_offset", "sf_offset"),
+                *_offsets("ids_offset", "weights_offset", "places_offset", "rows_offset", "sf_offset"),
                 ("digest", "<u4"),
                 *_ints("rank", "num_ranks", "num_tokens", "num_topk", "num_experts"),
                 *_ints("num_max_tokens", "hidden", "idx_bytes"),

@@ -197,6 +197,7 @@ class LowLatencyDispatch:
                 masks=self._areas.masks,
                 ids_offset=here.ids,
                 weights_offset=here.weights,
+                places_offset=here.places,
                 rows_offset=here.rows,
                 sf_offset=here.sf(area.shape),
                 landed_offset=here.landed,

@@ -86,6 +86,7 @@ class DispatchZone:
     """Byte offsets within an area. Rows of FP8 have their scale factors behind all rows; others have none.
 
     Attributes:
+        places: where pairs belong among the rows of their experts.
         landed: words behind rows that were put, then behind their scale factors.
         out_ids, out_weights, out_rows: the outbox. The same place if there is none.
         end: of the zone, where the outbox begins, and `out_end` its end.
@@ -93,6 +94,7 @@ class DispatchZone:
 
     ids: int
     weights: int
+    places: int
     landed: int
     rows: int
     end: int
@@ -141,6 +143,7 @@ class AreaLayout:
         dispatch_sizes = (
             ids_bytes,
             pairs_bytes,
+            pairs_bytes,
             2 * landed_bytes,
             _rows_bytes(num_ranks * num_max_tokens, hidden),
             with_puts * ids_bytes,
@@ -160,7 +163,7 @@ class AreaLayout:
         for _ in range(FIRST_COMBINE_ZONE):
             sizes = [int(shape.is_main) * size for size in dispatch_sizes]
             ends = list(accumulate(sizes, initial=at))
-            dispatches.append(DispatchZone(*ends[:5], *ends[4:]))
+            dispatches.append(DispatchZone(*ends[:6], *ends[5:]))
             at = ends[-1]
         for _ in range(FIRST_COMBINE_ZONE):
             ends = list(accumulate(combine_sizes, initial=at))

@@ -225,6 +225,7 @@ class LowLatency:
                     "has_weights": weights is not None,
                     "ids_offset": at.ids,
                     "weights_offset": at.weights,
+                    "places_offset": at.places,
                     "rows_offset": at.rows,
                     "sf_offset": at.sf(shape),
                     "landed_offset": at.landed,
