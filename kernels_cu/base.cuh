@@ -27,4 +27,15 @@ template <class T>
 __host__ __device__ constexpr T align_up(T value, T alignment) {
     return (value + alignment - 1) / alignment * alignment;
 }
+
+// Of this lane and the lower ones, as a warp; right in the first `kLanes` lanes.
+template <int kLanes = kWarpSize, class T>
+__device__ __forceinline__ T sum_up_to(T value, int32_t lane) {
+#pragma unroll
+    for (int32_t shift = 1; shift < kLanes; shift *= 2) {
+        const T lower = __shfl_up_sync(kFullWarp, value, shift);
+        if (lane >= shift) value += lower;
+    }
+    return value;
+}
 }  // namespace ep

@@ -130,12 +130,7 @@ __device__ int64_t Positions<kNumWarps>::lay_out() const {
             const int32_t e = first + lane();
             const int64_t count = e < num_local_experts ? begins[e] : 0;
             const int64_t padded = align_up<int64_t>(count, alignment);
-            int64_t sum = padded;
-#pragma unroll
-            for (int distance = 1; distance < kWarpSize; distance *= 2) {
-                const int64_t lower = __shfl_up_sync(kFullWarp, sum, distance);
-                if (lane() >= distance) sum += lower;
-            }
+            const int64_t sum = sum_up_to(padded, lane());
             const int64_t begin = num_rows + sum - padded;
             if (e < num_local_experts) {
                 begins[e] = static_cast<uint32_t>(min(begin, static_cast<int64_t>(num_out_rows)));

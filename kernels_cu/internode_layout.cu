@@ -171,14 +171,7 @@ struct InternodeLayout {
     __device__ void keep(int32_t total, const CountMessage& theirs) const {
         NetworkPlan& plan = *args.plan;
         const bool is_node = lane < args.num_nodes, is_own = lane == args.node;
-        const auto before = [&](int32_t value) {
-            int32_t sum = value;
-            for (int32_t shift = 1; shift < kWarpSize; shift *= 2) {
-                const int32_t lower = __shfl_up_sync(kFullWarp, sum, shift);
-                if (lane >= shift) sum += lower;
-            }
-            return sum - value;
-        };
+        const auto before = [&](int32_t value) { return sum_up_to(value, lane) - value; };
         const int32_t count = is_node ? theirs.num_tokens : 0;
         const int32_t first = before(count);
         const int32_t landed = before(is_own ? 0 : count), returned = before(is_node && !is_own ? total : 0);

@@ -24,12 +24,7 @@ struct Chunk {
 
 // Of the lower lanes.
 __device__ inline int32_t sum_before(int32_t value, int32_t lane) {
-    int32_t sum = value;
-    for (int32_t shift = 1; shift < kMaxLocalRanks; shift *= 2) {
-        const int32_t lower = __shfl_up_sync(kFullWarp, sum, shift);
-        if (lane >= shift) sum += lower;
-    }
-    return sum - value;
+    return sum_up_to<kMaxLocalRanks>(value, lane) - value;
 }
 
 // All warps of the blocks that stage. Every warp counts itself done with each chunk in turn, so chunks are
