@@ -44,6 +44,10 @@ __device__ __forceinline__ uint32_t bfloat16_at(const uint4& vector, int i) {
     return rows::word_of(vector, i / 2) >> (16 * (i % 2)) & 0xffff;
 }
 
+__device__ __forceinline__ uint32_t byte_at(const uint4& vector, int i) {
+    return rows::word_of(vector, i / 4) >> (8 * (i % 4)) & 0xff;
+}
+
 // The largest and the least of the lanes that share a block.
 __device__ __forceinline__ void extremes(const uint4 (&from)[2], uint32_t& amax, uint32_t& amin) {
     amax = 0;
@@ -158,8 +162,7 @@ __device__ __forceinline__ Parcel load(const uint8_t* slot, int32_t hidden, int3
 
 // Of a parcel in LogFMT that is cast: how many steps above the least magnitude an element is, and its value.
 __device__ __forceinline__ float steps_at(const Parcel& parcel, int i) {
-    const uint32_t low = rows::word_of(parcel.vectors[0], i / 4) >> (8 * (i % 4)) & 0xff;
-    return logfmt::steps_of(low | (parcel.high >> (2 * i) & 1) << 8);
+    return logfmt::steps_of(byte_at(parcel.vectors[0], i) | (parcel.high >> (2 * i) & 1) << 8);
 }
 __device__ __forceinline__ float signed_value(const Parcel& parcel, int i, float steps, float power) {
     return __uint_as_float(logfmt::magnitude_of(steps, power) | (parcel.high >> (2 * i + 1) & 1) << 31);
@@ -188,10 +191,9 @@ __device__ __forceinline__ void decode(const Parcel& parcel, Channels (&to)[2]) 
     const auto value = [&](int i) -> float& { return to[i / kNumChannels][i % kNumChannels]; };
     if constexpr (kWire == kFp8) {
 #pragma unroll
-        for (int i = 0; i < 2 * kNumChannels; ++i) {
-            const uint32_t byte = rows::word_of(parcel.vectors[0], i / 4) >> (8 * (i % 4)) & 0xff;
-            value(i) = __fmul_rn(__uint_as_float(fp8::float_bits_of(byte)), __uint_as_float(parcel.side));
-        }
+        for (int i = 0; i < 2 * kNumChannels; ++i)
+            value(i) = __fmul_rn(__uint_as_float(fp8::float_bits_of(byte_at(parcel.vectors[0], i))),
+                                 __uint_as_float(parcel.side));
         return;
     }
     const uint32_t amax = parcel.side & 0xffff, amin = parcel.side >> 16;
