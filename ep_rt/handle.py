@@ -207,8 +207,7 @@ class HostDispatchHandle(DispatchHandle):
     def psum_num_recv_tokens_per_expert(self) -> Any:
         if self.num_topk == 0:
             return None
-        ends = np.cumsum(self.num_recv_tokens_per_expert_list, dtype=np.int32)
-        return self.give(ends)
+        return self.give(np.cumsum(self.num_recv_tokens_per_expert_list, dtype=np.int32))
 
     @property
     def num_needed_rows(self) -> int:

@@ -162,9 +162,7 @@ def dispatch(
     if handle is not None:
         return handle, landed
     for rank, memory in enumerate(routing):
-        _compare_sources(ranks, rank, memory, expected[rank], lists)
-        if ids is not None:
-            _compare_experts(ranks, rank, memory, expected[rank], expert_alignment)
+        _compare_counts(ranks, rank, memory, expected[rank], lists, None if ids is None else expert_alignment)
     made = Handle(
         call=ranks.num_calls,
         num_tokens=[len(each) for each in x],
@@ -280,14 +278,15 @@ def _compare_told(
     ranks.check(check)
 
 
-def _compare_sources(
+def _compare_counts(
     ranks: Ranks,
     rank: int,
     routing: Memory,
     expected: reference.Dispatched,
     lists: Sequence[SegmentList] | None,
+    expert_alignment: int | None,
 ) -> None:
-    """What the handle is told of where tokens came from, the dropped ones included."""
+    """What the handle is told of where tokens came from, the dropped ones included, and of experts if any."""
     plan = routing.array(SEND_PLAN, (1,), offset=SEND_PLAN_OFFSET)[0]
     counts = plan["recv_counts"][: ranks.num_ranks]
 
@@ -304,25 +303,14 @@ def _compare_sources(
         elif not expected.overflow:  # the oracle has only those of rows that are kept
             kept = expected.src_rank[expected.src_rank >= 0]
             facts["recv_counts"] = counts, np.bincount(kept, minlength=ranks.num_ranks)
+        if expert_alignment is not None:
+            counted = np.array(expected.num_recv_tokens_per_expert)
+            of_experts = -(-counted // expert_alignment) * expert_alignment
+            facts["expert_ends"] = plan["expert_ends"][: len(of_experts)], np.cumsum(of_experts)
         for name, (seen, right) in facts.items():
             if not np.array_equal(seen, right):
                 return f"{name} of rank {rank} is {seen.tolist()}, expected {right.tolist()}"
         return None
-
-    ranks.check(check)
-
-
-def _compare_experts(
-    ranks: Ranks, rank: int, routing: Memory, expected: reference.Dispatched, alignment: int
-) -> None:
-    plan = routing.array(SEND_PLAN, (1,), offset=SEND_PLAN_OFFSET)[0]
-    counts = -(-np.array(expected.num_recv_tokens_per_expert) // alignment) * alignment
-
-    def check() -> str | None:
-        seen = plan["expert_ends"][: len(counts)]
-        if np.array_equal(seen, np.cumsum(counts)):
-            return None
-        return f"expert_ends of rank {rank} is {seen.tolist()}, expected {np.cumsum(counts).tolist()}"
 
     ranks.check(check)
 
