@@ -241,11 +241,7 @@ __device__ Reason DispatchBlock<kCfg>::sum_experts() const {
         uint32_t count = 0;
         const Reason reason = is_expert ? sum_expert(e, count) : kNothing;
         if (!__all_sync(kFullWarp, reason == kNothing)) return reason;
-        int32_t sum = align_up(static_cast<int32_t>(count), args.expert_alignment);
-        for (int32_t shift = 1; shift < kWarpSize; shift *= 2) {
-            const int32_t lower = __shfl_up_sync(kFullWarp, sum, shift);
-            if (lane >= shift) sum += lower;
-        }
+        const int32_t sum = sum_up_to(align_up(static_cast<int32_t>(count), args.expert_alignment), lane);
         if (is_expert) {
             args.result->expert_counts[e] = static_cast<int32_t>(count);
             args.send_plan->expert_ends[e] = end + sum;

@@ -451,18 +451,25 @@ __device__ inline Reason await_flags(const Session<kOverNetwork>& session, Found
     return sync::agree(reason);
 }
 
-// Waits, as one block, for a word of each of `num_words` other blocks of this kernel, and acquires it. They
-// come before this one, so they have a place, and wait for peers with deadlines of their own.
-// `note(i, value)` gets what word i says. A barrier.
+// Waits, as one thread, for a word of another block of this kernel, as `load()` finds it. That one comes
+// before this one, so it has a place, and waits for peers with deadlines of its own.
+template <bool kOverNetwork, class Load>
+__device__ __forceinline__ Reason await_block(const Session<kOverNetwork>& session, uint64_t& seen,
+                                              Load load) {
+    while (!is_stamped(seen = load(), session.call.epoch))
+        if (session.call.has_failed()) return kLeft;
+    return kNothing;
+}
+
+// Waits, as one block, for a word of each of `num_words` other blocks, and acquires it. `note(i, value)` gets
+// what word i says. A barrier.
 template <bool kOverNetwork, class Note>
 __device__ inline Reason await_blocks(const Session<kOverNetwork>& session, const uint64_t* words,
                                       int32_t num_words, Note note) {
     Reason reason = kNothing;
     if (static_cast<int32_t>(threadIdx.x) < num_words) {
-        uint64_t seen = 0;
-        while (reason == kNothing &&
-               !is_stamped(seen = ptx::ld_acquire_gpu(&words[threadIdx.x]), session.call.epoch))
-            if (session.call.has_failed()) reason = kLeft;
+        uint64_t seen;
+        reason = await_block(session, seen, [&] { return ptx::ld_acquire_gpu(&words[threadIdx.x]); });
         note(threadIdx.x, static_cast<uint32_t>(seen));
     }
     return sync::agree(reason);

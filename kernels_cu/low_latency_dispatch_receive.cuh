@@ -509,16 +509,14 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::copy_row(int32_t src, int32_t t
     return kNothing;
 }
 
-// Where a pair of ours belongs, as one thread, once it is listed. Those who list come before this block, so
-// they have a place, and wait for peers with deadlines of their own.
+// Where a pair of ours belongs, as one thread, once it is listed.
 template <LowLatencyDispatchCfg kCfg>
 __device__ Reason LowLatencyDispatchBlock<kCfg>::await_place(int32_t src, int32_t pair, int32_t& row) const {
     const uint64_t* place = places(src) + pair;
     uint64_t seen;
-    while (!is_stamped(seen = ptx::ld_relaxed_gpu(place), session.call.epoch))
-        if (session.call.has_failed()) return kLeft;
+    const Reason reason = low_latency::await_block(session, seen, [&] { return ptx::ld_relaxed_gpu(place); });
     row = static_cast<int32_t>(static_cast<uint32_t>(seen));
-    return kNothing;
+    return reason;
 }
 
 }  // namespace ep

@@ -65,33 +65,32 @@ __device__ __forceinline__ void extremes(const uint4 (&from)[2], uint32_t& amax,
     }
 }
 
-// Of a lane's part of a piece, in the slot of a row.
-template <int kWire>
+// Of a lane's part of a piece, in the slot of a row, which has blocks.
+template <int kWire, class Byte>
 struct Place {
-    bool is_there, is_first;  // within the row; the first lane of its block
-    int32_t part;             // which lane of the block
-    uint8_t* block;
-    uint32_t* side;  // what belongs to the block as a whole
+    bool is_there;  // within the row
+    int32_t part;   // which lane of the block
+    Byte* block;
+    Byte* side;  // what belongs to the block as a whole
 
-    __device__ __forceinline__ Place(uint8_t* slot, int32_t hidden, int32_t piece, int32_t lane) {
+    __device__ __forceinline__ Place(Byte* slot, int32_t hidden, int32_t piece, int32_t lane) {
         const int32_t vector = vector_of<kWire>(piece, lane, 0), number = vector / (2 * fp8::kLanesPerPair);
         is_there = vector < hidden / kNumChannels;
         part = lane % fp8::kLanesPerPair;
-        is_first = part == 0;
         block = slot + int64_t{number} * kBlockBytes<kWire>;
-        side = reinterpret_cast<uint32_t*>(slot + int64_t{hidden} * kChannelBytes<kWire>) + number;
+        side = slot + int64_t{hidden} * kChannelBytes<kWire> + int64_t{4} * number;
     }
 };
 
 // Out of line: it is long, and rows are stored from several places.
 __device__ __noinline__ static void store_logfmt(uint8_t* slot, int32_t hidden, int32_t piece, int32_t lane,
                                                  uint4 first, uint4 second) {
-    const Place<kLogFmt> at(slot, hidden, piece, lane);
+    const Place<kLogFmt, uint8_t> at(slot, hidden, piece, lane);
     const uint4 from[2] = {first, second};
     uint32_t amax, amin;
     extremes(from, amax, amin);
     if (!at.is_there) return;
-    if (at.is_first) *at.side = amax | amin << 16;
+    if (at.part == 0) *reinterpret_cast<uint32_t*>(at.side) = amax | amin << 16;
     if (!logfmt::is_cast(amax, amin)) {
         reinterpret_cast<uint4*>(at.block)[2 * at.part] = first;
         reinterpret_cast<uint4*>(at.block)[2 * at.part + 1] = second;
@@ -116,12 +115,12 @@ __device__ __forceinline__ void store(uint8_t* slot, int32_t hidden, int32_t pie
                                       const uint4 (&from)[2]) {
     static_assert(kWire != kBfloat16);
     if constexpr (kWire == kFp8) {
-        const Place<kWire> at(slot, hidden, piece, lane);
+        const Place<kWire, uint8_t> at(slot, hidden, piece, lane);
         float factor;
         const uint4 cast = fp8::cast_pair(from, false, factor);
         if (!at.is_there) return;
         reinterpret_cast<uint4*>(at.block)[at.part] = cast;
-        if (at.is_first) *at.side = __float_as_uint(factor);
+        if (at.part == 0) *reinterpret_cast<uint32_t*>(at.side) = __float_as_uint(factor);
     } else {
         store_logfmt(slot, hidden, piece, lane, from[0], from[1]);
     }
@@ -137,23 +136,20 @@ struct Parcel {
 template <int kWire>
 __device__ __forceinline__ Parcel load(const uint8_t* slot, int32_t hidden, int32_t piece, int32_t lane) {
     Parcel parcel{{make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)}, 0, 0};
-    const int32_t vector = vector_of<kWire>(piece, lane, 0);
     if constexpr (kWire == kBfloat16) {
 #pragma unroll
         for (int v = 0; v < 2; ++v) {
             const int32_t i = vector_of<kWire>(piece, lane, v);
             if (i < hidden / kNumChannels) parcel.vectors[v] = reinterpret_cast<const uint4*>(slot)[i];
         }
-    } else if (vector < hidden / kNumChannels) {
-        const int32_t block = vector / (2 * fp8::kLanesPerPair), part = lane % fp8::kLanesPerPair;
-        const uint8_t* at = slot + int64_t{block} * kBlockBytes<kWire>;
-        parcel.side = reinterpret_cast<const uint32_t*>(slot + int64_t{hidden} * kChannelBytes<kWire>)[block];
-        parcel.vectors[0] = reinterpret_cast<const uint4*>(at)[part];
+    } else if (const Place<kWire, const uint8_t> at(slot, hidden, piece, lane); at.is_there) {
+        parcel.side = *reinterpret_cast<const uint32_t*>(at.side);
+        parcel.vectors[0] = reinterpret_cast<const uint4*>(at.block)[at.part];
         if constexpr (kWire == kLogFmt) {
-            parcel.high = reinterpret_cast<const uint32_t*>(at + fp8::kChannelsPerScale)[part];
+            parcel.high = reinterpret_cast<const uint32_t*>(at.block + fp8::kChannelsPerScale)[at.part];
             if (!logfmt::is_cast(parcel.side & 0xffff, parcel.side >> 16)) {
-                parcel.vectors[0] = reinterpret_cast<const uint4*>(at)[2 * part];
-                parcel.vectors[1] = reinterpret_cast<const uint4*>(at)[2 * part + 1];
+                parcel.vectors[0] = reinterpret_cast<const uint4*>(at.block)[2 * at.part];
+                parcel.vectors[1] = reinterpret_cast<const uint4*>(at.block)[2 * at.part + 1];
             }
         }
     }

@@ -126,8 +126,8 @@ LOW_LATENCY: Final = (
     Mutation(
         "low latency: places of earlier calls count",
         "low_latency_dispatch_receive.cuh",
-        "!is_stamped(seen = ptx::ld_relaxed_gpu(place), session.call.epoch)",
-        "(seen = ptx::ld_relaxed_gpu(place)) == 0",
+        "return ptx::ld_relaxed_gpu(place);",
+        "return stamped(session.call.epoch, static_cast<uint32_t>(ptx::ld_relaxed_gpu(place)));",
         "low-latency-r2",
         48,
     ),
@@ -142,8 +142,8 @@ LOW_LATENCY: Final = (
     Mutation(
         "low latency: those who list acquire nothing of those who clear",
         "low_latency.cuh",
-        "!is_stamped(seen = ptx::ld_acquire_gpu(&words[threadIdx.x])",
-        "!is_stamped(seen = ptx::ld_relaxed_gpu(&words[threadIdx.x])",
+        "return ptx::ld_acquire_gpu(&words[threadIdx.x]);",
+        "return ptx::ld_relaxed_gpu(&words[threadIdx.x]);",
         "low-latency-r2",
         48,
     ),
