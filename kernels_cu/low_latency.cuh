@@ -568,8 +568,9 @@ struct RawId {
 };
 constexpr RawId kNoId{0xffffffff, 0xffffffff};
 __device__ inline RawId load_id(const void* ids, int32_t idx_bytes, int64_t i) {
-    const auto* words = static_cast<const uint32_t*>(ids) + i * (idx_bytes / 4);
-    return {words[0], idx_bytes == 8 ? words[1] : 0};
+    if (idx_bytes == 4) return {static_cast<const uint32_t*>(ids)[i], 0};
+    const uint2 id = static_cast<const uint2*>(ids)[i];
+    return {id.x, id.y};
 }
 // -1 if it is none.
 __device__ inline int32_t expert_of(RawId id, int32_t num_experts) {

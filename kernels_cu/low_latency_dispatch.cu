@@ -20,8 +20,8 @@
 // Blocks     in this order, so that none waits for one behind it that has no place yet: one that tells the
 //            peers where this rank is; R that send ids, one for each rank, so that their words do not queue
 //            behind rows, and then say what came for each expert; those that clear the lists, while ids
-//            travel; those that send rows; R that make lists, one for each source rank; those that copy. A
-//            phase that is not of this kernel has no blocks of its own.
+//            travel; those that send rows; those that make lists, some for each source rank; those that
+//            copy. A phase that is not of this kernel has no blocks of its own.
 // Bad ids    an expert id outside 0 .. num_experts - 1 is treated as -1: none. More than M pairs from one
 //            rank to one expert, which takes an expert that is repeated in a row, fail the call.
 #include "low_latency_dispatch_receive.cuh"
@@ -51,10 +51,11 @@ __device__ void low_latency_dispatch(const LowLatencyDispatchArgs<kCfg>& args) {
     const int32_t num_clear_blocks = sends ? args.num_clear_blocks : 0;
     const bool tells = number >= 0 && number < args.num_ranks;
     const int32_t clear_block = number - args.num_ranks;
-    const int32_t row_block = clear_block - num_clear_blocks, src = row_block - num_row_blocks;
+    const int32_t row_block = clear_block - num_clear_blocks, list_block = row_block - num_row_blocks;
+    const int32_t copy_block = list_block - args.num_ranks * args.num_list_blocks;
     const bool sends_rows = row_block >= 0 && row_block < num_row_blocks;
     // On their way while the block begins.
-    typename Block::Pairs pairs{};
+    typename Block::PairsBatch pairs{};
     typename Block::Piece piece{};
     if (tells && sends) pairs = block.load_pairs(threadIdx.x);
     if (sends_rows) piece = block.load_piece(row_block + num_row_blocks * block.warp);
@@ -71,19 +72,20 @@ __device__ void low_latency_dispatch(const LowLatencyDispatchArgs<kCfg>& args) {
         block.clear_lists(clear_block);
     } else if (sends_rows) {
         reason = block.send_rows(row_block, num_row_blocks, piece);
-    } else if (receives && src < args.num_ranks) {
+    } else if (receives && copy_block < 0) {
         const uint64_t began_ns = ptx::globaltimer_ns();
+        const auto share = tells ? Block::kNoShare : block.share_of(list_block);
         if (!tells && sends)
             reason = low_latency::await_blocks(session, session.state->cleared[args.zone], num_clear_blocks,
                                                [](int32_t, uint32_t) {});
         if (reason == kNothing) {
             phase = low_latency::kCounting;
-            reason = block.read_sources(tells ? -1 : src);
+            reason = block.read_sources(share);
         }
-        if (reason == kNothing) reason = tells ? block.tell(number, began_ns) : block.list(src);
-    } else if (receives && src - args.num_ranks < args.num_copy_blocks) {
+        if (reason == kNothing) reason = tells ? block.tell(number, began_ns) : block.list(share);
+    } else if (receives && copy_block < args.num_copy_blocks) {
         phase = low_latency::kLanding;
-        reason = block.copy_rows(src - args.num_ranks, args.num_copy_blocks);
+        reason = block.copy_rows(copy_block, args.num_copy_blocks);
     }
     low_latency::end(session, shared.found, reason, phase);
 }

@@ -41,7 +41,9 @@ struct LowLatencyDispatchArgs {
     int64_t rows_offset, sf_offset;  // [R, M] rows
     uint32_t digest;
     int32_t rank, num_ranks, num_tokens, num_topk, num_experts, num_max_tokens, hidden, idx_bytes;
-    int32_t scale_mode, has_weights, zone, phases, max_send_blocks, num_clear_blocks, num_copy_blocks;
+    int32_t scale_mode, has_weights, zone, phases, max_send_blocks, num_clear_blocks;
+    int32_t num_list_blocks;  // for each source rank
+    int32_t num_copy_blocks;
     // Over several nodes: which ranks are of this one, and within the area what comes and goes by puts.
     int32_t first_rank, num_local_ranks;
     int64_t landed_offset;                       // uint64 [2, R, M], stamped: of rows, of scale factors
@@ -123,6 +125,9 @@ struct LowLatencyDispatchBlock {
         return reinterpret_cast<uint64_t*>(args.areas[rank] + args.weights_offset) +
                int64_t{src} * args.num_max_tokens * args.num_topk;
     }
+    __device__ Route* routes(int32_t src) const {
+        return args.routes + int64_t{src} * args.num_max_tokens * args.num_topk;
+    }
     // What those who list tell those who copy of the pairs of `src`.
     __device__ uint64_t* places(int32_t src) const {
         return reinterpret_cast<uint64_t*>(args.areas[args.rank] + args.places_offset) +
@@ -174,16 +179,21 @@ struct LowLatencyDispatchBlock {
     }
 
     // Send phase. What it begins with is loaded before the block begins.
-    struct Pairs {
+    struct Pairs {  // two of them, for a word
         low_latency::RawId ids[2];
         float weights[2];
+    };
+    // Words that a thread loads together: these have to leave before the rows crowd the links.
+    static constexpr int32_t kPairsDepth = 2;
+    struct PairsBatch {
+        Pairs words[kPairsDepth];
     };
     struct Piece {
         uint4 vectors[2];
         low_latency::RawId ids[2];  // columns `lane` and `lane` + 32
     };
-    __device__ Pairs load_pairs(int32_t word) const;
-    __device__ Reason send_metadata(int32_t dst, Pairs next) const;
+    __device__ PairsBatch load_pairs(int32_t first) const;
+    __device__ Reason send_metadata(int32_t dst, PairsBatch batch) const;
     __device__ void clear_lists(int32_t block) const;
     __device__ int32_t vector_of(int32_t piece, int32_t v) const;
     __device__ Piece load_piece(int32_t turn) const;
@@ -198,18 +208,30 @@ struct LowLatencyDispatchBlock {
     __device__ void put_row(int32_t token, int32_t dst, bool is_of_block) const;
     __device__ void put_rows(int32_t block, int32_t num_blocks, uint32_t ranks) const;
 
-    // Receive phase.
-    __device__ void clear_counts(int32_t first_src, int32_t last_src, int32_t listed_src) const;
-    __device__ void count(uint64_t word, int32_t src, int32_t at, bool is_listed) const;
-    __device__ Reason read_words(int32_t src, int32_t first, int32_t step, bool is_listed) const;
-    __device__ Reason read_ids(int32_t first_src, int32_t last_src, int32_t listed_src) const;
-    __device__ Reason read_sources(int32_t listed_src) const;
+    // Receive phase. The pairs of a source rank that a block lists; of none in blocks that make no lists.
+    struct Share {
+        int32_t src, first, end;
+    };
+    static constexpr Share kNoShare{-1, 0, 0};
+    // `list_block` of those that make lists.
+    __device__ Share share_of(int32_t list_block) const {
+        const int32_t num_pairs = args.num_max_tokens * args.num_topk;
+        // An even number, as words have two.
+        const int32_t each = align_up((num_pairs + args.num_list_blocks - 1) / args.num_list_blocks, 2);
+        const int32_t first = min(num_pairs, list_block / args.num_ranks * each);
+        return {list_block % args.num_ranks, first, min(num_pairs, first + each)};
+    }
+    __device__ void clear_counts(int32_t first_src, int32_t last_src, const Share& share) const;
+    __device__ void count(uint64_t word, int32_t src, int32_t at, const Share& share) const;
+    __device__ Reason read_words(int32_t src, int32_t first, int32_t step, const Share& share) const;
+    __device__ Reason read_ids(int32_t first_src, int32_t last_src, const Share& share) const;
+    __device__ Reason read_sources(const Share& share) const;
     __device__ Reason load_experts(int32_t src, int32_t first, int32_t num) const;
     template <class Each>
     __device__ void of_warp(int32_t num_loaded, int32_t num_warps, uint16_t* numbers, Each each) const;
-    __device__ Reason list_pairs(int32_t src) const;
+    __device__ Reason list_pairs(const Share& share) const;
     __device__ Reason tell(int32_t part, uint64_t began_ns) const;
-    __device__ Reason list(int32_t src) const;
+    __device__ Reason list(const Share& share) const;
     __device__ Reason copy_rows(int32_t block, int32_t num_blocks) const;
     __device__ Reason await_tokens() const;
     __device__ Reason await_id(int32_t src, int32_t pair, bool& is_ours) const;

@@ -7,23 +7,26 @@ namespace ep {
 // Before the counts of [first_src, last_src) are made.
 template <LowLatencyDispatchCfg kCfg>
 __device__ void LowLatencyDispatchBlock<kCfg>::clear_counts(int32_t first_src, int32_t last_src,
-                                                            int32_t listed_src) const {
+                                                            const Share& share) const {
     for (int32_t i = threadIdx.x; i < (last_src - first_src) * num_local_experts; i += blockDim.x)
         shared.counts[first_src * num_local_experts + i] = 0;
-    if (first_src <= listed_src && listed_src < last_src)
+    if (first_src <= share.src && share.src < last_src)
         for (int32_t e = threadIdx.x; e < args.num_experts; e += blockDim.x) shared.listed[e] = 0;
 }
 
-// Counts what a word with two ids says; those of `listed_src` for all experts, and kept.
+// Counts what a word with two ids says. Of the source whose pairs this block lists, for all experts, and of
+// ours those before its share, whose first ones are kept.
 template <LowLatencyDispatchCfg kCfg>
 __device__ void LowLatencyDispatchBlock<kCfg>::count(uint64_t word, int32_t src, int32_t at,
-                                                     bool is_listed) const {
+                                                     const Share& share) const {
+    const bool is_listed = src == share.src;
 #pragma unroll
     for (int32_t half = 0; half < 2; ++half) {
-        const int32_t e = expert_in(word, half), local = local_expert(e), i = 2 * at + half;
-        if (is_listed && i < Shared::kStretch) shared.experts[i] = static_cast<int16_t>(local);
+        const int32_t e = expert_in(word, half), local = local_expert(e), i = 2 * at + half - share.first;
+        if (is_listed && i >= 0 && i < Shared::kStretch) shared.experts[i] = static_cast<int16_t>(local);
         if (is_listed && e >= 0) atomicAdd(&shared.listed[e], 1);
-        if (local >= 0) atomicAdd(&shared.counts[src * num_local_experts + local], 1);
+        if (local >= 0 && (!is_listed || i < 0))
+            atomicAdd(&shared.counts[src * num_local_experts + local], 1);
     }
 }
 
@@ -32,7 +35,7 @@ __device__ void LowLatencyDispatchBlock<kCfg>::count(uint64_t word, int32_t src,
 // for one after the other takes as long as the words travel.
 template <LowLatencyDispatchCfg kCfg>
 __device__ Reason LowLatencyDispatchBlock<kCfg>::read_words(int32_t src, int32_t first, int32_t step,
-                                                            bool is_listed) const {
+                                                            const Share& share) const {
     constexpr int32_t kDepth = 4;
     enum : uint32_t { kTokens = 1, kDigest = 2 };
     LowLatencyArea* own = session.own();
@@ -87,7 +90,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_words(int32_t src, int32_t
         }
 #pragma unroll
         for (int32_t v = 0; v < kDepth; ++v)
-            if (at + v * step < end) count(seen[v], src, at + v * step, is_listed);
+            if (at + v * step < end) count(seen[v], src, at + v * step, share);
     }
     return reason;
 }
@@ -96,28 +99,25 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_words(int32_t src, int32_t
 // and for their ids, and counts those of our experts. Each thread looks at one source. A barrier.
 template <LowLatencyDispatchCfg kCfg>
 __device__ Reason LowLatencyDispatchBlock<kCfg>::read_ids(int32_t first_src, int32_t last_src,
-                                                          int32_t listed_src) const {
-    clear_counts(first_src, last_src, listed_src);
+                                                          const Share& share) const {
+    clear_counts(first_src, last_src, share);
     __syncthreads();
     const int32_t num_sources = last_src - first_src, step = kCfg.num_threads / num_sources;
     const int32_t number = static_cast<int32_t>(threadIdx.x);
     const int32_t src = first_src + number % num_sources, first = number / num_sources;
     Reason reason = kNothing;
-    if (first < step) reason = read_words(src, first, step, src == listed_src);
+    if (first < step) reason = read_words(src, first, step, share);
     blame(reason, src);
     return sync::agree(reason);
 }
 
 // Learns who takes part, and how many rows come for each expert from where. A barrier. With masks a source
 // takes part if all of its rows are there, so that nobody has to change their mind later.
-// `listed_src`: which one's pairs are listed then, -1 for none; its routes are cleared.
+// `share`: whose routes are cleared, to be listed then.
 template <LowLatencyDispatchCfg kCfg>
-__device__ Reason LowLatencyDispatchBlock<kCfg>::read_sources(int32_t listed_src) const {
-    if (listed_src >= 0) {
-        const int32_t num_routes = args.num_max_tokens * args.num_topk;
-        Route* routes = args.routes + int64_t{listed_src} * num_routes;
-        for (int32_t i = threadIdx.x; i < num_routes; i += blockDim.x) routes[i] = {-1, 0.0f};
-    }
+__device__ Reason LowLatencyDispatchBlock<kCfg>::read_sources(const Share& share) const {
+    for (int32_t i = share.first + threadIdx.x; i < share.end; i += blockDim.x)
+        routes(share.src)[i] = {-1, 0.0f};
     __syncthreads();  // a block that has sent knew to whom
     if (threadIdx.x == 0) shared.found.ranks = low_latency::bits_of(args.num_ranks);
     const int32_t step = args.masks == nullptr ? args.num_ranks : 1;
@@ -126,7 +126,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_sources(int32_t listed_src
     for (int32_t src = 0; src < args.num_ranks;) {
         Reason reason = kExpired;
         if (is_decided || !__syncthreads_or(session.is_masked(src)))
-            reason = read_ids(src, src + step, listed_src);
+            reason = read_ids(src, src + step, share);
         if (args.masks != nullptr && !is_decided) {
             if (reason == kNothing) reason = await_rows(src, num_send_blocks(shared.tokens[src]) + 1);
             if (reason != kNothing && reason != kExpired) return reason;
@@ -139,7 +139,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_sources(int32_t listed_src
             is_decided = (shared.found.ranks >> src & 1) != 0 && reason != kNothing;
             if (is_decided) continue;
             if (!(shared.found.ranks >> src & 1)) {
-                clear_counts(src, src + 1, listed_src);
+                clear_counts(src, src + 1, share);
                 __syncthreads();
             }
             reason = kNothing;
@@ -179,8 +179,10 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::await_rows(int32_t src, int32_t
 template <LowLatencyDispatchCfg kCfg>
 __device__ Reason LowLatencyDispatchBlock<kCfg>::tell(int32_t part, uint64_t began_ns) const {
     const auto& counts = shared.counts;
+    // The last warps count while the first ones begin to wait.
+    const int32_t last = kCfg.num_threads - 1 - static_cast<int32_t>(threadIdx.x);
 #pragma unroll 1
-    for (int32_t e = part + args.num_ranks * threadIdx.x; e < num_local_experts;
+    for (int32_t e = part + args.num_ranks * last; e < num_local_experts;
          e += args.num_ranks * kCfg.num_threads) {
         int32_t total = 0;
 #pragma unroll 1
@@ -192,7 +194,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::tell(int32_t part, uint64_t beg
         args.recv_count[e] = total;
         if (args.recv_stats != nullptr) args.recv_stats[e] += total;
     }
-    if (part == 0 && threadIdx.x == 0) {
+    if (part == 0 && last == 0) {
         int32_t most = 0;
 #pragma unroll 1
         for (int32_t src = 0; src < args.num_ranks; ++src) most = max(most, shared.tokens[src]);
@@ -250,28 +252,27 @@ __device__ void LowLatencyDispatchBlock<kCfg>::of_warp(int32_t num_loaded, int32
     }
 }
 
-// Where the pairs of a source rank belong, sorted by expert, then by token and column, behind those of lower
-// sources. Warps take stretches of the ids in order: first they count, then they know where theirs begin. A
-// few are taken by one of them.
+// Where the pairs of a share belong, sorted by expert, then by token and column, behind those of lower
+// sources and of shares before it. Warps take stretches of the ids in order: first they count, then they know
+// where theirs begin. A few are taken by one of them.
 template <LowLatencyDispatchCfg kCfg>
-__device__ Reason LowLatencyDispatchBlock<kCfg>::list_pairs(int32_t src) const {
+__device__ Reason LowLatencyDispatchBlock<kCfg>::list_pairs(const Share& share) const {
     auto& lists = shared.lists;
-    const int32_t num_pairs = shared.tokens[src] * args.num_topk;
+    const int32_t src = share.src, num_pairs = min(share.end, shared.tokens[src] * args.num_topk);
     const uint64_t* weights = this->weights(args.rank, src);
-    Route* routes = args.routes + int64_t{src} * args.num_max_tokens * args.num_topk;
 #pragma unroll 1
     for (int32_t e = threadIdx.x; e < num_local_experts; e += blockDim.x) {
         int32_t rows = 0;
 #pragma unroll 1
-        for (int32_t before = 0; before < src; ++before)
+        for (int32_t before = 0; before <= src; ++before)
             rows += shared.counts[before * num_local_experts + e];
         lists.base[e] = rows;
     }
     Reason reason = kNothing;
 #pragma unroll 1
-    for (int32_t first = 0; first < num_pairs; first += Shared::kStretch) {
+    for (int32_t first = share.first; first < num_pairs; first += Shared::kStretch) {
         const int32_t num_loaded = min(num_pairs - first, Shared::kStretch);
-        if (first > 0) {
+        if (first > share.first) {
             const Reason loaded = load_experts(src, first, num_loaded);
             if (loaded != kNothing) reason = loaded;
         }
@@ -310,7 +311,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::list_pairs(int32_t src) const {
             const int64_t at = e * rows_per_expert() + lists.base[e] + number;
             args.src_info[at] = token;
             if (args.expert_rows != nullptr) args.expert_rows[at] = src * args.num_max_tokens + token;
-            routes[pair].row = static_cast<int32_t>(at);
+            routes(src)[pair].row = static_cast<int32_t>(at);
             if (args.num_copy_blocks != 0)
                 ptx::st_relaxed_gpu(&places(src)[pair],
                                     stamped(session.call.epoch, static_cast<uint32_t>(at)));
@@ -321,7 +322,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::list_pairs(int32_t src) const {
             const int32_t pair = first + number_of(v);
             if (!is_stamped(seen[v], session.call.epoch))
                 reason = low_latency::await_stamped(session, &weights[pair], src, seen[v]);
-            routes[pair].weight = __uint_as_float(static_cast<uint32_t>(seen[v]));
+            routes(src)[pair].weight = __uint_as_float(static_cast<uint32_t>(seen[v]));
         }
         if (first + num_loaded == num_pairs) break;
         __syncthreads();
@@ -332,9 +333,10 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::list_pairs(int32_t src) const {
     return sync::agree(reason);
 }
 
-// One block for each source rank: the lists of what came from there.
+// The lists of what came from a source rank, as far as this block makes them.
 template <LowLatencyDispatchCfg kCfg>
-__device__ Reason LowLatencyDispatchBlock<kCfg>::list(int32_t src) const {
+__device__ Reason LowLatencyDispatchBlock<kCfg>::list(const Share& share) const {
+    const int32_t src = share.src;
     bool is_overfull = false;
     for (int32_t e = threadIdx.x; e < args.num_experts; e += blockDim.x)
         is_overfull |= shared.listed[e] > args.num_max_tokens;
@@ -342,10 +344,10 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::list(int32_t src) const {
         if (threadIdx.x == 0) atomicOr(&shared.found.missing, 1u << src);
         return kOverfull;
     }
-    const Reason reason = list_pairs(src);
+    const Reason reason = list_pairs(share);
     if (reason != kNothing) return reason;
     // Those who copy know by this who takes part.
-    if (threadIdx.x == 0 && args.num_copy_blocks != 0 && args.masks != nullptr)
+    if (threadIdx.x == 0 && share.first == 0 && args.num_copy_blocks != 0 && args.masks != nullptr)
         ptx::st_relaxed_gpu(&session.state->listed[args.zone][src],
                             stamped(session.call.epoch, shared.tokens[src]));
     return kNothing;

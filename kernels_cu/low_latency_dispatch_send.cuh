@@ -4,25 +4,29 @@
 
 namespace ep {
 
-// What a word is to tell of two pairs; nothing past the last one.
+// What every block-wide step of words from `first` on is to tell, of a thread; nothing past the last pair.
 template <LowLatencyDispatchCfg kCfg>
-__device__ __forceinline__ typename LowLatencyDispatchBlock<kCfg>::Pairs
-LowLatencyDispatchBlock<kCfg>::load_pairs(int32_t word) const {
-    Pairs pairs{{low_latency::kNoId, low_latency::kNoId}, {0.0f, 0.0f}};
+__device__ __forceinline__ typename LowLatencyDispatchBlock<kCfg>::PairsBatch
+LowLatencyDispatchBlock<kCfg>::load_pairs(int32_t first) const {
+    PairsBatch batch;
 #pragma unroll
-    for (int32_t half = 0; half < 2; ++half) {
-        const int32_t pair = 2 * word + half;
-        if (pair >= args.num_tokens * args.num_topk) continue;
-        pairs.ids[half] = load_id(pair);
-        if (args.topk_weights != nullptr) pairs.weights[half] = args.topk_weights[pair];
+    for (int32_t v = 0; v < kPairsDepth; ++v) {
+        batch.words[v] = {{low_latency::kNoId, low_latency::kNoId}, {0.0f, 0.0f}};
+#pragma unroll
+        for (int32_t half = 0; half < 2; ++half) {
+            const int32_t pair = 2 * (first + v * kCfg.num_threads) + half;
+            if (pair >= args.num_tokens * args.num_topk) continue;
+            batch.words[v].ids[half] = load_id(pair);
+            if (args.topk_weights != nullptr) batch.words[v].weights[half] = args.topk_weights[pair];
+        }
     }
-    return pairs;
+    return batch;
 }
 
 // What rank `dst` lists our rows from: all our ids, and the weights of the pairs that it gets. Nothing is
 // counted first, so that these words leave before the rows crowd the links.
 template <LowLatencyDispatchCfg kCfg>
-__device__ Reason LowLatencyDispatchBlock<kCfg>::send_metadata(int32_t dst, Pairs next) const {
+__device__ Reason LowLatencyDispatchBlock<kCfg>::send_metadata(int32_t dst, PairsBatch batch) const {
     const int32_t num_words = num_id_words(args.num_tokens);
     const Reason reason = low_latency::await_zone(session, shared.found);
     if (reason != kNothing || !(shared.found.ranks >> dst & 1)) return reason;
@@ -44,19 +48,26 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::send_metadata(int32_t dst, Pair
     const int32_t num_stored = is_reached ? num_words : max(1, num_words);
     const int32_t num_weights = args.topk_weights == nullptr ? 0 : max(1, num_pairs);
 #pragma unroll 1
-    for (int32_t at = threadIdx.x; at < num_stored; at += blockDim.x) {
-        const Pairs pairs = next;
-        next = load_pairs(at + static_cast<int32_t>(blockDim.x));
-        const int32_t experts[2] = {expert(pairs.ids[0]), expert(pairs.ids[1])};
-        ptx::st_relaxed_sys(&to_ids[at], stamped(epoch, word_of(experts)));
+    for (int32_t first = threadIdx.x;;) {
 #pragma unroll
-        for (int32_t half = 0; half < 2; ++half) {
-            const int32_t e = experts[half];
-            const bool is_wanted = e >= 0 && e / num_local_experts == dst;
-            if (is_reached ? is_wanted && num_weights != 0 : 2 * at + half < num_weights)
-                ptx::st_relaxed_sys(&to_weights[2 * at + half],
-                                    stamped(epoch, __float_as_uint(pairs.weights[half])));
+        for (int32_t v = 0; v < kPairsDepth; ++v) {
+            const Pairs pairs = batch.words[v];
+            const int32_t at = first + v * kCfg.num_threads;
+            if (at >= num_stored) break;
+            const int32_t experts[2] = {expert(pairs.ids[0]), expert(pairs.ids[1])};
+            ptx::st_relaxed_sys(&to_ids[at], stamped(epoch, word_of(experts)));
+#pragma unroll
+            for (int32_t half = 0; half < 2; ++half) {
+                const int32_t e = experts[half];
+                const bool is_wanted = e >= 0 && e / num_local_experts == dst;
+                if (is_reached ? is_wanted && num_weights != 0 : 2 * at + half < num_weights)
+                    ptx::st_relaxed_sys(&to_weights[2 * at + half],
+                                        stamped(epoch, __float_as_uint(pairs.weights[half])));
+            }
         }
+        first += kPairsDepth * kCfg.num_threads;
+        if (first >= num_stored) break;
+        batch = load_pairs(first);
     }
     if constexpr (kOverNetwork) {
         if (!is_reached) {

@@ -90,7 +90,9 @@ def test_all_blocks_of_a_call_fit(max_blocks: int) -> None:
         copies = plan.num_copy_blocks(shape, senders, max_blocks=max_blocks)
         clears = plan.num_clear_blocks(shape, 2, max_blocks=max_blocks)
         assert 1 <= clears <= MAX_CLEAR_BLOCKS
-        assert plan.dispatch_blocks(shape, shape.num_max_tokens, senders, clears, copies)[2] <= 2 * max_blocks
+        lists = plan.num_list_blocks(shape, max_blocks=max_blocks)
+        blocks = plan.dispatch_blocks(shape, shape.num_max_tokens, senders, clears, lists, copies)
+        assert blocks[2] <= 2 * max_blocks
         for num_tokens in (0, 1, shape.num_max_tokens):
             sums = plan.num_sum_blocks(shape, num_tokens, senders, max_blocks=max_blocks)
             assert 1 + shape.num_ranks + senders + sums <= 2 * max_blocks
@@ -105,6 +107,17 @@ def test_long_lists_are_cleared_by_more_blocks() -> None:
     longer = replace(DSV3, num_max_tokens=1024)
     sizes = [(DSV3, 1), (DSV3, 2), (longer, 2)]
     assert [plan.num_clear_blocks(*each, max_blocks=132) for each in sizes] == [4, 8, 16]
+
+
+def test_long_lists_are_made_by_more_blocks() -> None:
+    shapes = [
+        replace(DSV3, num_max_tokens=8),
+        DSV3,
+        replace(DSV3, num_max_tokens=1024),
+        replace(DSV3, num_max_tokens=1024, num_ranks=2),
+        replace(DSV3, num_ranks=32),
+    ]
+    assert [plan.num_list_blocks(each, max_blocks=132) for each in shapes] == [1, 4, 4, 8, 1]
 
 
 def test_too_few_sms_for_all_ranks() -> None:

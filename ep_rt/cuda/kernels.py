@@ -395,7 +395,7 @@ def low_latency_dispatch(*, quantizes: bool, over_network: bool = False) -> Kern
                 *_ints("rank", "num_ranks", "num_tokens", "num_topk", "num_experts"),
                 *_ints("num_max_tokens", "hidden", "idx_bytes"),
                 *_ints("scale_mode", "has_weights", "zone", "phases"),
-                *_ints("max_send_blocks", "num_clear_blocks", "num_copy_blocks"),
+                *_ints("max_send_blocks", "num_clear_blocks", "num_list_blocks", "num_copy_blocks"),
                 *_ints("first_rank", "num_local_ranks"),
                 *_offsets("landed_offset", "out_ids_offset", "out_weights_offset", "out_rows_offset"),
                 *_offsets("out_sf_offset"),

@@ -185,6 +185,7 @@ class LowLatencyDispatch:
         )
         max_blocks = domain.max_blocks
         num_clear_blocks = plan.num_clear_blocks(sizes, 1 if is_packed else 2, max_blocks=max_blocks)
+        num_list_blocks = plan.num_list_blocks(sizes, max_blocks=max_blocks)
         num_copy_blocks = 0
         if is_packed:
             num_copy_blocks = plan.num_copy_blocks(sizes, area.max_send_blocks, max_blocks=max_blocks)
@@ -217,6 +218,7 @@ class LowLatencyDispatch:
                 zone=zone,
                 max_send_blocks=area.max_send_blocks,
                 num_clear_blocks=num_clear_blocks,
+                num_list_blocks=num_list_blocks,
                 num_copy_blocks=num_copy_blocks,
                 areas=area.pointers,
             )
@@ -239,7 +241,12 @@ class LowLatencyDispatch:
             ),
             frameworks=frameworks,
             num_blocks=plan.dispatch_blocks(
-                sizes, num_tokens, area.max_send_blocks, num_clear_blocks, num_copy_blocks
+                sizes,
+                num_tokens,
+                area.max_send_blocks,
+                num_clear_blocks,
+                num_list_blocks,
+                num_copy_blocks,
             ),
             at=at,
             shape=LowLatencyHandleShape(

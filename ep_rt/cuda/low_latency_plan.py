@@ -35,6 +35,12 @@ SPEAKERS: Final = 1
 _CLEARED_BYTES: Final = 32768
 """Of the lists of a dispatch, that a block clears; more where there are too few blocks."""
 
+_LISTED_PAIRS: Final = 256
+"""Of a source rank, that a block lists; more where there are too few blocks."""
+
+_LIST_BLOCKS: Final = 8
+"""At most, of a source rank: each looks at all ids."""
+
 POISON: Final = 0xFF
 """What zones whose data are polled hold at rest, in every byte."""
 
@@ -196,7 +202,7 @@ def max_send_blocks(shape: AreaShape, *, max_blocks: int) -> int:
     Raises:
         ConfigError: no room for all kinds of blocks that a call has.
     """
-    room = 2 * max_blocks - 2 * shape.num_ranks - SPEAKERS - _max_clear_blocks(max_blocks)
+    room = 2 * max_blocks - _num_others(shape.num_ranks, max_blocks)
     if room < 2:
         raise ConfigError(
             f"low-latency calls of {shape.num_ranks} ranks need {shape.num_ranks + 2} SMs for each rank, and "
@@ -218,10 +224,25 @@ def num_clear_blocks(shape: AreaShape, num_lists: int, *, max_blocks: int) -> in
     return max(1, min(_max_clear_blocks(max_blocks), -(-num_bytes // _CLEARED_BYTES)))
 
 
+def num_list_blocks(shape: AreaShape, *, max_blocks: int) -> int:
+    """Blocks that list what came from one source rank."""
+    wanted = -(-shape.num_max_tokens * shape.num_topk // _LISTED_PAIRS)
+    return max(1, min(_max_list_blocks(shape.num_ranks, max_blocks), wanted))
+
+
+def _max_list_blocks(num_ranks: int, max_blocks: int) -> int:
+    return max(1, min(_LIST_BLOCKS, max_blocks // (4 * num_ranks)))
+
+
+def _num_others(num_ranks: int, max_blocks: int) -> int:
+    # The most of a dispatch that neither send rows nor copy.
+    num_lists = num_ranks * _max_list_blocks(num_ranks, max_blocks)
+    return SPEAKERS + num_ranks + _max_clear_blocks(max_blocks) + num_lists
+
+
 def num_copy_blocks(shape: AreaShape, num_senders: int, *, max_blocks: int) -> int:
     """Blocks that copy rows to their experts, beside `num_senders` and all others."""
-    num_others = 2 * shape.num_ranks + SPEAKERS + _max_clear_blocks(max_blocks)
-    return max(1, 2 * max_blocks - num_others - num_senders)
+    return max(1, 2 * max_blocks - _num_others(shape.num_ranks, max_blocks) - num_senders)
 
 
 def num_sum_blocks(shape: AreaShape, num_tokens: int, num_senders: int, *, max_blocks: int) -> int:
@@ -231,7 +252,12 @@ def num_sum_blocks(shape: AreaShape, num_tokens: int, num_senders: int, *, max_b
 
 
 def dispatch_blocks(
-    shape: AreaShape, num_tokens: int, max_send_blocks: int, num_clear_blocks: int, num_copy_blocks: int
+    shape: AreaShape,
+    num_tokens: int,
+    max_send_blocks: int,
+    num_clear_blocks: int,
+    num_list_blocks: int,
+    num_copy_blocks: int,
 ) -> tuple[int, int, int]:
     """Blocks of a dispatch: of its send phase, of its receive phase, and of both in one kernel.
 
@@ -239,7 +265,7 @@ def dispatch_blocks(
     """
     num_first = SPEAKERS + shape.num_ranks
     num_senders = num_clear_blocks + num_send_blocks(num_tokens * shape.num_pieces, max_send_blocks)
-    num_receivers = shape.num_ranks + num_copy_blocks
+    num_receivers = shape.num_ranks * num_list_blocks + num_copy_blocks
     return num_first + num_senders, num_first + num_receivers, num_first + num_senders + num_receivers
 
 

@@ -149,6 +149,7 @@ class LowLatency:
         is_split: bool = False,
         is_fixed: bool = False,
         num_clear_blocks: int = 1,
+        num_list_blocks: int = 1,
         num_copy_blocks: int = 1,
         repeats: Sequence[tuple[Sequence[Array], list[Array]]] = (),
         absent: Sequence[int] = (),
@@ -238,6 +239,7 @@ class LowLatency:
                     "scale_mode": scales or 0,
                     "zone": zone,
                     "num_clear_blocks": num_clear_blocks,
+                    "num_list_blocks": num_list_blocks,
                     "num_copy_blocks": num_copy_blocks if is_packed else 0,
                 }
             )
@@ -245,7 +247,12 @@ class LowLatency:
 
         def launch(rank: int, phases: int) -> None:
             num_blocks = plan.dispatch_blocks(
-                shape, len(ids[rank]), self.num_blocks, num_clear_blocks, num_copy_blocks if is_packed else 0
+                shape,
+                len(ids[rank]),
+                self.num_blocks,
+                num_clear_blocks,
+                num_list_blocks,
+                num_copy_blocks if is_packed else 0,
             )
             args = bound(kernel, {**arguments[rank], "phases": phases}, self._common(rank))
             if rank not in self.elsewhere:

@@ -135,6 +135,7 @@ def draw_low_latency(
                     is_split=is_split,
                     is_fixed=is_fixed,
                     num_clear_blocks=int(rng.integers(1, 3)),
+                    num_list_blocks=int(rng.integers(1, 3)),
                     num_copy_blocks=int(rng.integers(1, 3)),
                     repeats=again,
                     absent=absent,

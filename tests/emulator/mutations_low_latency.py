@@ -95,8 +95,8 @@ LOW_LATENCY: Final = (
     Mutation(
         "low latency: rows of an expert begin one source too early",
         "low_latency_dispatch_receive.cuh",
-        "        for (int32_t before = 0; before < src; ++before)",
-        "        for (int32_t before = 0; before + 1 < src; ++before)",
+        "        for (int32_t before = 0; before <= src; ++before)",
+        "        for (int32_t before = 0; before + 1 <= src; ++before)",
         "low-latency-r3",
         48,
     ),
@@ -193,6 +193,14 @@ LOW_LATENCY: Final = (
         "if (static_cast<uint32_t>(told_digest) != args.digest) return kDisagreed;",
         "",
         "low-latency-other-arguments-r3",
+    ),
+    Mutation(
+        "low latency: a block counts pairs of its own share as those before it",
+        "low_latency_dispatch_receive.cuh",
+        "if (local >= 0 && (!is_listed || i < 0))",
+        "if (local >= 0)",
+        "low-latency-r2",
+        48,
     ),
     Mutation(
         "low latency: a stretch begins before all warps have listed the last one",

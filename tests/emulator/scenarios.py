@@ -178,7 +178,7 @@ def _low_latency(
         draw=draw,
         kernels=_low_latency_over_network if ranks_per_node else _low_latency_kernels,
         dies_midway=dies_midway,
-        max_grid=2 * num_ranks + 7,
+        max_grid=3 * num_ranks + 7,
         **fields,
     )
 

@@ -35,7 +35,7 @@ namespace emu {
 namespace {
 
 constexpr size_t kStackBytes = 128 << 10, kGuardBytes = 4 << 10;
-constexpr int kMaxFibers = 20480;
+constexpr int kMaxFibers = 24576;
 constexpr int kSavedRegisters = 6;
 
 uint8_t *stacks, *spare_stack;
