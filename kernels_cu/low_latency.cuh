@@ -48,6 +48,15 @@ __host__ __device__ constexpr int32_t num_send_blocks(int64_t num_turns, int32_t
     return static_cast<int32_t>(wanted < max_blocks ? wanted : max_blocks);
 }
 
+// Blocks of a combine that send in so many turns. Their warps wait for what they load, so more than
+// `few_blocks` pay once those would have to take turns twice; till then others have the room.
+__host__ __device__ constexpr int32_t num_combine_blocks(int64_t num_turns, int32_t num_warps,
+                                                         int32_t few_blocks, int32_t max_blocks) {
+    const int64_t filled = (num_turns + num_warps - 1) / num_warps;
+    if (filled <= few_blocks) return num_send_blocks(num_turns, few_blocks);
+    return static_cast<int32_t>(filled < max_blocks ? filled : max_blocks);
+}
+
 // The most ranks of a call: of one NVLink domain, or of several nodes.
 template <bool kOverNetwork>
 constexpr int kMaxPeers = kOverNetwork ? kMaxLowLatencyRanks : kMaxLocalRanks;

@@ -15,8 +15,7 @@
 //            one for each block of a sender.
 // Order      rows leave by ordinary stores; block barrier, release.sys flag. Polled data are relaxed words.
 // Blocks     in this order: one that tells the peers where this rank is; R that send weights, if they have
-// to;
-//            those that send rows; those that add.
+//            to; those that send rows; those that add, which may find a place only when others have ended.
 // Sums       products and sums in float32, each rounded by itself, in ascending order: of columns on the
 //            experts' rank, of ranks on the token's.
 #include "low_latency_combine_receive.cuh"
@@ -57,10 +56,11 @@ __device__ void low_latency_combine(const LowLatencyCombineArgs<kCfg>& args) {
     // Few tokens: more turns, so that more warps have one.
     const int64_t num_turns = int64_t{block.max_tokens} * block.num_pieces;
     const bool is_split = args.masks == nullptr &&
-                          num_turns * args.num_ranks <= int64_t{args.max_send_blocks} * Block::kNumWarps;
+                          num_turns * args.num_ranks <= int64_t{args.few_send_blocks} * Block::kNumWarps;
     block.sources_per_turn = is_split ? 1 : args.num_ranks;
     block.num_row_blocks =
-        max(1, low_latency::num_send_blocks(num_turns * block.num_groups(), args.max_send_blocks));
+        max(1, low_latency::num_combine_blocks(num_turns * block.num_groups(), Block::kNumWarps,
+                                               args.few_send_blocks, args.max_send_blocks));
 
     int32_t number = low_latency::block_number();
     const int32_t num_weight_blocks = args.sends_weights ? args.num_ranks : 0;

@@ -35,7 +35,8 @@ struct LowLatencyCombineArgs {
     int32_t rank, num_ranks, num_tokens, num_topk, num_experts, num_max_tokens, hidden, idx_bytes;
     int32_t sends_weights, sums_at_source, polls_data, num_slots;
     int32_t zone, dispatch_zone;  // -1 where the rows that were dispatched lie in another area
-    int32_t phases, max_send_blocks, num_sum_blocks;
+    int32_t phases, num_sum_blocks;
+    int32_t few_send_blocks, max_send_blocks;  // while there are few turns, and at most
     // Over several nodes: which ranks are of this one, and within the area what comes and goes by puts. Then
     // rows are summed on the experts' ranks, and nothing is polled.
     int32_t first_rank, num_local_ranks;

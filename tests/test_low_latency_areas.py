@@ -82,6 +82,7 @@ def domain_of(group: Group, slabs: list[Memory], num_bytes: int) -> Any:
         group=group,
         timeout_s=TIMEOUT_S,
         max_blocks=8,
+        num_sharing=1,
         runtime=Runtime,
         comm=SimpleNamespace(pointer=0, synchronize=lambda: None),
         turns=SimpleNamespace(begin=lambda stream: None),

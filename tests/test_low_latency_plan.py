@@ -7,7 +7,13 @@ from dataclasses import replace
 import pytest
 
 from ep_rt.cuda import low_latency_plan as plan
-from ep_rt.cuda.layout import LOW_LATENCY_AREA, MAX_CLEAR_BLOCKS, MAX_SEND_BLOCKS, OFFSET_UNIT
+from ep_rt.cuda.layout import (
+    LOW_LATENCY_AREA,
+    MAX_CLEAR_BLOCKS,
+    MAX_GRID_BLOCKS,
+    MAX_SEND_BLOCKS,
+    OFFSET_UNIT,
+)
 from ep_rt.cuda.low_latency_plan import AreaLayout, AreaShape
 from ep_rt.errors import ConfigError
 
@@ -87,20 +93,36 @@ def test_all_blocks_of_a_call_fit(max_blocks: int) -> None:
             continue
         senders = plan.max_send_blocks(shape, max_blocks=max_blocks)
         assert 1 <= senders < MAX_SEND_BLOCKS
-        copies = plan.num_copy_blocks(shape, senders, max_blocks=max_blocks)
         clears = plan.num_clear_blocks(shape, 2, max_blocks=max_blocks)
         assert 1 <= clears <= MAX_CLEAR_BLOCKS
         lists = plan.num_list_blocks(shape, max_blocks=max_blocks)
+        copies = plan.num_copy_blocks(shape, senders, max_blocks=max_blocks)
         blocks = plan.dispatch_blocks(shape, shape.num_max_tokens, senders, clears, lists, copies)
         assert blocks[2] <= 2 * max_blocks
-        for num_tokens in (0, 1, shape.num_max_tokens):
-            sums = plan.num_sum_blocks(shape, num_tokens, senders, max_blocks=max_blocks)
-            assert 1 + shape.num_ranks + senders + sums <= 2 * max_blocks
+        for num_sharing in (1, 2):
+            sizes = {"max_blocks": max_blocks, "num_sharing": num_sharing}
+            most = plan.max_combine_blocks(shape, **sizes)
+            assert senders <= most < MAX_SEND_BLOCKS
+            for num_tokens in (0, 1, shape.num_max_tokens):
+                sums = plan.num_sum_blocks(shape, num_tokens, most, **sizes)
+                blocks = plan.combine_blocks(shape, most, sums, sends_weights=True)
+                assert 1 <= sums <= 2 * max_blocks - max_blocks // 4  # others find a place
+                assert blocks[0] <= 2 * max_blocks
+                assert blocks[2] <= (2 * max_blocks if num_sharing == 2 else MAX_GRID_BLOCKS)
             assert plan.num_send_blocks(num_tokens * shape.num_pieces, senders) <= senders
 
 
 def test_a_model_takes_every_sm() -> None:
     assert plan.max_send_blocks(DSV3, max_blocks=132) == 132
+
+
+def test_a_rank_alone_on_its_gpu_combines_with_more_blocks() -> None:
+    shapes = [replace(DSV3, num_max_tokens=each) for each in (1, 8, 32, 128)]
+    alone, beside = (
+        [plan.max_combine_blocks(each, max_blocks=132, num_sharing=num) for each in shapes] for num in (1, 2)
+    )
+    assert alone == [28, 132, 132, 224]
+    assert beside == [28, 132, 132, 132]
 
 
 def test_long_lists_are_cleared_by_more_blocks() -> None:

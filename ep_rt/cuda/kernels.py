@@ -433,7 +433,9 @@ def low_latency_combine(wire: str, *, over_network: bool = False) -> KernelSpec:
                 *_ints("rank", "num_ranks", "num_tokens", "num_topk", "num_experts"),
                 *_ints("num_max_tokens", "hidden", "idx_bytes"),
                 *_ints("sends_weights", "sums_at_source", "polls_data", "num_slots"),
-                *_ints("zone", "dispatch_zone", "phases", "max_send_blocks", "num_sum_blocks"),
+                *_ints(
+                    "zone", "dispatch_zone", "phases", "num_sum_blocks", "few_send_blocks", "max_send_blocks"
+                ),
                 *_ints("first_rank", "num_local_ranks"),
                 *_offsets("landed_offset", "out_weights_offset", "out_rows_offset"),
                 ("slabs", "<u8", (MAX_LOCAL_RANKS,)),

@@ -73,20 +73,29 @@ class Kernel:
         )
         self.max_resident_blocks = int(per_sm) * int(cupy.cuda.Device().attributes["MultiProcessorCount"])
 
-    def bind(self, args: NDArray[Any], *, num_blocks: int, starts_early: bool = False) -> Launch:
+    def bind(
+        self,
+        args: NDArray[Any],
+        *,
+        num_blocks: int,
+        starts_early: bool = False,
+        waits_in_order: bool = False,
+    ) -> Launch:
         """Fix the place of the arguments and the most blocks.
 
         Args:
             args: from `pack`. Changing it in place changes later launches, not those enqueued.
             starts_early: from Hopper on it runs beside the kernel before it on its stream, as soon as that
                 one lets it, and ends after it, for which the kernel waits itself.
+            waits_in_order: a block waits for none with a higher number, on any rank, so that they may take
+                their places one after the other.
 
         Raises:
-            DeviceError: `num_blocks` cannot all be resident, which kernels that wait need; the grid is never
-                made smaller.
+            DeviceError: `num_blocks` cannot all be resident, which other kernels that wait need; the grid is
+                never made smaller.
         """
         limit = self.max_resident_blocks
-        if num_blocks > limit:
+        if num_blocks > limit and not waits_in_order:
             raise DeviceError(
                 f"{self.spec.name}: {num_blocks} blocks cannot run at once on device {self.device}, "
                 f"which holds {limit}"
@@ -235,14 +244,18 @@ def pack(struct: Struct, **values: Any) -> NDArray[Any]:
     return record
 
 
-def bind(kernel: Kernel, num_blocks: int, *fields: Mapping[str, Any], starts_early: bool = False) -> Launch:
-    """A launch whose arguments are the first of `fields` that names them, and zero where none does."""
+def bind(kernel: Kernel, num_blocks: int, *fields: Mapping[str, Any], **how: bool) -> Launch:
+    """A launch whose arguments are the first of `fields` that names them, and zero where none does.
+
+    Args:
+        how: see `Kernel.bind`.
+    """
     args = kernel.spec.args
     values: dict[str, Any] = {}
     for name in args.names or ():
         absent = () if args[name].shape else 0
         values[name] = next((each[name] for each in fields if name in each), absent)
-    return kernel.bind(pack(args, **values), num_blocks=num_blocks, starts_early=starts_early)
+    return kernel.bind(pack(args, **values), num_blocks=num_blocks, **how)
 
 
 def fields_type(struct: Struct) -> Any:

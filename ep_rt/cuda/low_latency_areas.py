@@ -61,6 +61,7 @@ class Area:
         pointers: of the area on every rank, as this rank sees them; 0 where stores do not reach.
         state: address of the `LOW_LATENCY_STATE`.
         max_blocks: blocks that an SM count allows, the same on every rank.
+        num_sharing: ranks on a GPU, at most.
         absent: ranks that took no part in making it, so that nobody knows where they have theirs.
         piece: its memory here.
     """
@@ -75,6 +76,8 @@ class Area:
         piece: Piece,
         pointers: tuple[int, ...],
         max_blocks: int,
+        *,
+        num_sharing: int,
     ) -> None:
         import cupy
 
@@ -88,6 +91,9 @@ class Area:
         self._state = cupy.cuda.alloc(LOW_LATENCY_STATE.itemsize)
         self.state: int = self._state.ptr
         self.max_send_blocks = plan.max_send_blocks(shape, max_blocks=max_blocks)
+        self.max_combine_blocks = plan.max_combine_blocks(
+            shape, max_blocks=max_blocks, num_sharing=num_sharing
+        )
         self.reset_pending()
 
     @property
@@ -226,7 +232,8 @@ class Areas:
         except EpError as failure:
             error = str(failure)
         ranks = self._unmasked() if self.masks else list(range(self.num_ranks))
-        mine = (shape, domain.max_blocks, None if piece is None else piece.offset, error)
+        blocks = domain.max_blocks, domain.num_sharing
+        mine = (shape, blocks, None if piece is None else piece.offset, error)
         answers = self._meet(mine, ranks, "low-latency area")
         for rank, (their_shape, _, _, text) in answers.items():
             if their_shape != shape:
@@ -238,8 +245,16 @@ class Areas:
         assert piece is not None
         # Nothing is stored to ranks that are masked, as these are from now on: any place will do for theirs.
         offsets = [answers.get(rank, answers[self.rank])[2] for rank in range(self.num_ranks)]
-        max_blocks = min(blocks for _, blocks, _, _ in answers.values())
-        area = Area(domain, places, shape, piece, places.pointers(offsets), max_blocks)
+        max_blocks, num_sharing = zip(*(each for _, each, _, _ in answers.values()), strict=True)
+        area = Area(
+            domain,
+            places,
+            shape,
+            piece,
+            places.pointers(offsets),
+            min(max_blocks),
+            num_sharing=max(num_sharing),
+        )
         self._clear([area])
         # Peers may store here from now on.
         ready = self._meet(None, list(answers), "low-latency area ready")

@@ -10,12 +10,12 @@ from ..errors import ConfigError
 from ..events import EventOverlap
 from ..handle import LowLatencyHandle
 from ..requests import Schedule
-from . import kernels, plan
+from . import kernels
 from .domain import Call, Domain
 from .heap import Block
 from .kernels import WIRES
 from .launch import Kernel, Launch, ModuleOwner, bind
-from .layout import LOW_LATENCY_RECORD, OFFSET_UNIT, ROUTE, align_up
+from .layout import LOW_LATENCY_RECORD, MAX_GRID_BLOCKS, OFFSET_UNIT, ROUTE, align_up
 from .low_latency_areas import Area, Pending
 from .low_latency_places import Places
 from .low_latency_plan import AreaShape
@@ -36,7 +36,6 @@ class LowLatencyKernels:
         self,
         operations: Operations,
         *,
-        max_blocks: int,
         places: Places | None = None,
         network: ModuleOwner | None = None,
     ) -> None:
@@ -49,8 +48,6 @@ class LowLatencyKernels:
                 "first_rank": places.first_rank,
                 "num_local_ranks": operations.common["num_ranks"],
             }
-        # One kernel may have blocks that send and blocks that receive, of which two share an SM.
-        self._max_grid = plan.LOW_LATENCY_BLOCKS_PER_SM * max_blocks
         self._dispatch = [
             Kernel(kernels.low_latency_dispatch(quantizes=each, over_network=over_network), network=network)
             for each in (False, True)
@@ -62,11 +59,14 @@ class LowLatencyKernels:
 
     def dispatch(self, *, quantizes: bool, **fields: Any) -> Launch:
         """Of low_latency_dispatch.cu."""
-        return bind(self._dispatch[quantizes], self._max_grid, fields, self._common)
+        return self._bind(self._dispatch[quantizes], fields)
 
     def combine(self, wire: str, **fields: Any) -> Launch:
         """Of low_latency_combine.cu."""
-        return bind(self._combine[wire], self._max_grid, fields, self._common)
+        return self._bind(self._combine[wire], fields)
+
+    def _bind(self, kernel: Kernel, fields: dict[str, Any]) -> Launch:
+        return bind(kernel, MAX_GRID_BLOCKS, fields, self._common, waits_in_order=True)
 
 
 @dataclass(frozen=True, slots=True)

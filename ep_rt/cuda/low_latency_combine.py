@@ -138,7 +138,11 @@ class LowLatencyCombine:
         sends_weights = not at_source and request.topk_weights is not None
         num_tokens = handle.num_tokens
         num_sum_blocks = plan.num_sum_blocks(
-            sizes, num_tokens, area.max_send_blocks, max_blocks=domain.max_blocks
+            sizes,
+            num_tokens,
+            area.max_combine_blocks,
+            max_blocks=domain.max_blocks,
+            num_sharing=domain.num_sharing,
         )
         results = domain.results([Column("bfloat16", (handle.hidden,))], frameworks[0])
         inputs = tuple(
@@ -155,7 +159,7 @@ class LowLatencyCombine:
                 out_weights_offset=here.out_weights,
                 out_rows_offset=here.out_rows,
                 digest=low_latency_combine_digest(
-                    request, wire, FIRST_COMBINE_ZONE + number, area.max_send_blocks
+                    request, wire, FIRST_COMBINE_ZONE + number, area.max_combine_blocks
                 ),
                 num_tokens=num_tokens,
                 num_topk=handle.num_topk,
@@ -168,7 +172,8 @@ class LowLatencyCombine:
                 polls_data=is_plain and self._areas.polls,
                 num_slots=area.shape.num_slots,
                 zone=FIRST_COMBINE_ZONE + number,
-                max_send_blocks=area.max_send_blocks,
+                few_send_blocks=area.max_send_blocks,
+                max_send_blocks=area.max_combine_blocks,
                 num_sum_blocks=num_sum_blocks,
                 areas=area.pointers,
             )
@@ -188,7 +193,7 @@ class LowLatencyCombine:
             reads_weights=request.topk_weights is not None,
             frameworks=frameworks,
             num_blocks=plan.combine_blocks(
-                sizes, area.max_send_blocks, num_sum_blocks, sends_weights=sends_weights
+                sizes, area.max_combine_blocks, num_sum_blocks, sends_weights=sends_weights
             ),
             num_bytes=_OUT_OFFSET + (0 if request.out is not None else 2 * num_tokens * handle.hidden),
             is_zero_copy=request.zero_copy,

@@ -15,10 +15,12 @@ from .layout import (
     FIRST_COMBINE_ZONE,
     LOW_LATENCY_AREA,
     MAX_CLEAR_BLOCKS,
+    MAX_GRID_BLOCKS,
     MAX_SEND_BLOCKS,
     OFFSET_UNIT,
     align_up,
 )
+from .plan import LOW_LATENCY_THREADS
 
 MAX_TOPK: Final = 64
 """Most columns of ``topk_idx``: two for each lane of a warp."""
@@ -31,6 +33,8 @@ TURNS_PER_BLOCK: Final = 4
 
 SPEAKERS: Final = 1
 """Blocks of every kernel that only tell the peers where this rank is."""
+
+_WARPS: Final = LOW_LATENCY_THREADS // 32
 
 _CLEARED_BYTES: Final = 32768
 """Of the lists of a dispatch, that a block clears; more where there are too few blocks."""
@@ -193,8 +197,14 @@ def num_send_blocks(num_turns: int, max_blocks: int) -> int:
     return min(max_blocks, -(-num_turns // TURNS_PER_BLOCK))
 
 
+def num_combine_blocks(num_turns: int, few_blocks: int, max_blocks: int) -> int:
+    """Twin of low_latency.cuh."""
+    filled = -(-num_turns // _WARPS)
+    return num_send_blocks(num_turns, few_blocks) if filled <= few_blocks else min(max_blocks, filled)
+
+
 def max_send_blocks(shape: AreaShape, *, max_blocks: int) -> int:
-    """Blocks that send rows when every rank has as many tokens as it may; the same on every rank.
+    """Blocks that send rows of a dispatch when every rank has as many tokens as it may; the same on all.
 
     Args:
         max_blocks: as many of a rank may run at once, one for each SM; of low-latency kernels twice as many.
@@ -211,6 +221,21 @@ def max_send_blocks(shape: AreaShape, *, max_blocks: int) -> int:
     most = max_blocks if room - max_blocks >= max_blocks // 2 else room // 2
     most = min(most, MAX_SEND_BLOCKS - 1)  # the last flag is that of the metadata
     return max(1, num_send_blocks(shape.num_max_tokens * shape.num_ranks * shape.num_pieces, most))
+
+
+def max_combine_blocks(shape: AreaShape, *, max_blocks: int, num_sharing: int) -> int:
+    """Blocks that send rows of a combine when every rank has as many tokens as it may.
+
+    Args:
+        num_sharing: ranks on a GPU. Where one is alone, those that add may come after those that send. Else
+            they would take places from others whom they wait for.
+    """
+    few = max_send_blocks(shape, max_blocks=max_blocks)
+    if num_sharing > 1:
+        return few
+    room = 2 * max_blocks - shape.num_ranks - SPEAKERS
+    num_turns = shape.num_max_tokens * shape.num_pieces
+    return max(few, min(num_combine_blocks(num_turns, few, room), MAX_SEND_BLOCKS - 1))
 
 
 def _max_clear_blocks(max_blocks: int) -> int:
@@ -245,10 +270,17 @@ def num_copy_blocks(shape: AreaShape, num_senders: int, *, max_blocks: int) -> i
     return max(1, 2 * max_blocks - _num_others(shape.num_ranks, max_blocks) - num_senders)
 
 
-def num_sum_blocks(shape: AreaShape, num_tokens: int, num_senders: int, *, max_blocks: int) -> int:
-    """Blocks that add what came back, beside `num_senders`."""
-    room = 2 * max_blocks - shape.num_ranks - SPEAKERS - num_senders
-    return max(1, num_send_blocks(num_tokens * shape.num_pieces, room))
+def num_sum_blocks(
+    shape: AreaShape, num_tokens: int, num_senders: int, *, max_blocks: int, num_sharing: int
+) -> int:
+    """Blocks that add what came back: beside `num_senders`, or after them if a rank is alone on its GPU."""
+    num_turns = num_tokens * shape.num_pieces
+    num_others = shape.num_ranks + SPEAKERS + num_senders
+    if num_sharing > 1:
+        return max(1, num_send_blocks(num_turns, 2 * max_blocks - num_others))
+    # They wait for peers, which may be in a call of another buffer first: its senders need a place here.
+    most = min(2 * max_blocks - max_blocks // 4, MAX_GRID_BLOCKS - num_others)
+    return max(1, num_combine_blocks(num_turns, max_blocks, most))
 
 
 def dispatch_blocks(
@@ -270,10 +302,10 @@ def dispatch_blocks(
 
 
 def combine_blocks(
-    shape: AreaShape, max_send_blocks: int, num_sum_blocks: int, *, sends_weights: bool
+    shape: AreaShape, max_combine_blocks: int, num_sum_blocks: int, *, sends_weights: bool
 ) -> tuple[int, int, int]:
     """Blocks of a combine, as `dispatch_blocks`."""
-    num_senders = max_send_blocks + (shape.num_ranks if sends_weights else 0)
+    num_senders = max_combine_blocks + (shape.num_ranks if sends_weights else 0)
     return SPEAKERS + num_senders, SPEAKERS + num_sum_blocks, SPEAKERS + num_senders + num_sum_blocks
 
 

@@ -18,7 +18,7 @@ from ep_rt.cuda import kernels, low_latency_combine, low_latency_dispatch
 from ep_rt.cuda.domain import Call
 from ep_rt.cuda.layout import LOW_LATENCY_STATE
 from ep_rt.cuda.low_latency_areas import MASKS_BYTES, Area, Areas
-from ep_rt.cuda.low_latency_plan import POISON, AreaLayout, AreaShape, max_send_blocks
+from ep_rt.cuda.low_latency_plan import POISON, AreaLayout, AreaShape, max_combine_blocks, max_send_blocks
 from ep_rt.events import EventOverlap
 from ep_rt.requests import LowLatencyCombineRequest, LowLatencyDispatchRequest, Place, Schedule
 
@@ -118,7 +118,7 @@ class _Domain:
         self.rank = rank
         self.device = 0
         self.comm = SimpleNamespace(pointer=0)
-        self.max_blocks = max_blocks
+        self.max_blocks, self.num_sharing = max_blocks, 1
         self.heap = SimpleNamespace(take=self._take)
         self._ranks = ranks
 
@@ -188,7 +188,9 @@ class _Areas(Areas):
         area._domain, area.piece = self._domain, None  # type: ignore[assignment]
         area.shape, area.layout, area.pointers = shape, layout, tuple(pointers)
         area.state = state.address
-        area.max_send_blocks = max_send_blocks(shape, max_blocks=self._domain.max_blocks)
+        max_blocks, num_sharing = self._domain.max_blocks, self._domain.num_sharing
+        area.max_send_blocks = max_send_blocks(shape, max_blocks=max_blocks)
+        area.max_combine_blocks = max_combine_blocks(shape, max_blocks=max_blocks, num_sharing=num_sharing)
         area.reset_pending()
         return area
 

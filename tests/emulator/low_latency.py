@@ -69,6 +69,7 @@ class LowLatency:
     ) -> None:
         self.reached = reached
         self.ranks, self.shape, self.num_blocks = ranks, shape, num_blocks
+        self.few_blocks = (num_blocks + 1) // 2  # of those of a combine that send
         self.layout = AreaLayout.of(shape)
         self.with_masks = with_masks
         allocate = ranks.machine.allocate
@@ -127,6 +128,7 @@ class LowLatency:
             "num_experts": shape.num_experts,
             "hidden": shape.hidden,
             "max_send_blocks": self.num_blocks,
+            "few_send_blocks": self.few_blocks,
         }
 
     def _zone(self, kind: int, *, is_fixed: bool) -> int:
