@@ -524,7 +524,7 @@ class Buffer:
                 first, whose hook then raises, and over several nodes raises itself: what was put must arrive.
             topk_weights: float32 [num_tokens, num_topk], to travel along: a combine with ``reduce="rank"``
                 then uses these, and need not send any first.
-            layout: "expert" or "rank".
+            layout: "expert" or "rank"; the same on all ranks.
 
         Returns:
             LowLatencyDispatched: ``recv_x`` [El, R*M, hidden], or a tuple with scale factors float32

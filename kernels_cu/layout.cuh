@@ -202,6 +202,7 @@ struct LocalWorkspace {
 constexpr int kLowLatencyZones = 4;  // two of dispatch, then two of combine
 constexpr int kFirstCombineZone = 2;
 constexpr int kMaxSendBlocks = 256;
+constexpr int kMaxWaves = 4;  // of what a block sends, with a flag behind each
 constexpr int kMaxClearBlocks = 32;
 constexpr int kMaxLowLatencyRanks = 32;  // of all nodes, one bit each in a word
 
@@ -214,8 +215,8 @@ struct LowLatencyArea {
         beats[kMaxLowLatencyRanks];  // [src_rank]: changes now and then while that rank waits in a kernel
     uint64_t digests[kLowLatencyZones][kMaxLowLatencyRanks];     // [zone][src_rank]: stamped
     uint64_t num_tokens[kLowLatencyZones][kMaxLowLatencyRanks];  // [zone][src_rank]: stamped
-    // [zone][src_rank][its block]: stamped
-    uint64_t flags[kLowLatencyZones][kMaxLowLatencyRanks][kMaxSendBlocks];
+    // [zone][src_rank][which][its block]: stamped; 0 is that of the last wave, 1 of the first one before it
+    uint64_t flags[kLowLatencyZones][kMaxLowLatencyRanks][kMaxWaves][kMaxSendBlocks];
 
     // Over several nodes alone.
     uint64_t doing[kMaxLowLatencyRanks];      // [src_rank], of other nodes: the call that it is in

@@ -449,7 +449,7 @@ __device__ inline bool decide(const Session<kOverNetwork>& session, int32_t src,
 template <bool kOverNetwork>
 __device__ inline Reason await_flags(const Session<kOverNetwork>& session, Found& found, int32_t src,
                                      int32_t num_flags) {
-    const uint64_t* flags = session.own()->flags[session.zone][src];
+    const uint64_t* flags = session.own()->flags[session.zone][src][0];
     Reason reason = kNothing;
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < num_flags && reason == kNothing; i += blockDim.x) {
@@ -484,14 +484,17 @@ __device__ inline Reason await_blocks(const Session<kOverNetwork>& session, cons
     return sync::agree(reason);
 }
 
-// Says to every rank that got something that all of this block's stores have landed.
+// Says to every rank that got something that all of this block's stores so far have landed. The last warp
+// waits for that, which has the fewest turns; the others go on.
 template <bool kOverNetwork>
-__device__ inline void post_flags(const Session<kOverNetwork>& session, const Found& found, int32_t block) {
+__device__ inline void post_flags(const Session<kOverNetwork>& session, const Found& found, int32_t block,
+                                  int32_t which = 0) {
     __syncthreads();
-    const int32_t peer = threadIdx.x;
-    if (peer >= session.num_ranks() || !(found.ranks >> peer & 1) || !session.reaches(peer)) return;
+    const auto peer = static_cast<int32_t>(threadIdx.x + kWarpSize - blockDim.x);
+    if (peer < 0 || peer >= session.num_ranks() || !(found.ranks >> peer & 1) || !session.reaches(peer))
+        return;
     // Cumulative: what the other threads stored goes before.
-    ptx::st_release_sys(&session.area(peer)->flags[session.zone][session.rank()][block],
+    ptx::st_release_sys(&session.area(peer)->flags[session.zone][session.rank()][which][block],
                         stamped(session.call.epoch, 1));
 }
 
@@ -502,7 +505,7 @@ __device__ inline Reason await_flags_as_warp(const Session<kOverNetwork>& sessio
                                              int32_t block) {
     Reason reason = kNothing;
     if (block >= 0) {
-        const uint64_t* flag = &session.own()->flags[session.zone][lane][block];
+        const uint64_t* flag = &session.own()->flags[session.zone][lane][0][block];
         uint64_t seen;
         reason = await_stamped<kAcquires>(session, flag, lane, seen);
         if (reason != kNothing) atomicOr(&found.missing, 1u << lane);

@@ -437,6 +437,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::copy_row(int32_t src, int32_t t
     const int32_t first_piece = with_scales ? 0 : first_vector / kPieceVectors;
     const int32_t end_piece = with_scales ? num_pieces : (end_vector + kPieceVectors - 1) / kPieceVectors;
     const int32_t num_blocks = num_send_blocks(shared.tokens[src]);
+    const Waves waves = this->waves(shared.tokens[src] * num_pieces, num_blocks);
     if (!session.reaches(src)) {
         const auto what = static_cast<Landing>(lane);
         if (lane == kRow || (lane == kScales && with_scales))
@@ -445,8 +446,9 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::copy_row(int32_t src, int32_t t
 #pragma unroll 1
         for (int32_t piece = first_piece + lane; piece < end_piece && reason == kNothing;
              piece += kWarpSize) {
+            const int32_t turn = token * num_pieces + piece;
             const uint64_t* flag =
-                &session.own()->flags[args.zone][src][(token * num_pieces + piece) % num_blocks];
+                &session.own()->flags[args.zone][src][waves.flag_of(turn)][turn % num_blocks];
             uint64_t seen;
             reason = low_latency::await_stamped<low_latency::kAcquires>(session, flag, src, seen);
         }

@@ -88,7 +88,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::send_metadata(int32_t dst, Pair
         __syncthreads();
         if (threadIdx.x == 0)
             ptx::st_release_sys(
-                &session.area(dst)->flags[args.zone][args.rank][num_send_blocks(args.num_tokens)],
+                &session.area(dst)->flags[args.zone][args.rank][0][num_send_blocks(args.num_tokens)],
                 stamped(epoch, 1));
     }
     return kNothing;
@@ -191,11 +191,33 @@ __device__ __forceinline__ void LowLatencyDispatchBlock<kCfg>::store(const Cast&
     }
 }
 
+// A piece to all of `reachable` that want it; with the first one of a row where the row went.
+template <LowLatencyDispatchCfg kCfg>
+__device__ __forceinline__ void LowLatencyDispatchBlock<kCfg>::send_piece(int32_t turn, const Piece& current,
+                                                                          uint32_t reachable) const {
+    constexpr int32_t kPeers = low_latency::kMaxPeers<kOverNetwork>, kUnrolled = kOverNetwork ? 1 : kPeers;
+    const int32_t token = turn / num_pieces, piece = turn % num_pieces;
+#pragma unroll
+    for (int32_t v = 0; v < 2; ++v) {
+        const int32_t k = v * kWarpSize + lane;
+        if (piece == 0 && k < args.num_topk)
+            args.sent_ids[int64_t{token} * args.num_topk + k] = expert(current.ids[v]);
+    }
+    const uint32_t wanted = destinations(current) & reachable;
+    const Cast travels = cast(current, piece);
+#pragma unroll kUnrolled
+    for (int32_t d = 0; d < kPeers; ++d) {
+        if (d >= args.num_ranks) break;
+        const int32_t dst = args.rank + d < args.num_ranks ? args.rank + d : args.rank + d - args.num_ranks;
+        if (!(wanted >> dst & 1)) continue;
+        store(travels, piece, row(dst, args.rank, token), scales(dst, args.rank, token));
+    }
+}
+
 // Our rows, once to each rank that owns an expert of them: warps take pieces in turn.
 template <LowLatencyDispatchCfg kCfg>
 __device__ Reason LowLatencyDispatchBlock<kCfg>::send_rows(int32_t block, int32_t num_blocks,
                                                            Piece next) const {
-    constexpr int32_t kPeers = low_latency::kMaxPeers<kOverNetwork>, kUnrolled = kOverNetwork ? 1 : kPeers;
     const int32_t num_turns = args.num_tokens * num_pieces, step = num_blocks * kNumWarps;
     const Reason reason = low_latency::await_zone(session, shared.found);
     if (reason != kNothing) return reason;
@@ -206,29 +228,19 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::send_rows(int32_t block, int32_
         put_rows(block, num_blocks, reachable & ~reached);
         reachable &= reached;
     }
+    const Waves waves = this->waves(num_turns, num_blocks);
+    int32_t turn = block + num_blocks * warp;
 #pragma unroll 1
-    for (int32_t turn = block + num_blocks * warp; turn < num_turns; turn += step) {
-        const Piece current = next;
-        next = load_piece(turn + step);
-        const int32_t token = turn / num_pieces, piece = turn % num_pieces;
-#pragma unroll
-        for (int32_t v = 0; v < 2; ++v) {
-            const int32_t k = v * kWarpSize + lane;
-            if (piece == 0 && k < args.num_topk)
-                args.sent_ids[int64_t{token} * args.num_topk + k] = expert(current.ids[v]);
+    for (int32_t wave = 0; wave < waves.num; ++wave) {
+        const int32_t end = min(num_turns, (wave + 1) * waves.turns_per_wave);
+#pragma unroll 1
+        for (; turn < end; turn += step) {
+            const Piece current = next;
+            next = load_piece(turn + step);
+            send_piece(turn, current, reachable);
         }
-        const uint32_t wanted = destinations(current) & reachable;
-        const Cast travels = cast(current, piece);
-#pragma unroll kUnrolled
-        for (int32_t d = 0; d < kPeers; ++d) {
-            if (d >= args.num_ranks) break;
-            const int32_t dst =
-                args.rank + d < args.num_ranks ? args.rank + d : args.rank + d - args.num_ranks;
-            if (!(wanted >> dst & 1)) continue;
-            store(travels, piece, row(dst, args.rank, token), scales(dst, args.rank, token));
-        }
+        low_latency::post_flags(session, shared.found, block, waves.flag_behind(wave));
     }
-    low_latency::post_flags(session, shared.found, block);
     return kNothing;
 }
 

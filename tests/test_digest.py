@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ep_rt.cuda.digest import along, combine_digest, dispatch_digest
+from ep_rt.cuda.digest import along, combine_digest, dispatch_digest, low_latency_digest
 from ep_rt.handle import HandleShape, HostDispatchHandle
-from ep_rt.requests import CombineRequest, DispatchRequest, Place
+from ep_rt.requests import CombineRequest, DispatchRequest, LowLatencyDispatchRequest, Place
 
 OWNER = object()
 PLACE = Place("cpu")  # shapes and dtypes are the same anywhere
@@ -118,3 +118,39 @@ def test_processes_agree() -> None:
         for seed in ("1", "2")
     }
     assert seen == {f"{dispatch()}\n"}
+
+
+def low_latency_dispatch(zone: int = 0, **changes: Any) -> int:
+    arguments: dict[str, Any] = {
+        "x": np.ones((3, 128), BF16),
+        "topk_idx": np.zeros((3, 2), np.int64),
+        "num_max_tokens_per_rank": 4,
+        "num_experts": 8,
+        "recv_stats": None,
+        "wait_stats": None,
+        "use_fp8": True,
+        "round_scale": True,
+        "use_ue8m0": False,
+    }
+    request = LowLatencyDispatchRequest.of(**(arguments | changes), num_ranks=2, place=PLACE)
+    return low_latency_digest(request, zone, max_send_blocks=5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_fp8": False},
+        {"round_scale": False},
+        {"use_ue8m0": True},
+        {"topk_weights": np.ones((3, 2), np.float32)},
+        {"layout": "rank"},  # senders post other flags
+        {"zone": 1},
+    ],
+)
+def test_what_must_agree_of_a_low_latency_dispatch(changes: dict[str, Any]) -> None:
+    assert low_latency_dispatch(**changes) != low_latency_dispatch()
+
+
+def test_tokens_of_a_low_latency_dispatch_may_differ() -> None:
+    fewer = low_latency_dispatch(x=np.ones((1, 128), BF16), topk_idx=np.zeros((1, 2), np.int64))
+    assert fewer == low_latency_dispatch()

@@ -49,6 +49,7 @@ def low_latency_digest(request: LowLatencyDispatchRequest, zone: int, max_send_b
         request.round_scale,
         request.use_ue8m0,
         request.topk_weights is not None,
+        request.layout,
         zone,
         max_send_blocks,
     )

@@ -45,6 +45,7 @@ FIRST_COMBINE_ZONE: Final = 2
 MAX_SEND_BLOCKS: Final = 256
 """Most blocks that send rows in a low-latency call."""
 
+MAX_WAVES: Final = 4
 MAX_CLEAR_BLOCKS: Final = 32
 """Most blocks that clear the lists of a low-latency dispatch."""
 
@@ -200,7 +201,7 @@ LOW_LATENCY_AREA: Final[Struct] = np.dtype(
         ("beats", "<u8", (MAX_LOW_LATENCY_RANKS,)),
         ("digests", "<u8", (LOW_LATENCY_ZONES, MAX_LOW_LATENCY_RANKS)),
         ("num_tokens", "<u8", (LOW_LATENCY_ZONES, MAX_LOW_LATENCY_RANKS)),
-        ("flags", "<u8", (LOW_LATENCY_ZONES, MAX_LOW_LATENCY_RANKS, MAX_SEND_BLOCKS)),
+        ("flags", "<u8", (LOW_LATENCY_ZONES, MAX_LOW_LATENCY_RANKS, MAX_WAVES, MAX_SEND_BLOCKS)),
         ("doing", "<u8", (MAX_LOW_LATENCY_RANKS,)),
         ("farewells", "<u8", (MAX_LOW_LATENCY_RANKS,)),
         ("told_ids", "<u8", (LOW_LATENCY_ZONES, MAX_LOW_LATENCY_RANKS)),
@@ -388,6 +389,7 @@ def layout_asserts() -> list[str]:
         "kLowLatencyZones": LOW_LATENCY_ZONES,
         "kFirstCombineZone": FIRST_COMBINE_ZONE,
         "kMaxSendBlocks": MAX_SEND_BLOCKS,
+        "kMaxWaves": MAX_WAVES,
         "kMaxClearBlocks": MAX_CLEAR_BLOCKS,
         "kMaxLowLatencyRanks": MAX_LOW_LATENCY_RANKS,
         "kMaxNodes": MAX_NODES,

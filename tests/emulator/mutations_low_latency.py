@@ -10,15 +10,15 @@ LOW_LATENCY: Final = (
     Mutation(
         "low latency: a flag releases nothing",
         "low_latency.cuh",
-        "    ptx::st_release_sys(&session.area(peer)->flags[session.zone][session.rank()][block],",
-        "    ptx::st_relaxed_sys(&session.area(peer)->flags[session.zone][session.rank()][block],",
+        "    ptx::st_release_sys(&session.area(peer)->flags[session.zone][session.rank()][which][block],",
+        "    ptx::st_relaxed_sys(&session.area(peer)->flags[session.zone][session.rank()][which][block],",
         "low-latency-r2",
     ),
     Mutation(
         "low latency: a flag before the other threads of the block have stored",
         "low_latency.cuh",
-        "const Found& found, int32_t block) {\n    __syncthreads();\n",
-        "const Found& found, int32_t block) {\n",
+        "int32_t which = 0) {\n    __syncthreads();\n",
+        "int32_t which = 0) {\n",
         "low-latency-r2",
     ),
     Mutation(
@@ -193,6 +193,14 @@ LOW_LATENCY: Final = (
         "if (static_cast<uint32_t>(told_digest) != args.digest) return kDisagreed;",
         "",
         "low-latency-other-arguments-r3",
+    ),
+    Mutation(
+        "low latency: rows of all waves are taken to have landed with the first",
+        "low_latency_dispatch_block.cuh",
+        "return flag_behind(turn / turns_per_wave);",
+        "return flag_behind(turn / turns_per_wave * 0);",
+        "low-latency-r3",
+        48,
     ),
     Mutation(
         "low latency: a block counts pairs of its own share as those before it",
