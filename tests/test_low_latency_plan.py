@@ -109,7 +109,7 @@ def test_all_blocks_of_a_call_fit(max_blocks: int) -> None:
                 assert 1 <= sums <= 2 * max_blocks - max_blocks // 4  # others find a place
                 assert blocks[0] <= 2 * max_blocks
                 assert blocks[2] <= (2 * max_blocks if num_sharing == 2 else MAX_GRID_BLOCKS)
-            assert plan.num_send_blocks(num_tokens * shape.num_pieces, senders) <= senders
+                assert plan.num_send_blocks(num_tokens * shape.num_pieces, senders) <= senders
 
 
 def test_a_model_takes_every_sm() -> None:
