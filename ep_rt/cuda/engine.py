@@ -245,7 +245,7 @@ class CudaEngine:
         return (
             operations,
             ExpertMajor(header=slabs[rank], hang=hang, timeout_ns=deadline_ns, max_blocks=max_blocks),
-            LowLatencyKernels(operations) if with_low_latency else None,
+            LowLatencyKernels(operations, max_blocks=max_blocks) if with_low_latency else None,
         )
 
     # Life time.

@@ -78,26 +78,27 @@ class Kernel:
         args: NDArray[Any],
         *,
         num_blocks: int,
+        num_resident: int | None = None,
         starts_early: bool = False,
-        waits_in_order: bool = False,
     ) -> Launch:
         """Fix the place of the arguments and the most blocks.
 
         Args:
             args: from `pack`. Changing it in place changes later launches, not those enqueued.
+            num_resident: blocks that need a place at a time, by default all. Fewer, if each waits for none
+                with a higher number, on any rank: then they may take their places one after the other.
             starts_early: from Hopper on it runs beside the kernel before it on its stream, as soon as that
                 one lets it, and ends after it, for which the kernel waits itself.
-            waits_in_order: a block waits for none with a higher number, on any rank, so that they may take
-                their places one after the other.
 
         Raises:
-            DeviceError: `num_blocks` cannot all be resident, which other kernels that wait need; the grid is
-                never made smaller.
+            DeviceError: so many cannot be resident, which kernels that wait need; the grid is never made
+                smaller.
         """
         limit = self.max_resident_blocks
-        if num_blocks > limit and not waits_in_order:
+        needed = num_blocks if num_resident is None else num_resident
+        if needed > limit:
             raise DeviceError(
-                f"{self.spec.name}: {num_blocks} blocks cannot run at once on device {self.device}, "
+                f"{self.spec.name}: {needed} blocks cannot run at once on device {self.device}, "
                 f"which holds {limit}"
             )
         fields = self._fields.from_address(args.ctypes.data)
@@ -244,7 +245,7 @@ def pack(struct: Struct, **values: Any) -> NDArray[Any]:
     return record
 
 
-def bind(kernel: Kernel, num_blocks: int, *fields: Mapping[str, Any], **how: bool) -> Launch:
+def bind(kernel: Kernel, num_blocks: int, *fields: Mapping[str, Any], **how: Any) -> Launch:
     """A launch whose arguments are the first of `fields` that names them, and zero where none does.
 
     Args:

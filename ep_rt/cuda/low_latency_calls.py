@@ -10,7 +10,7 @@ from ..errors import ConfigError
 from ..events import EventOverlap
 from ..handle import LowLatencyHandle
 from ..requests import Schedule
-from . import kernels
+from . import kernels, plan
 from .domain import Call, Domain
 from .heap import Block
 from .kernels import WIRES
@@ -36,6 +36,7 @@ class LowLatencyKernels:
         self,
         operations: Operations,
         *,
+        max_blocks: int,
         places: Places | None = None,
         network: ModuleOwner | None = None,
     ) -> None:
@@ -48,6 +49,8 @@ class LowLatencyKernels:
                 "first_rank": places.first_rank,
                 "num_local_ranks": operations.common["num_ranks"],
             }
+        # One kernel may have blocks that send and blocks that receive, of which two share an SM.
+        self._num_resident = plan.LOW_LATENCY_BLOCKS_PER_SM * max_blocks
         self._dispatch = [
             Kernel(kernels.low_latency_dispatch(quantizes=each, over_network=over_network), network=network)
             for each in (False, True)
@@ -66,7 +69,7 @@ class LowLatencyKernels:
         return self._bind(self._combine[wire], fields)
 
     def _bind(self, kernel: Kernel, fields: dict[str, Any]) -> Launch:
-        return bind(kernel, MAX_GRID_BLOCKS, fields, self._common, waits_in_order=True)
+        return bind(kernel, MAX_GRID_BLOCKS, fields, self._common, num_resident=self._num_resident)
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,7 +114,9 @@ class Remote:
                         max_tokens=sizes.max_tokens,
                     )
                 if self.places is not None:
-                    self.low_latency = LowLatencyKernels(operations, places=self.places, network=network)
+                    self.low_latency = LowLatencyKernels(
+                        operations, max_blocks=domain.max_blocks, places=self.places, network=network
+                    )
 
             together(group, "network kernels", load, timeout_s=timeout_s)
         except EpError:  # of all ranks
