@@ -82,7 +82,7 @@ def domain_of(group: Group, slabs: list[Memory], num_bytes: int) -> Any:
         group=group,
         timeout_s=TIMEOUT_S,
         max_blocks=8,
-        num_sharing=1,
+        gpu=("host", group.rank),
         runtime=Runtime,
         comm=SimpleNamespace(pointer=0, synchronize=lambda: None),
         turns=SimpleNamespace(begin=lambda stream: None),
@@ -184,6 +184,18 @@ def test_who_is_lost_may_close_while_others_go_on() -> None:
                 TIMEOUT_S / 4
             )  # they do not wait for whom they have lost, who says so once more meanwhile
         assert confirm() == []
+
+    run(body)
+
+
+@pytest.mark.parametrize(("gpus", "most"), [((0, 1, 2), 1), ((0, 1, 0), 2), ((0, 0, 0), 3)])
+def test_all_ranks_count_those_on_a_gpu(gpus: tuple[int, ...], most: int) -> None:
+    """Also those of another node, whom the domain of a rank does not have."""
+
+    def body(areas: Areas, group: PeerGroup, domain: Any) -> None:
+        domain.gpu = "host", gpus[group.rank]
+        assert areas.get(shape(3), CALL).num_sharing == most
+        assert areas.part()[0] == ()
 
     run(body)
 

@@ -112,7 +112,8 @@ class Domain:
 
     Attributes:
         device: the one that is current at construction.
-        num_sharing: ranks on this GPU.
+        gpu: host and bus id of the GPU.
+        num_sharing: ranks of the group on it.
         num_device_sms: of the GPU.
 
     Raises:
@@ -137,8 +138,9 @@ class Domain:
         self.runtime = cupy.cuda.runtime
         self.device: int = self.runtime.getDevice()
         bus_id = self.runtime.deviceGetPCIBusId(self.device)
-        places = group.allgather((platform.node(), bus_id), op="devices", timeout_s=timeout_s)
-        self.num_sharing = places.count(places[group.rank])
+        self.gpu = platform.node(), bus_id
+        gpus = group.allgather(self.gpu, op="devices", timeout_s=timeout_s)
+        self.num_sharing = gpus.count(self.gpu)
         self.num_device_sms = int(cupy.cuda.Device().attributes["MultiProcessorCount"])
         self.slab = Slab(group, num_bytes, timeout_s=timeout_s)
         self.base = self.slab.pointers[group.rank] + PAYLOAD_OFFSET

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -60,8 +61,8 @@ class Area:
         own: address of it here.
         pointers: of the area on every rank, as this rank sees them; 0 where stores do not reach.
         state: address of the `LOW_LATENCY_STATE`.
-        max_blocks: blocks that an SM count allows, the same on every rank.
-        num_sharing: ranks on a GPU, at most.
+        max_send_blocks, max_combine_blocks: that send rows, the same on every rank.
+        num_sharing: ranks on one GPU, at most.
         absent: ranks that took no part in making it, so that nobody knows where they have theirs.
         piece: its memory here.
     """
@@ -90,6 +91,7 @@ class Area:
         self.pointers = pointers
         self._state = cupy.cuda.alloc(LOW_LATENCY_STATE.itemsize)
         self.state: int = self._state.ptr
+        self.num_sharing = num_sharing
         self.max_send_blocks = plan.max_send_blocks(shape, max_blocks=max_blocks)
         self.max_combine_blocks = plan.max_combine_blocks(
             shape, max_blocks=max_blocks, num_sharing=num_sharing
@@ -232,8 +234,8 @@ class Areas:
         except EpError as failure:
             error = str(failure)
         ranks = self._unmasked() if self.masks else list(range(self.num_ranks))
-        blocks = domain.max_blocks, domain.num_sharing
-        mine = (shape, blocks, None if piece is None else piece.offset, error)
+        where = domain.max_blocks, domain.gpu
+        mine = (shape, where, None if piece is None else piece.offset, error)
         answers = self._meet(mine, ranks, "low-latency area")
         for rank, (their_shape, _, _, text) in answers.items():
             if their_shape != shape:
@@ -245,7 +247,7 @@ class Areas:
         assert piece is not None
         # Nothing is stored to ranks that are masked, as these are from now on: any place will do for theirs.
         offsets = [answers.get(rank, answers[self.rank])[2] for rank in range(self.num_ranks)]
-        max_blocks, num_sharing = zip(*(each for _, each, _, _ in answers.values()), strict=True)
+        max_blocks, gpus = zip(*(each for _, each, _, _ in answers.values()), strict=True)
         area = Area(
             domain,
             places,
@@ -253,7 +255,7 @@ class Areas:
             piece,
             places.pointers(offsets),
             min(max_blocks),
-            num_sharing=max(num_sharing),
+            num_sharing=max(Counter(gpus).values()),
         )
         self._clear([area])
         # Peers may store here from now on.

@@ -142,7 +142,7 @@ class LowLatencyCombine:
             num_tokens,
             area.max_combine_blocks,
             max_blocks=domain.max_blocks,
-            num_sharing=domain.num_sharing,
+            num_sharing=area.num_sharing,
         )
         results = domain.results([Column("bfloat16", (handle.hidden,))], frameworks[0])
         inputs = tuple(

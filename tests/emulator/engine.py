@@ -118,7 +118,7 @@ class _Domain:
         self.rank = rank
         self.device = 0
         self.comm = SimpleNamespace(pointer=0)
-        self.max_blocks, self.num_sharing = max_blocks, 1
+        self.max_blocks = max_blocks
         self.heap = SimpleNamespace(take=self._take)
         self._ranks = ranks
 
@@ -188,9 +188,9 @@ class _Areas(Areas):
         area._domain, area.piece = self._domain, None  # type: ignore[assignment]
         area.shape, area.layout, area.pointers = shape, layout, tuple(pointers)
         area.state = state.address
-        max_blocks, num_sharing = self._domain.max_blocks, self._domain.num_sharing
+        max_blocks, area.num_sharing = self._domain.max_blocks, 1
         area.max_send_blocks = max_send_blocks(shape, max_blocks=max_blocks)
-        area.max_combine_blocks = max_combine_blocks(shape, max_blocks=max_blocks, num_sharing=num_sharing)
+        area.max_combine_blocks = max_combine_blocks(shape, max_blocks=max_blocks, num_sharing=1)
         area.reset_pending()
         return area
 
