@@ -215,7 +215,7 @@ struct LowLatencyArea {
         beats[kMaxLowLatencyRanks];  // [src_rank]: changes now and then while that rank waits in a kernel
     uint64_t digests[kLowLatencyZones][kMaxLowLatencyRanks];     // [zone][src_rank]: stamped
     uint64_t num_tokens[kLowLatencyZones][kMaxLowLatencyRanks];  // [zone][src_rank]: stamped
-    // [zone][src_rank][which][its block]: stamped; 0 is that of the last wave, 1 of the first one before it
+    // [zone][src_rank][which][its block]: stamped; 0 says it of all that the block sent, others of its waves
     uint64_t flags[kLowLatencyZones][kMaxLowLatencyRanks][kMaxWaves][kMaxSendBlocks];
 
     // Over several nodes alone.

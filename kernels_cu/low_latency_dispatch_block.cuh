@@ -205,7 +205,7 @@ struct LowLatencyDispatchBlock {
         low_latency::RawId ids[2];
         float weights[2];
     };
-    // Words that a thread loads together: these have to leave before the rows crowd the links.
+    // Of words that a thread loads together: these have to leave before the rows crowd the links.
     static constexpr int32_t kPairsDepth = 2;
     struct PairsBatch {
         Pairs words[kPairsDepth];

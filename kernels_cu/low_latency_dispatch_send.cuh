@@ -4,7 +4,7 @@
 
 namespace ep {
 
-// What every block-wide step of words from `first` on is to tell, of a thread; nothing past the last pair.
+// What a thread tells next: word `first`, and others a block further on each; nothing past the last pair.
 template <LowLatencyDispatchCfg kCfg>
 __device__ __forceinline__ typename LowLatencyDispatchBlock<kCfg>::PairsBatch
 LowLatencyDispatchBlock<kCfg>::load_pairs(int32_t first) const {

@@ -46,6 +46,8 @@ MAX_SEND_BLOCKS: Final = 256
 """Most blocks that send rows in a low-latency call."""
 
 MAX_WAVES: Final = 4
+"""Most waves of what a block sends in a low-latency dispatch, with a flag behind each."""
+
 MAX_CLEAR_BLOCKS: Final = 32
 """Most blocks that clear the lists of a low-latency dispatch."""
 
