@@ -113,10 +113,11 @@ struct LowLatencyCombineBlock {
     }
     // A sender begins behind itself, so that not all of them send to one rank at a time.
     __device__ int32_t source(int32_t sender, int32_t number) const {
-        return (sender + 1 + number) % args.num_ranks;
+        const int32_t src = sender + 1 + number;
+        return src < args.num_ranks ? src : src - args.num_ranks;
     }
     __device__ int32_t number_of(int32_t sender, int32_t src) const {
-        return (src - sender - 1 + 2 * args.num_ranks) % args.num_ranks;
+        return src > sender ? src - sender - 1 : src - sender - 1 + args.num_ranks;
     }
     __device__ int32_t turn_of(int32_t token, int32_t group, int32_t piece) const {
         return (token * num_groups() + group) * num_pieces + piece;
