@@ -67,7 +67,7 @@ template <LowLatencyDispatchCfg kCfg>
 struct LowLatencyDispatchShared {
     // Ids that are looked at together, and so few that one warp looks at all of them.
     static constexpr int32_t kPairsEach = 4, kStretch = kPairsEach * kCfg.num_threads;
-    static constexpr int32_t kFewPairs = 4 * kWarpSize;
+    static constexpr int32_t kFewPairs = 2 * kWarpSize;
 
     static constexpr int32_t kPeers = low_latency::kMaxPeers<kCfg.over_network != 0>;
 
@@ -251,7 +251,9 @@ struct LowLatencyDispatchBlock {
     __device__ Reason read_sources(const Share& share) const;
     __device__ Reason load_experts(int32_t src, int32_t first, int32_t num) const;
     template <class Each>
-    __device__ void of_warp(int32_t num_loaded, int32_t num_warps, uint16_t* numbers, Each each) const;
+    __device__ void of_warp(int32_t num_loaded, uint16_t* numbers, Each each) const;
+    __device__ void place_pair(int32_t src, int32_t pair, int32_t e, int32_t number) const;
+    __device__ Reason list_few(const Share& share) const;
     __device__ Reason list_pairs(const Share& share) const;
     __device__ Reason tell(int32_t part, uint64_t began_ns) const;
     __device__ Reason list(const Share& share) const;

@@ -229,15 +229,14 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::load_experts(int32_t src, int32
     return reason;
 }
 
-// Calls `each(i, e, number)` for the loaded ids that this warp looks at, of `num_warps` that do: the i-th one
-// is our expert e, and of the warp's ids the number-th one that is; `numbers` holds how many there were of
-// each expert so far.
+// Calls `each(i, e, number)` for the loaded ids that this warp looks at: the i-th one is our expert e, and of
+// the warp's ids the number-th one that is; `numbers` holds how many there were of each expert so far.
 template <LowLatencyDispatchCfg kCfg>
 template <class Each>
-__device__ void LowLatencyDispatchBlock<kCfg>::of_warp(int32_t num_loaded, int32_t num_warps,
-                                                       uint16_t* numbers, Each each) const {
+__device__ void LowLatencyDispatchBlock<kCfg>::of_warp(int32_t num_loaded, uint16_t* numbers,
+                                                       Each each) const {
     const int32_t num_chunks = (num_loaded + kWarpSize - 1) / kWarpSize;
-    const int32_t per_warp = (num_chunks + num_warps - 1) / num_warps;
+    const int32_t per_warp = (num_chunks + kNumWarps - 1) / kNumWarps;
     const int32_t end = min(num_chunks, (warp + 1) * per_warp);
 #pragma unroll 1
     for (int32_t chunk = warp * per_warp; chunk < end; ++chunk) {
@@ -252,9 +251,54 @@ __device__ void LowLatencyDispatchBlock<kCfg>::of_warp(int32_t num_loaded, int32
     }
 }
 
+// A pair is the row `number` of our expert e.
+template <LowLatencyDispatchCfg kCfg>
+__device__ __forceinline__ void LowLatencyDispatchBlock<kCfg>::place_pair(int32_t src, int32_t pair,
+                                                                          int32_t e, int32_t number) const {
+    const int32_t token = pair / args.num_topk;
+    const int64_t at = e * rows_per_expert() + number;
+    args.src_info[at] = token;
+    if (args.expert_rows != nullptr) args.expert_rows[at] = src * args.num_max_tokens + token;
+    routes(src)[pair].row = static_cast<int32_t>(at);
+    if (args.num_copy_blocks != 0)
+        ptx::st_relaxed_gpu(&places(src)[pair], stamped(session.call.epoch, static_cast<uint32_t>(at)));
+}
+
+// As list_pairs, for so few that one warp does it, and asks for nothing but what they need. It goes on with
+// the counts of those before the share.
+template <LowLatencyDispatchCfg kCfg>
+__device__ Reason LowLatencyDispatchBlock<kCfg>::list_few(const Share& share) const {
+    const int32_t src = share.src, end = min(share.end, shared.tokens[src] * args.num_topk);
+    Reason reason = kNothing;
+    if (warp == 0) {
+#pragma unroll 1
+        for (int32_t first = share.first; first < end; first += kWarpSize) {
+            const int32_t pair = first + lane, e = pair < end ? shared.experts[pair - share.first] : -1;
+            const uint64_t* weight = &weights(args.rank, src)[pair];
+            const bool has_weight = e >= 0 && args.has_weights && reason == kNothing;
+            uint64_t seen = has_weight ? ptx::ld_relaxed_sys(weight) : 0;
+            const uint32_t alike = __match_any_sync(kFullWarp, e);
+            const int32_t num_before = __popc(alike & ((1u << lane) - 1));
+            int32_t number = num_before;
+            for (int32_t before = 0; before <= src && e >= 0; ++before)
+                number += shared.counts[before * num_local_experts + e];
+            __syncwarp();
+            if (e >= 0 && num_before == 0) shared.counts[src * num_local_experts + e] += __popc(alike);
+            __syncwarp();
+            if (e >= 0) place_pair(src, pair, e, number);
+            if (!has_weight) continue;
+            if (!is_stamped(seen, session.call.epoch))
+                reason = low_latency::await_stamped(session, weight, src, seen);
+            routes(src)[pair].weight = __uint_as_float(static_cast<uint32_t>(seen));
+        }
+    }
+    blame(reason, src);
+    return sync::agree(reason);
+}
+
 // Where the pairs of a share belong, sorted by expert, then by token and column, behind those of lower
 // sources and of shares before it. Warps take stretches of the ids in order: first they count, then they know
-// where theirs begin. A few are taken by one of them.
+// where theirs begin.
 template <LowLatencyDispatchCfg kCfg>
 __device__ Reason LowLatencyDispatchBlock<kCfg>::list_pairs(const Share& share) const {
     auto& lists = shared.lists;
@@ -288,33 +332,23 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::list_pairs(const Share& share) 
             is_ours[v] = args.has_weights && i < num_loaded && shared.experts[i] >= 0;
             seen[v] = is_ours[v] ? ptx::ld_relaxed_sys(&weights[first + i]) : 0;
         }
-        const int32_t num_warps = num_loaded <= Shared::kFewPairs ? 1 : kNumWarps;
         for (int32_t e = lane; e < num_local_experts; e += kWarpSize) lists.numbers[warp][e] = 0;
-        if (num_warps > 1) {
-            __syncwarp();
-            of_warp(num_loaded, num_warps, lists.numbers[warp], [](int32_t, int32_t, int32_t) {});
-            __syncthreads();
+        __syncwarp();
+        of_warp(num_loaded, lists.numbers[warp], [](int32_t, int32_t, int32_t) {});
+        __syncthreads();
 #pragma unroll 1
-            for (int32_t e = threadIdx.x; e < num_local_experts; e += blockDim.x) {
-                uint32_t before = 0;
+        for (int32_t e = threadIdx.x; e < num_local_experts; e += blockDim.x) {
+            uint32_t before = 0;
 #pragma unroll
-                for (int32_t each = 0; each < kNumWarps; ++each) {
-                    const uint32_t count = lists.numbers[each][e];
-                    lists.numbers[each][e] = static_cast<uint16_t>(before);
-                    before += count;
-                }
+            for (int32_t each = 0; each < kNumWarps; ++each) {
+                const uint32_t count = lists.numbers[each][e];
+                lists.numbers[each][e] = static_cast<uint16_t>(before);
+                before += count;
             }
         }
         __syncthreads();
-        of_warp(num_loaded, num_warps, lists.numbers[warp], [&](int32_t i, int32_t e, int32_t number) {
-            const int32_t pair = first + i, token = pair / args.num_topk;
-            const int64_t at = e * rows_per_expert() + lists.base[e] + number;
-            args.src_info[at] = token;
-            if (args.expert_rows != nullptr) args.expert_rows[at] = src * args.num_max_tokens + token;
-            routes(src)[pair].row = static_cast<int32_t>(at);
-            if (args.num_copy_blocks != 0)
-                ptx::st_relaxed_gpu(&places(src)[pair],
-                                    stamped(session.call.epoch, static_cast<uint32_t>(at)));
+        of_warp(num_loaded, lists.numbers[warp], [&](int32_t i, int32_t e, int32_t number) {
+            place_pair(src, first + i, e, lists.base[e] + number);
         });
 #pragma unroll
         for (int32_t v = 0; v < Shared::kPairsEach; ++v) {
@@ -344,7 +378,8 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::list(const Share& share) const 
         if (threadIdx.x == 0) atomicOr(&shared.found.missing, 1u << src);
         return kOverfull;
     }
-    const Reason reason = list_pairs(share);
+    const int32_t num_pairs = min(share.end, shared.tokens[src] * args.num_topk) - share.first;
+    const Reason reason = num_pairs <= Shared::kFewPairs ? list_few(share) : list_pairs(share);
     if (reason != kNothing) return reason;
     // Those who copy know by this who takes part.
     if (threadIdx.x == 0 && share.first == 0 && args.num_copy_blocks != 0 && args.masks != nullptr)

@@ -211,6 +211,27 @@ LOW_LATENCY: Final = (
         48,
     ),
     Mutation(
+        "low latency: of few pairs, each turn of the warp counts from the same row",
+        "low_latency_dispatch_receive.cuh",
+        "shared.counts[src * num_local_experts + e] += __popc(alike);",
+        "shared.counts[src * num_local_experts + e] += 0;",
+        "low-latency-long-r2",
+    ),
+    Mutation(
+        "low latency: of few pairs, rows are counted while others still read how many there are",
+        "low_latency_dispatch_receive.cuh",
+        "            __syncwarp();\n            if (e >= 0 && num_before == 0)",
+        "            if (e >= 0 && num_before == 0)",
+        "low-latency-r2",
+    ),
+    Mutation(
+        "low latency: of few pairs, a weight counts before it is there",
+        "low_latency_dispatch_receive.cuh",
+        "            if (!is_stamped(seen, session.call.epoch))\n",
+        "            if (false)\n",
+        "low-latency-r2",
+    ),
+    Mutation(
         "low latency: a stretch begins before all warps have listed the last one",
         "low_latency_dispatch_receive.cuh",
         "        if (first + num_loaded == num_pairs) break;\n        __syncthreads();\n",
