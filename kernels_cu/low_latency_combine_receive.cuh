@@ -17,10 +17,8 @@ __device__ Reason LowLatencyCombineBlock<kCfg>::await_rows(int32_t src) const {
 #pragma unroll 1
     for (int32_t token = threadIdx.x; token < args.num_tokens && reason == kNothing; token += blockDim.x) {
         bool is_theirs = false;
-        for (int32_t i = token * args.num_topk; i < (token + 1) * args.num_topk; ++i) {
-            const int32_t e = expert(i);
-            is_theirs |= e >= 0 && e / num_local_experts == src;
-        }
+        for (int32_t i = token * args.num_topk; i < (token + 1) * args.num_topk; ++i)
+            is_theirs |= low_latency::is_of_rank(expert(i), src, num_local_experts);
         if (is_theirs) reason = low_latency::await_put(session, landed(src, token), src);
     }
     return sync::agree(reason);

@@ -19,7 +19,7 @@ __device__ void LowLatencyCombineBlock<kCfg>::send_weights(int32_t dst) const {
     bool has_pair = false;
     for (int32_t i = threadIdx.x; i < num_pairs; i += blockDim.x) {
         const int32_t sent = args.sent_ids[i];
-        const bool is_wanted = sent >= 0 && sent / num_local_experts == dst;
+        const bool is_wanted = low_latency::is_of_rank(sent, dst, num_local_experts);
         has_pair |= is_wanted;
         if (is_reached && !is_wanted) continue;
         ptx::st_relaxed_sys(

@@ -196,8 +196,8 @@ struct LowLatencyDispatchBlock {
 
     // Of an expert of all, which of ours it is; -1 for others and none.
     __device__ int32_t local_expert(int32_t e) const {
-        const int32_t local = e - args.rank * num_local_experts;
-        return e >= 0 && local >= 0 && local < num_local_experts ? local : -1;
+        return low_latency::is_of_rank(e, args.rank, num_local_experts) ? e - args.rank * num_local_experts
+                                                                        : -1;
     }
 
     // Send phase. What it begins with is loaded before the block begins.

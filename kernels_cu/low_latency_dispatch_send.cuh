@@ -58,8 +58,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::send_metadata(int32_t dst, Pair
             ptx::st_relaxed_sys(&to_ids[at], stamped(epoch, word_of(experts)));
 #pragma unroll
             for (int32_t half = 0; half < 2; ++half) {
-                const int32_t e = experts[half];
-                const bool is_wanted = e >= 0 && e / num_local_experts == dst;
+                const bool is_wanted = low_latency::is_of_rank(experts[half], dst, num_local_experts);
                 if (is_reached ? is_wanted && num_weights != 0 : 2 * at + half < num_weights)
                     ptx::st_relaxed_sys(&to_weights[2 * at + half],
                                         stamped(epoch, __float_as_uint(pairs.weights[half])));
