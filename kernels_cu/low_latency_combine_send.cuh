@@ -28,10 +28,9 @@ __device__ void LowLatencyCombineBlock<kCfg>::send_weights(int32_t dst) const {
     if constexpr (kOverNetwork) {
         // Who has no pair of ours waits for no weights, and may free the zone before they come.
         const bool is_awaited = __syncthreads_or(has_pair) != 0;
-        if (!is_reached && is_awaited && warp == 0)
-            network::put_signal_warp(weights(args.rank, args.rank), to, int64_t{8} * num_pairs,
-                                     &session.own()->told_weights[args.zone][args.rank],
-                                     stamped(session.call.epoch, 1), dst);
+        if (!is_reached && is_awaited)
+            low_latency::put(session, weights(args.rank, args.rank), to, int64_t{8} * num_pairs,
+                             &session.own()->told_weights[args.zone][args.rank], dst, true);
     }
 }
 

@@ -383,8 +383,8 @@ LOW_LATENCY: Final = (
     Mutation(
         "low latency over nodes: weights are put to ranks that wait for none",
         "low_latency_combine_send.cuh",
-        "if (!is_reached && is_awaited && warp == 0)",
-        "if (!is_reached && num_pairs > 0 && warp == 0)",
+        "if (!is_reached && is_awaited)",
+        "if (!is_reached && num_pairs > 0)",
         "low-latency-nodes-masks-3x1",
         192,
     ),
