@@ -117,14 +117,12 @@ __device__ __forceinline__ uint4 cast_pair(const uint4 (&from)[2], bool rounds, 
     return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// An e4m3 to float32, exactly.
-__host__ __device__ constexpr uint32_t float_bits_of(uint32_t e4m3) {
-    const uint32_t sign = (e4m3 & 0x80) << 24, exponent = e4m3 >> 3 & 0xf, mantissa = e4m3 & 7;
-    if ((e4m3 & 0x7f) == 0x7f) return sign | 0x7fc00000;
-    if (exponent != 0) return sign | (exponent + 120) << 23 | mantissa << 20;
-    if (mantissa == 0) return sign;
-    const uint32_t shift = mantissa >= 4 ? 0 : mantissa >= 2 ? 1 : 2;  // to a leading one: mantissa * 2^-9
-    return sign | (120 - shift) << 23 | (mantissa << (1 + shift) & 7) << 20;
+// An e4m3 to float32, exactly: read as the upper bits of a float32 it is 2^120 times too small, also where it
+// is subnormal.
+__device__ __forceinline__ float value_of(uint32_t e4m3) {
+    const uint32_t magnitude = e4m3 & 0x7f, sign = (e4m3 & 0x80) << 24;
+    const float value = __fmul_rn(__uint_as_float(magnitude << 20), 0x1p120f);
+    return __uint_as_float(sign | (magnitude == 0x7f ? 0x7fc00000 : __float_as_uint(value)));
 }
 
 }  // namespace ep::fp8

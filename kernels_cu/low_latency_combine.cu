@@ -50,7 +50,8 @@ __device__ void low_latency_combine(const LowLatencyCombineArgs<kCfg>& args) {
                 .num_vectors = args.hidden / low_latency::kVectorChannels,
                 .num_pieces = (args.hidden + low_latency::kPieceChannels - 1) / low_latency::kPieceChannels,
                 .warp = static_cast<int32_t>(threadIdx.x) / kWarpSize,
-                .lane = static_cast<int32_t>(threadIdx.x) % kWarpSize};
+                .lane = static_cast<int32_t>(threadIdx.x) % kWarpSize,
+                .slot_bytes = wire::slot_bytes(args.hidden)};
     // The same on every rank. With masks they may disagree about the tokens of one that is left out.
     block.max_tokens = args.masks != nullptr ? args.num_max_tokens : static_cast<int32_t>(most_tokens);
     // Few tokens: more turns, so that more warps have one.
@@ -58,8 +59,9 @@ __device__ void low_latency_combine(const LowLatencyCombineArgs<kCfg>& args) {
     const bool is_split = args.masks == nullptr &&
                           num_turns * args.num_ranks <= int64_t{args.few_send_blocks} * Block::kNumWarps;
     block.sources_per_turn = is_split ? 1 : args.num_ranks;
+    block.num_groups = is_split ? args.num_ranks : 1;
     block.num_row_blocks =
-        max(1, low_latency::num_combine_blocks(num_turns * block.num_groups(), Block::kNumWarps,
+        max(1, low_latency::num_combine_blocks(num_turns * block.num_groups, Block::kNumWarps,
                                                args.few_send_blocks, args.max_send_blocks));
 
     int32_t number = low_latency::block_number();

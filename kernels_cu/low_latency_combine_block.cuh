@@ -75,13 +75,14 @@ struct LowLatencyCombineBlock {
     const low_latency::Session<kOverNetwork>& session;
     LowLatencyCombineShared<kCfg>& shared;
     int32_t num_local_experts, num_vectors, num_pieces, warp, lane;
+    int64_t slot_bytes;
     int32_t max_tokens;        // of any rank
     int32_t sources_per_turn;  // of a sender
+    int32_t num_groups;        // of sources
     int32_t num_row_blocks;    // that send rows
 
     __device__ uint8_t* slot(int32_t rank, int32_t token, int32_t number) const {
-        return args.areas[rank] + args.rows_offset +
-               (int64_t{token} * args.num_slots + number) * wire::slot_bytes(args.hidden);
+        return args.areas[rank] + args.rows_offset + (int64_t{token} * args.num_slots + number) * slot_bytes;
     }
     __device__ uint64_t* weights(int32_t rank, int32_t src) const {
         return reinterpret_cast<uint64_t*>(args.areas[rank] + args.weights_offset) +
@@ -90,7 +91,7 @@ struct LowLatencyCombineBlock {
     // The same in the outbox, for rank `dst`, and here: the word behind a row that `src` has put.
     __device__ uint8_t* out_slot(int32_t dst, int32_t token) const {
         return args.areas[args.rank] + args.out_rows_offset +
-               (int64_t{dst} * args.num_max_tokens + token) * wire::slot_bytes(args.hidden);
+               (int64_t{dst} * args.num_max_tokens + token) * slot_bytes;
     }
     __device__ uint64_t* out_weights(int32_t dst) const {
         return reinterpret_cast<uint64_t*>(args.areas[args.rank] + args.out_weights_offset) +
@@ -108,9 +109,6 @@ struct LowLatencyCombineBlock {
                                                    args.num_experts);
         return now == sent ? sent : -1;
     }
-    __device__ int32_t num_groups() const {
-        return (args.num_ranks + sources_per_turn - 1) / sources_per_turn;
-    }
     // A sender begins behind itself, so that not all of them send to one rank at a time.
     __device__ int32_t source(int32_t sender, int32_t number) const {
         const int32_t src = sender + 1 + number;
@@ -120,7 +118,7 @@ struct LowLatencyCombineBlock {
         return src > sender ? src - sender - 1 : src - sender - 1 + args.num_ranks;
     }
     __device__ int32_t turn_of(int32_t token, int32_t group, int32_t piece) const {
-        return (token * num_groups() + group) * num_pieces + piece;
+        return (token * num_groups + group) * num_pieces + piece;
     }
 
     // Send phase.

@@ -85,7 +85,10 @@ __device__ Reason LowLatencyCombineBlock<kCfg>::poll_slots(int32_t token, int32_
                 missing &= ~(1u << i);
         }
         if (missing == 0 || polls % 64 != 0) continue;
-        const int32_t src = numbers[(__ffs(static_cast<int32_t>(missing)) - 1) / 2];
+        int32_t src = 0;  // not by an index: what has one lies in memory
+#pragma unroll
+        for (int32_t i = 0; i < 2 * kDepth; ++i)
+            if (missing >> i & 1) src = numbers[i / 2];
         const Reason reason = low_latency::trouble_in(session, src, session.call.deadline_ns);
         if (reason == kNothing) continue;
         atomicOr(&shared.found.missing, 1u << src);
@@ -104,11 +107,12 @@ __device__ Reason LowLatencyCombineBlock<kCfg>::poll_slots(int32_t token, int32_
 template <LowLatencyCombineCfg kCfg>
 __device__ Reason LowLatencyCombineBlock<kCfg>::sum_piece(int32_t token, int32_t piece) const {
     constexpr int32_t kDepth = 4;
-    int32_t owners[2];
+    int32_t owners[2] = {-1, -1};
     float weight[2] = {0.0f, 0.0f};
     uint32_t mine = 0;
 #pragma unroll
     for (int32_t v = 0; v < 2; ++v) {
+        if (v * kWarpSize >= args.num_topk) break;
         const int32_t k = v * kWarpSize + lane;
         const int64_t pair = int64_t{token} * args.num_topk + k;
         const int32_t e = k < args.num_topk ? expert(pair) : -1;
@@ -169,20 +173,26 @@ __device__ Reason LowLatencyCombineBlock<kCfg>::sum_piece(int32_t token, int32_t
                         wire::load<kWire>(slot(args.rank, token, numbers[i]), args.hidden, piece, lane);
         }
         if (__reduce_max_sync(kFullWarp, static_cast<uint32_t>(reason)) != kNothing) break;
-#pragma unroll
-        for (int32_t i = 0; i < kDepth; ++i) {
-            if (numbers[i] < 0) continue;
+        // Once in code, as when they are sent.
+#pragma unroll 1
+        for (int32_t number = numbers[0]; number >= 0; number = numbers[0]) {
             float factor = 1.0f;
             if (args.sums_at_source)
-                factor = __shfl_sync(kFullWarp, numbers[i] < kWarpSize ? weight[0] : weight[1],
-                                     numbers[i] % kWarpSize);
+                factor =
+                    __shfl_sync(kFullWarp, number < kWarpSize ? weight[0] : weight[1], number % kWarpSize);
             wire::Channels channels[2];
-            wire::decode<kWire>(parcels[i], channels);
+            wire::decode<kWire>(parcels[0], channels);
+#pragma unroll
+            for (int32_t i = 1; i < kDepth; ++i) {
+                numbers[i - 1] = numbers[i];
+                parcels[i - 1] = parcels[i];
+            }
+            numbers[kDepth - 1] = -1;
 #pragma unroll
             for (int32_t c = 0; c < 2 * wire::kNumChannels; ++c) {
                 const float term = channels[c / wire::kNumChannels][c % wire::kNumChannels];
                 float& sum = sums[c / wire::kNumChannels][c % wire::kNumChannels];
-                sum = __fadd_rn(sum, args.sums_at_source ? __fmul_rn(factor, term) : term);
+                sum = __fadd_rn(sum, __fmul_rn(factor, term));
             }
         }
     }

@@ -42,10 +42,12 @@ __device__ Reason LowLatencyCombineBlock<kCfg>::gather(int32_t token, int32_t fi
     const int32_t num_pairs = num_sources * args.num_topk;
     Route routes[2];
     int32_t sources[2];
-    bool takes_part[2];
+    bool takes_part[2] = {false, false};
     Reason reason = kNothing;
+    const auto has = [&](int32_t v) { return v * kWarpSize < num_pairs; };
 #pragma unroll
     for (int32_t v = 0; v < 2; ++v) {
+        if (!has(v)) continue;
         const int32_t pair = v * kWarpSize + lane, k = pair % args.num_topk;
         sources[v] = source(args.rank, first + pair / args.num_topk);
         const int64_t at = (int64_t{sources[v]} * args.num_max_tokens + token) * args.num_topk + k;
@@ -54,6 +56,7 @@ __device__ Reason LowLatencyCombineBlock<kCfg>::gather(int32_t token, int32_t fi
     }
 #pragma unroll
     for (int32_t v = 0; v < 2; ++v) {
+        if (!has(v)) continue;
         const int32_t k = (v * kWarpSize + lane) % args.num_topk;
         takes_part[v] = routes[v].row >= 0;
         if (!takes_part[v] || !args.sends_weights || reason != kNothing) continue;
@@ -141,26 +144,33 @@ __device__ void LowLatencyCombineBlock<kCfg>::send_entries(int32_t token, int32_
                 vectors[i][v] = vector < num_vectors ? ptx::ld_stream(&from[vector]) : make_uint4(0, 0, 0, 0);
             }
         }
-#pragma unroll
-        for (int32_t i = 0; i < kDepth; ++i) {
-            if (first + i >= num_entries) break;
-            const CombineEntry entry = shared.entries[lister][first + i];
-            const int32_t src = entry.what & 0xff;
-            if (args.sums_at_source) {
-                push(src, token, (entry.what & ~kLastEntry) >> 8, piece, vectors[i]);
-                continue;
-            }
-            uint4 rounded[2];
+        // Once in code, as instructions are fetched anew for each call: the one at hand is the first of those
+        // that are left.
+        const int32_t end = min(num_entries, first + kDepth);
+#pragma unroll 1
+        for (int32_t at = first; at < end; ++at) {
+            const CombineEntry entry = shared.entries[lister][at];
+            bool is_whole = true;
+            uint4 whole[2];
 #pragma unroll
             for (int32_t v = 0; v < 2; ++v) {
+                whole[v] = vectors[0][v];
 #pragma unroll
-                for (float& sum : sums[v])
-                    if (is_first) sum = rows::kNoTerm;
-                rows::add_product<kElement>(sums[v], entry.weight, vectors[i][v]);
-                rounded[v] = rows::rounded<kElement>(sums[v]);
+                for (int32_t i = 1; i < kDepth; ++i) vectors[i - 1][v] = vectors[i][v];
             }
-            is_first = (entry.what & kLastEntry) != 0;
-            if (is_first) push(src, token, args.rank, piece, rounded);
+            if (!args.sums_at_source) {
+#pragma unroll
+                for (int32_t v = 0; v < 2; ++v) {
+#pragma unroll
+                    for (float& sum : sums[v])
+                        if (is_first) sum = rows::kNoTerm;
+                    rows::add_product<kElement>(sums[v], entry.weight, whole[v]);
+                    whole[v] = rows::rounded<kElement>(sums[v]);
+                }
+                is_whole = is_first = (entry.what & kLastEntry) != 0;
+            }
+            const int32_t number = args.sums_at_source ? (entry.what & ~kLastEntry) >> 8 : args.rank;
+            if (is_whole) push(entry.what & 0xff, token, number, piece, whole);
         }
     }
 }
@@ -168,8 +178,8 @@ __device__ void LowLatencyCombineBlock<kCfg>::send_entries(int32_t token, int32_
 // One token, some sources, one piece.
 template <LowLatencyCombineCfg kCfg>
 __device__ Reason LowLatencyCombineBlock<kCfg>::send_turn(int32_t turn) const {
-    const int32_t piece = turn % num_pieces, group = turn / num_pieces % num_groups();
-    const int32_t token = turn / num_pieces / num_groups();
+    const int32_t piece = turn % num_pieces, group = turn / num_pieces % num_groups;
+    const int32_t token = turn / num_pieces / num_groups;
     const int32_t end = min(args.num_ranks, (group + 1) * sources_per_turn);
     const int32_t together = min(sources_per_turn, kMaxEntries / args.num_topk);
     uint32_t ranks = shared.found.ranks;
@@ -238,7 +248,7 @@ __device__ Reason LowLatencyCombineBlock<kCfg>::put_rows(int32_t block) const {
 // What block `block` of those that send rows sends.
 template <LowLatencyCombineCfg kCfg>
 __device__ Reason LowLatencyCombineBlock<kCfg>::send_rows(int32_t block) const {
-    const int32_t num_turns = max_tokens * num_groups() * num_pieces;
+    const int32_t num_turns = max_tokens * num_groups * num_pieces;
     Reason reason = kNothing;
     // What takes longest first.
     if constexpr (kOverNetwork) reason = put_rows(block);

@@ -188,8 +188,7 @@ __device__ __forceinline__ void decode(const Parcel& parcel, Channels (&to)[2]) 
     if constexpr (kWire == kFp8) {
 #pragma unroll
         for (int i = 0; i < 2 * kNumChannels; ++i)
-            value(i) = __fmul_rn(__uint_as_float(fp8::float_bits_of(byte_at(parcel.vectors[0], i))),
-                                 __uint_as_float(parcel.side));
+            value(i) = __fmul_rn(fp8::value_of(byte_at(parcel.vectors[0], i)), __uint_as_float(parcel.side));
         return;
     }
     const uint32_t amax = parcel.side & 0xffff, amin = parcel.side >> 16;

@@ -276,8 +276,8 @@ LOW_LATENCY: Final = (
     Mutation(
         "low latency: a sum goes on into the next token's rank",
         "low_latency_combine_send.cuh",
-        "            is_first = (entry.what & kLastEntry) != 0;\n            if (is_first) push",
-        "            is_first = false;\n            if (entry.what & kLastEntry) push",
+        "is_whole = is_first = (entry.what & kLastEntry) != 0;",
+        "is_whole = (entry.what & kLastEntry) != 0, is_first = false;",
         "low-latency-r3",
         48,
     ),
