@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, replace
 from types import TracebackType
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 from . import _version, arrays
 from . import backend as backends
 from .config import DEFAULT_TIMEOUT_S, Config
-from .cuda import plan
 from .cuda.engine import CudaEngine, CudaStats, MemoryReport
 from .cuda.low_latency import CudaLowLatency, NoLowLatency
 from .cuda.low_latency_plan import area_bytes_hint
-from .cuda.remote import RemoteSizes
 from .cuda.streams import capture
 from .errors import BackendError, ClosedError, ConfigError, EpError
 from .events import EventOverlap
@@ -25,6 +23,7 @@ from .handle import DispatchHandle, FlatLayout, FlatShape, LowLatencyHandle
 from .host.engine import HostEngine
 from .host.low_latency import HostLowLatency
 from .host.peers import Announcement, Peers, attempt
+from .moe_sizes import MoeSizes, remote_sizes, slab_bytes
 from .network_options import NetworkOptions
 from .requests import (
     CombineRequest,
@@ -39,20 +38,6 @@ from .requests import (
 )
 from .results import Combined, Dispatched, DispatchLayout, LowLatencyCombined, LowLatencyDispatched, named
 from .topology import discover
-
-
-@dataclass(frozen=True, slots=True)
-class MoeSizes:
-    """The model a buffer was made for. The same on every rank."""
-
-    num_max_tokens_per_rank: int
-    hidden: int
-    num_experts: int
-    num_topk: int
-    dtype: str
-
-
-_LOW_LATENCY_BYTES: Final = 256 << 20  # over the network, where nothing is said
 
 
 class Buffer:
@@ -207,11 +192,15 @@ class Buffer:
                 self.group,
                 self.topology,
                 owner=self._identity,
-                num_bytes=self._slab_bytes(
-                    num_nvl_bytes, 0 if is_remote else num_rdma_bytes, low_latency_mode and not is_remote
+                num_bytes=slab_bytes(
+                    moe,
+                    self.num_ranks,
+                    num_nvl_bytes,
+                    0 if is_remote else num_rdma_bytes,
+                    low_latency_mode=low_latency_mode and not is_remote,
                 ),
                 timeout_s=timeout_s,
-                remote=self._remote_sizes(int(num_rdma_bytes), low_latency_mode),
+                remote=remote_sizes(moe, self.num_ranks, num_rdma_bytes, low_latency_mode=low_latency_mode),
                 network=self._network_options,
                 with_low_latency=low_latency_mode,
                 with_nvlink_low_latency=allow_nvlink_for_low_latency_mode,
@@ -816,52 +805,6 @@ class Buffer:
             raise BackendError("the host backend has no streams and no communication memory")
         return self._engine
 
-    def _slab_bytes(self, num_nvl_bytes: int, num_rdma_bytes: int, low_latency_mode: bool) -> int:
-        moe = self._moe
-        num_nvl_bytes, zones_bytes = int(num_nvl_bytes), int(num_rdma_bytes)
-        if moe is None:
-            # As DeepEP's users write it: all memory is for the low-latency calls.
-            if low_latency_mode and zones_bytes and not num_nvl_bytes:
-                return plan.slab_bytes(zones_bytes)
-            return plan.slab_bytes(num_nvl_bytes) + plan.rounded(zones_bytes)
-        if low_latency_mode and not zones_bytes:
-            zones_bytes = self._area_bytes(moe, over_network=False)
-        return plan.rounded(zones_bytes) + plan.slab_bytes(
-            num_nvl_bytes,
-            row_bytes=moe.hidden * arrays.np_dtype(moe.dtype).itemsize,
-            num_topk=moe.num_topk,
-            num_rows=self.num_ranks * moe.num_max_tokens_per_rank,
-        )
-
-    def _remote_sizes(self, num_rdma_bytes: int, low_latency_mode: bool) -> RemoteSizes:
-        moe = self._moe
-        # The hint is of what lands; about as much goes out.
-        low_latency_bytes = 2 * num_rdma_bytes or _LOW_LATENCY_BYTES
-        max_tokens, max_record_bytes = plan.DEFAULT_NETWORK_TOKENS, plan.record_bytes(0, 0)
-        if moe is not None:
-            max_tokens = moe.num_max_tokens_per_rank
-            # Experts may answer FP8 rows with bfloat16 ones.
-            row_bytes = moe.hidden * max(2, arrays.np_dtype(moe.dtype).itemsize)
-            max_record_bytes = plan.record_bytes(row_bytes, moe.num_topk)
-            if not num_rdma_bytes:
-                low_latency_bytes = self._area_bytes(moe, over_network=True)
-        return RemoteSizes(
-            max_tokens=max_tokens,
-            max_record_bytes=max_record_bytes,
-            rings_bytes=0 if low_latency_mode else num_rdma_bytes,
-            low_latency_bytes=low_latency_bytes,
-        )
-
-    def _area_bytes(self, moe: MoeSizes, *, over_network: bool) -> int:
-        return area_bytes_hint(
-            moe.num_max_tokens_per_rank,
-            moe.hidden,
-            self.num_ranks,
-            moe.num_experts,
-            moe.num_topk,
-            over_network=over_network,
-        )
-
     def _check_construction(
         self, backend: str, num_nvl_bytes: int, num_rdma_bytes: int, num_qps_per_rank: int | None
     ) -> str:
@@ -873,10 +816,7 @@ class Buffer:
                 f"num_nvl_bytes={num_nvl_bytes} and num_rdma_bytes={num_rdma_bytes} must not be negative"
             )
         if self._moe is not None:
-            arrays.np_dtype(self._moe.dtype)
-            if min(self._moe.num_max_tokens_per_rank, self._moe.hidden, self._moe.num_topk) < 1:
-                raise ConfigError(f"{self._moe} has sizes below 1")
-            local_experts(self._moe.num_experts, self.num_ranks)
+            self._moe.check(self.num_ranks)
         return backends.requested(backend)
 
     def _num_experts(self, given: int | None) -> int:
@@ -890,22 +830,8 @@ class Buffer:
         request = DispatchRequest.of(
             x, *given, owner=self._identity, num_ranks=self.num_ranks, place=self._engine.place
         )
-        moe = self._moe
-        if moe is not None:
-            hidden = request.x.shape[1]
-            itemsize = 1 if request.quantize else arrays.np_dtype(request.x.dtype).itemsize
-            row_bytes = hidden * itemsize
-            if row_bytes > moe.hidden * arrays.np_dtype(moe.dtype).itemsize:
-                raise ConfigError(
-                    f"x has rows of {hidden} x {request.x.dtype}; the buffer was made for "
-                    f"hidden={moe.hidden} x {moe.dtype}"
-                )
-            num_max_tokens = request.num_max_tokens_per_rank
-            if num_max_tokens is not None and num_max_tokens > moe.num_max_tokens_per_rank:
-                raise ConfigError(
-                    f"num_max_tokens_per_rank={num_max_tokens}; the buffer was made for "
-                    f"{moe.num_max_tokens_per_rank}"
-                )
+        if self._moe is not None:
+            self._moe.check_dispatch(request)
         return request
 
     def _low_latency_dispatch_request(

@@ -20,7 +20,7 @@ ORDER = [
     {"groups_torch", "node_group", "topology"},
     {"groups"},
     {"host", "cuda"},
-    {"backend"},
+    {"backend", "moe_sizes"},
     {"buffer", "planner"},
     {"jax_calls"},
     {"__init__", "bench", "torch", "jax"},

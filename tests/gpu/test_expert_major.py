@@ -15,8 +15,8 @@ from ranks import PLACES, RANKS_PER_NODE, device_count, run_ranks
 
 import ep_rt
 from ep_rt import Buffer, Config, Group, reference
-from ep_rt.buffer import MoeSizes
 from ep_rt.cuda.handle import CudaDispatchHandle
+from ep_rt.moe_sizes import MoeSizes
 
 if device_count():
     import cupy
