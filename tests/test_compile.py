@@ -12,7 +12,7 @@ from nvrtc_here import require_nvrtc
 
 from ep_rt import reference
 from ep_rt.cuda import jit, kernels
-from ep_rt.cuda.kernels import KernelSpec
+from ep_rt.cuda.kernel_spec import KernelSpec
 from ep_rt.errors import CompileError
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_90a", "sm_100", "sm_100a")

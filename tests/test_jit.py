@@ -14,7 +14,7 @@ import pytest
 from nvrtc_here import require_nvrtc
 
 from ep_rt.cuda import jit, kernels, layout, linker, nvshmem_files
-from ep_rt.cuda.kernels import KernelSpec
+from ep_rt.cuda.kernel_spec import KernelSpec
 from ep_rt.errors import BackendError, CompileError
 
 SPEC = kernels.barrier(8)

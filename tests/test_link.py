@@ -9,7 +9,7 @@ import pytest
 from nvrtc_here import require_nvrtc, require_nvshmem
 
 from ep_rt.cuda import jit, kernels, linker
-from ep_rt.cuda.kernels import KernelSpec
+from ep_rt.cuda.kernel_spec import KernelSpec
 from ep_rt.cuda.nvshmem_files import NvshmemFiles
 from ep_rt.errors import CompileError
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ep_rt.cuda import kernels, plan
+from ep_rt.cuda.kernel_spec import KernelSpec
 from ep_rt.cuda.layout import MAX_BLOCKS, OFFSET_UNIT, ReceivedRow
 from ep_rt.errors import ConfigError
 
@@ -69,7 +70,7 @@ NORMAL_MODE = [*kernels.normal_mode_specs(), *kernels.two_level_specs()]
 
 
 @pytest.mark.parametrize("spec", NORMAL_MODE, ids=lambda spec: spec.name)
-def test_kernels_fit_into_a_multiprocessor(spec: kernels.KernelSpec) -> None:
+def test_kernels_fit_into_a_multiprocessor(spec: KernelSpec) -> None:
     # More than any of them has; a dispatch holds positions of tokens and a histogram of the experts.
     static_bytes = (29 if spec.function == "intranode_dispatch" else 6) << 10
     assert spec.shared_bytes + static_bytes <= 227 << 10

@@ -27,7 +27,7 @@ from typing import Any, Final
 from ..config import settings
 from ..errors import BackendError, CompileError
 from . import linker, nvshmem_files
-from .kernels import KernelSpec
+from .kernel_spec import KernelSpec
 from .layout import layout_asserts, twin_asserts
 
 _LOG = logging.getLogger("ep_rt")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..errors import ArrayError, BackendError, DeviceError
 from . import jit
-from .kernels import KernelSpec
+from .kernel_spec import KernelSpec
 from .layout import Struct
 
 # A block may have so much dynamic shared memory without asking for more.

@@ -14,7 +14,7 @@ from typing import Final
 
 from ep_rt.config import settings
 from ep_rt.cuda import jit
-from ep_rt.cuda.kernels import KernelSpec
+from ep_rt.cuda.kernel_spec import KernelSpec
 
 HERE: Final = Path(__file__).resolve().parent
 SHIM: Final = HERE / "cpp"

@@ -16,6 +16,7 @@ import numpy as np
 from ep_rt import arrays
 from ep_rt.cuda import kernels, low_latency_combine, low_latency_dispatch
 from ep_rt.cuda.domain import Call
+from ep_rt.cuda.kernel_spec import KernelSpec
 from ep_rt.cuda.layout import LOW_LATENCY_STATE
 from ep_rt.cuda.low_latency_areas import MASKS_BYTES, Area, Areas
 from ep_rt.cuda.low_latency_plan import POISON, AreaLayout, AreaShape, max_combine_blocks, max_send_blocks
@@ -106,7 +107,7 @@ class _Load:
     def combine(self, wire: str, **fields: Any) -> _Launch:
         return self._bind(kernels.low_latency_combine(wire, over_network=self._over_network), fields)
 
-    def _bind(self, spec: kernels.KernelSpec, fields: dict[str, Any]) -> _Launch:
+    def _bind(self, spec: KernelSpec, fields: dict[str, Any]) -> _Launch:
         assert set(fields) <= set(spec.args.names or ())
         return _Launch(self._ranks, self._rank, self._ranks.load.small(spec), fields)
 

@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from ep_rt.cuda import kernels, launch
-from ep_rt.cuda.kernels import KernelSpec
+from ep_rt.cuda import kernel_spec, kernels, launch
+from ep_rt.cuda.kernel_spec import KernelSpec
 
 from . import build
 from .machine import Array, EmulatedKernel
@@ -19,7 +19,7 @@ from .machine import Array, EmulatedKernel
 def small(spec: KernelSpec, *, num_data_warps: int = 1, stage_bytes: int = 64) -> KernelSpec:
     """The same kernel with few threads and short stages, so that schedules are cheap and pieces many."""
     cfg: Any = spec.cfg
-    if isinstance(cfg, kernels.IntranodeDispatchCfg):
+    if isinstance(cfg, kernel_spec.IntranodeDispatchCfg):
         # What is cast comes in steps of 2 KiB, with a scale for every 256 bytes.
         stage_bytes = 2048 if cfg.quantizes else stage_bytes
         cfg = replace(
@@ -29,7 +29,7 @@ def small(spec: KernelSpec, *, num_data_warps: int = 1, stage_bytes: int = 64) -
             stage_bytes=stage_bytes,
             scale_bytes=32,
         )
-    elif isinstance(cfg, kernels.ExpandCfg):
+    elif isinstance(cfg, kernel_spec.ExpandCfg):
         cfg = replace(
             cfg,
             num_threads=32 * (num_data_warps + 1),
@@ -37,19 +37,19 @@ def small(spec: KernelSpec, *, num_data_warps: int = 1, stage_bytes: int = 64) -
             stage_bytes=stage_bytes,
             scale_bytes=32,
         )
-    elif isinstance(cfg, kernels.IntranodeCombineCfg | kernels.CollapseCfg):
+    elif isinstance(cfg, kernel_spec.IntranodeCombineCfg | kernel_spec.CollapseCfg):
         cfg = replace(cfg, num_threads=32 * (num_data_warps + 1), num_stages=2, stage_bytes=512)
-    elif isinstance(cfg, kernels.WireLimitCfg):
+    elif isinstance(cfg, kernel_spec.WireLimitCfg):
         cfg = replace(cfg, num_threads=64, num_stages=3, stage_bytes=512)
     elif isinstance(
         cfg,
-        kernels.LowLatencyDispatchCfg
-        | kernels.LowLatencyCombineCfg
-        | kernels.DispatchLayoutCfg
-        | kernels.ContiguousCfg
-        | kernels.InternodeLayoutCfg
-        | kernels.InternodeExchangeCfg
-        | kernels.InternodeSumCfg,
+        kernel_spec.LowLatencyDispatchCfg
+        | kernel_spec.LowLatencyCombineCfg
+        | kernel_spec.DispatchLayoutCfg
+        | kernel_spec.ContiguousCfg
+        | kernel_spec.InternodeLayoutCfg
+        | kernel_spec.InternodeExchangeCfg
+        | kernel_spec.InternodeSumCfg,
     ):
         cfg = replace(cfg, num_threads=64)
     return replace(spec, cfg=cfg, shared_bytes=_shared_bytes(spec, cfg))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ep_rt.cuda.kernels import KernelSpec
+from ep_rt.cuda.kernel_spec import KernelSpec
 
 from .kernels import ThreadsCfg, bound
 from .machine import Array, EmulatedKernel, Machine

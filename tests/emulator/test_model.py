@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from ep_rt.cuda.kernels import KernelSpec
+from ep_rt.cuda.kernel_spec import KernelSpec
 
 from .kernels import ThreadsCfg, bound
 from .machine import Conditions, EmulatedKernel, FoundError, Machine

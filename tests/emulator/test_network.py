@@ -7,7 +7,7 @@ from enum import IntEnum
 import numpy as np
 import pytest
 
-from ep_rt.cuda.kernels import KernelSpec
+from ep_rt.cuda.kernel_spec import KernelSpec
 
 from .kernels import ThreadsCfg, bound
 from .machine import EmulatedKernel, FoundError, Machine, Memory

@@ -10,6 +10,7 @@ import pytest
 
 from ep_rt.cuda import kernels
 from ep_rt.cuda.hang import Report, verdict
+from ep_rt.cuda.kernel_spec import NvshmemPingCfg
 from ep_rt.cuda.layout import HANG_RECORD, MAX_RANKS
 from ep_rt.errors import PeerTimeoutError
 
@@ -34,7 +35,7 @@ class Pings:
         self, num_ranks: int, scope: str = "warp", *, ranks_per_node: int = 1, sources: Path = KERNELS_CU
     ):
         spec = kernels.nvshmem_ping(scope)
-        assert isinstance(spec.cfg, kernels.NvshmemPingCfg | ThreadsCfg)
+        assert isinstance(spec.cfg, NvshmemPingCfg | ThreadsCfg)
         kernel = EmulatedKernel.load(
             replace(spec, cfg=replace(spec.cfg, num_threads=32)), 900, sources=sources
         )
