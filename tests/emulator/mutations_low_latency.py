@@ -58,7 +58,7 @@ LOW_LATENCY: Final = (
         "low_latency.cuh",
         "            if (session.state->received[zone] != use) continue;\n",
         "",
-        "low-latency-r2",
+        "low-latency-r3",
         400,
     ),
     Mutation(
@@ -97,8 +97,15 @@ LOW_LATENCY: Final = (
         "low_latency_dispatch_receive.cuh",
         "        for (int32_t before = 0; before <= src; ++before)",
         "        for (int32_t before = 0; before + 1 <= src; ++before)",
+        "low-latency-long-r2",
+        192,
+    ),
+    Mutation(
+        "low latency: of few pairs, rows of an expert begin one source too early",
+        "low_latency_dispatch_receive.cuh",
+        "for (int32_t before = 0; before <= src && e >= 0; ++before)",
+        "for (int32_t before = 0; before + 1 <= src && e >= 0; ++before)",
         "low-latency-r3",
-        48,
     ),
     Mutation(
         "low latency: pairs of earlier warps are not counted",
