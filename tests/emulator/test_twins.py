@@ -56,10 +56,13 @@ def test_the_emulator_is_not_in_the_kernels() -> None:
 
 @pytest.fixture(scope="module")
 def conversions(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """numbers.h as functions that ctypes can call."""
+    """numbers.h, and what a kernel decodes by arithmetic, as functions that ctypes can call."""
     folder = tmp_path_factory.mktemp("numbers")
     text = """
+        #include "cuda.h"
+        #include "fp8.cuh"
         #include "numbers.h"
+        extern "C" float f32_of_e4m3(unsigned v) { return ep::fp8::value_of(v); }
         extern "C" unsigned f16_of(float v) { return emu::f16_of(v); }
         extern "C" unsigned bf16_of(float v) { return emu::bf16_of(v); }
         extern "C" unsigned e4m3_of(float v) { return emu::e4m3_of(v); }
@@ -74,6 +77,7 @@ def conversions(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "-shared",
         "-fPIC",
         f"-I{build.SHIM}",
+        f"-I{build.KERNELS_CU}",
         "-o",
         library,
     ]
@@ -82,6 +86,7 @@ def conversions(tmp_path_factory: pytest.TempPathFactory) -> Any:
     for name in ("f16_of", "bf16_of", "e4m3_of"):
         getattr(loaded, name).argtypes, getattr(loaded, name).restype = [ctypes.c_float], ctypes.c_uint
     loaded.f32_of_f16.argtypes, loaded.f32_of_f16.restype = [ctypes.c_ushort], ctypes.c_float
+    loaded.f32_of_e4m3.argtypes, loaded.f32_of_e4m3.restype = [ctypes.c_uint], ctypes.c_float
     return loaded
 
 
@@ -122,3 +127,12 @@ def test_widening_of_16_bits_is_exact(conversions: Any) -> None:
     expected = halves.view(np.float16).astype(np.float32)
     got = np.array([conversions.f32_of_f16(int(half)) for half in halves], np.float32)
     assert np.array_equal(got, expected, equal_nan=True)
+
+
+@needs_emulator
+def test_decoding_of_8_bits_is_exact(conversions: Any) -> None:
+    every = np.arange(1 << 8, dtype=np.uint8)
+    expected = every.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    got = np.array([conversions.f32_of_e4m3(int(each)) for each in every], np.float32)
+    assert np.array_equal(got, expected, equal_nan=True)
+    assert np.array_equal(np.signbit(got), np.signbit(expected))
