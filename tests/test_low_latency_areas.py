@@ -180,9 +180,8 @@ def test_who_is_lost_may_close_while_others_go_on() -> None:
         assert confirm is not None
         assert absent == ()
         if group.rank != LOST:
-            time.sleep(
-                TIMEOUT_S / 4
-            )  # they do not wait for whom they have lost, who says so once more meanwhile
+            # They do not wait for whom they have lost, who says so once more meanwhile.
+            time.sleep(TIMEOUT_S / 4)
         assert confirm() == []
 
     run(body)

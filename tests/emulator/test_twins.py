@@ -122,17 +122,15 @@ def test_rounding_to_8_bits_saturates(conversions: Any) -> None:
 
 
 @needs_emulator
-def test_widening_of_16_bits_is_exact(conversions: Any) -> None:
-    halves = np.arange(1 << 16, dtype=np.uint16)
-    expected = halves.view(np.float16).astype(np.float32)
-    got = np.array([conversions.f32_of_f16(int(half)) for half in halves], np.float32)
-    assert np.array_equal(got, expected, equal_nan=True)
-
-
-@needs_emulator
-def test_decoding_of_8_bits_is_exact(conversions: Any) -> None:
-    every = np.arange(1 << 8, dtype=np.uint8)
-    expected = every.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    got = np.array([conversions.f32_of_e4m3(int(each)) for each in every], np.float32)
+@pytest.mark.parametrize(
+    ("name", "bits", "dtype"),
+    [("f32_of_f16", np.uint16, np.float16), ("f32_of_e4m3", np.uint8, ml_dtypes.float8_e4m3fn)],
+    ids=["f16", "e4m3"],
+)
+def test_widening_is_exact(conversions: Any, name: str, bits: Any, dtype: Any) -> None:
+    every = np.arange(np.iinfo(bits).max + 1).astype(bits)
+    expected = every.view(dtype).astype(np.float32)
+    convert: Callable[[int], float] = getattr(conversions, name)
+    got = np.array([convert(int(each)) for each in every], np.float32)
     assert np.array_equal(got, expected, equal_nan=True)
     assert np.array_equal(np.signbit(got), np.signbit(expected))
