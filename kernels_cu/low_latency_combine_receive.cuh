@@ -173,7 +173,8 @@ __device__ Reason LowLatencyCombineBlock<kCfg>::sum_piece(int32_t token, int32_t
                         wire::load<kWire>(slot(args.rank, token, numbers[i]), args.hidden, piece, lane);
         }
         if (__reduce_max_sync(kFullWarp, static_cast<uint32_t>(reason)) != kNothing) break;
-        // Once in code, as when they are sent.
+        // Once in code, as instructions are fetched anew for each call: the one at hand is the first of those
+        // that are left.
 #pragma unroll 1
         for (int32_t number = numbers[0]; number >= 0; number = numbers[0]) {
             float factor = 1.0f;

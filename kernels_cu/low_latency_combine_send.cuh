@@ -144,33 +144,26 @@ __device__ void LowLatencyCombineBlock<kCfg>::send_entries(int32_t token, int32_
                 vectors[i][v] = vector < num_vectors ? ptx::ld_stream(&from[vector]) : make_uint4(0, 0, 0, 0);
             }
         }
-        // Once in code, as instructions are fetched anew for each call: the one at hand is the first of those
-        // that are left.
-        const int32_t end = min(num_entries, first + kDepth);
-#pragma unroll 1
-        for (int32_t at = first; at < end; ++at) {
-            const CombineEntry entry = shared.entries[lister][at];
-            bool is_whole = true;
-            uint4 whole[2];
+#pragma unroll
+        for (int32_t i = 0; i < kDepth; ++i) {
+            if (first + i >= num_entries) break;
+            const CombineEntry entry = shared.entries[lister][first + i];
+            const int32_t src = entry.what & 0xff;
+            if (args.sums_at_source) {
+                push(src, token, (entry.what & ~kLastEntry) >> 8, piece, vectors[i]);
+                continue;
+            }
+            uint4 rounded[2];
 #pragma unroll
             for (int32_t v = 0; v < 2; ++v) {
-                whole[v] = vectors[0][v];
 #pragma unroll
-                for (int32_t i = 1; i < kDepth; ++i) vectors[i - 1][v] = vectors[i][v];
+                for (float& sum : sums[v])
+                    if (is_first) sum = rows::kNoTerm;
+                rows::add_product<kElement>(sums[v], entry.weight, vectors[i][v]);
+                rounded[v] = rows::rounded<kElement>(sums[v]);
             }
-            if (!args.sums_at_source) {
-#pragma unroll
-                for (int32_t v = 0; v < 2; ++v) {
-#pragma unroll
-                    for (float& sum : sums[v])
-                        if (is_first) sum = rows::kNoTerm;
-                    rows::add_product<kElement>(sums[v], entry.weight, whole[v]);
-                    whole[v] = rows::rounded<kElement>(sums[v]);
-                }
-                is_whole = is_first = (entry.what & kLastEntry) != 0;
-            }
-            const int32_t number = args.sums_at_source ? (entry.what & ~kLastEntry) >> 8 : args.rank;
-            if (is_whole) push(entry.what & 0xff, token, number, piece, whole);
+            is_first = (entry.what & kLastEntry) != 0;
+            if (is_first) push(src, token, args.rank, piece, rounded);
         }
     }
 }

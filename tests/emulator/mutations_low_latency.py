@@ -283,8 +283,8 @@ LOW_LATENCY: Final = (
     Mutation(
         "low latency: a sum goes on into the next token's rank",
         "low_latency_combine_send.cuh",
-        "is_whole = is_first = (entry.what & kLastEntry) != 0;",
-        "is_whole = (entry.what & kLastEntry) != 0, is_first = false;",
+        "            is_first = (entry.what & kLastEntry) != 0;\n            if (is_first) push",
+        "            is_first = false;\n            if (entry.what & kLastEntry) push",
         "low-latency-r3",
         48,
     ),
