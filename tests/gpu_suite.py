@@ -1,8 +1,8 @@
 """The whole GPU suite on this machine: ``python tests/gpu_suite.py``. Every part has a time limit.
 
 Threads first (virtual ranks on one GPU, then one per GPU), then the same tests under mpirun with one
-process per GPU, then small cases under compute-sanitizer, then figures. Ends with a table and a status that
-says whether all passed.
+process per GPU, then processes that share GPUs, as nodes and over a test transport, then small cases under
+compute-sanitizer, then figures. Ends with a table and a status that says whether all passed.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ WITHOUT_NVLINK = (
 )
 # Nodes of more ranks than there may be GPUs, which ranks share then: (ranks, ranks of a node).
 NODES = ((8, 4), (8, 2), (8, 1), (6, 2))
+NODES_ON_ONE_GPU = ((2, 1), (4, 2))
 OVER_MANY_NODES = (
     "tests/gpu/test_internode.py",
     "tests/gpu/test_normal.py::test_random_layers_equal_the_oracle",
@@ -66,7 +67,7 @@ SUMMARY = re.compile(r"((?:\d+ (?:passed|failed|skipped|errors?|deselected|warni
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=0, help="processes under mpirun; default one per GPU")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for each part")
+    parser.add_argument("--timeout", type=float, default=1200.0, help="seconds for each part")
     parser.add_argument("--only", choices=("threads", "mpi", "sanitizer", "figures"), help="some parts")
     options = parser.parse_args()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
@@ -95,14 +96,6 @@ def main() -> int:
             parts[f"JAX, {named}"] = [*nodes, *pytest, "tests/gpu/test_jax_on_gpus.py"]
             parts[f"figures, {named}"] = [*nodes, *bench, "128", "4096", "--operations", *NORMAL_MODE]
             parts[f"low-latency figures, {named}"] = [*nodes, *low_latency]
-        for many_ranks, ranks_per_node in NODES:
-            ranks_per_gpu = -(-many_ranks // _num_gpus())
-            nodes = ["env", f"EP_RT_RANKS_PER_NODE={ranks_per_node}", "EP_RT_BACKEND=cuda"]
-            nodes += [f"EP_RT_TEST_RANKS_PER_GPU={ranks_per_gpu}", *_mpirun(many_ranks)]
-            named = f"mpirun -n {many_ranks}, {many_ranks // ranks_per_node} nodes"
-            parts[f"{named}, {ranks_per_gpu} on a GPU"] = [*nodes, *pytest, *OVER_MANY_NODES]
-        loopback = ["env", "EP_RT_TEST_TRANSPORT=loopback", "EP_RT_RANKS_PER_NODE=1", *mpirun]
-        parts[f"mpirun -n {num_ranks}, loopback"] = [*loopback, *pytest, *OVER_LOOPBACK]
         puts = ["env", "EP_RT_TEST_LOW_LATENCY=puts", *mpirun, *pytest, "tests/gpu/test_low_latency.py"]
         parts[f"mpirun -n {num_ranks}, puts alone"] = puts
         without_nvlink = ["env", "EP_RT_NVLINK=0", *mpirun, *pytest, *WITHOUT_NVLINK]
@@ -111,6 +104,13 @@ def main() -> int:
         parts[f"figures, mpirun -n {num_ranks}"] = [*mpirun, *bench, "128", "4096"]
         parts[f"low-latency figures, mpirun -n {num_ranks}"] = [*mpirun, *low_latency]
         parts[f"low-latency figures, mpirun -n {num_ranks}, puts"] = [*mpirun, *low_latency, "--puts"]
+    if shutil.which("mpirun"):
+        for many_ranks, ranks_per_node in NODES if num_ranks > 1 else NODES_ON_ONE_GPU:
+            named, nodes = _nodes(many_ranks, ranks_per_node)
+            parts[named] = [*nodes, *pytest, *OVER_MANY_NODES]
+        named, nodes = _nodes(max(2, num_ranks), 1)
+        loopback = ["env", "EP_RT_TEST_TRANSPORT=loopback", *nodes]
+        parts[f"{named}, loopback"] = [*loopback, *pytest, *OVER_LOOPBACK]
     if shutil.which("compute-sanitizer"):
         for tool in ("memcheck", "racecheck"):
             # CUDA's own search for optional entry points is not an error of ours. Host backtraces hold the
@@ -164,6 +164,14 @@ def _num_gpus() -> int:
     import cupy
 
     return int(cupy.cuda.runtime.getDeviceCount())
+
+
+def _nodes(num_ranks: int, ranks_per_node: int) -> tuple[str, list[str]]:
+    """A name for processes on virtual nodes that share the GPUs there are, and how they are started."""
+    ranks_per_gpu = -(-num_ranks // _num_gpus())
+    start = ["env", f"EP_RT_RANKS_PER_NODE={ranks_per_node}", "EP_RT_BACKEND=cuda"]
+    start += [f"EP_RT_TEST_RANKS_PER_GPU={ranks_per_gpu}", *_mpirun(num_ranks)]
+    return f"mpirun -n {num_ranks}, {num_ranks // ranks_per_node} nodes, {ranks_per_gpu} on a GPU", start
 
 
 def _mpirun(num_ranks: int) -> list[str]:
