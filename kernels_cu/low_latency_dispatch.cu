@@ -24,6 +24,8 @@
 //            copy. A phase that is not of this kernel has no blocks of its own.
 // Bad ids    an expert id outside 0 .. num_experts - 1 is treated as -1: none. More than M pairs from one
 //            rank to one expert, which takes an expert that is repeated in a row, fail the call.
+#include "low_latency_dispatch_copies.cuh"
+#include "low_latency_dispatch_lists.cuh"
 #include "low_latency_dispatch_receive.cuh"
 #include "low_latency_dispatch_send.cuh"
 

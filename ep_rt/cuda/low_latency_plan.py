@@ -1,6 +1,6 @@
 """How low-latency calls are laid over memory and blocks: offsets, slots, grids. Pure.
 
-Twin of what `kernels_cu/low_latency.cuh` and `wire.cuh` say of turns and slots.
+Twin of what `kernels_cu/low_latency_session.cuh` and `wire.cuh` say of turns and slots.
 """
 
 from __future__ import annotations
@@ -193,12 +193,12 @@ def slot_bytes(hidden: int) -> int:
 
 
 def num_send_blocks(num_turns: int, max_blocks: int) -> int:
-    """Twin of low_latency.cuh."""
+    """Twin of low_latency_session.cuh."""
     return min(max_blocks, -(-num_turns // TURNS_PER_BLOCK))
 
 
 def num_combine_blocks(num_turns: int, few_blocks: int, max_blocks: int) -> int:
-    """Twin of low_latency.cuh."""
+    """Twin of low_latency_session.cuh."""
     filled = -(-num_turns // _WARPS)
     return num_send_blocks(num_turns, few_blocks) if filled <= few_blocks else min(max_blocks, filled)
 
