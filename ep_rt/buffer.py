@@ -224,6 +224,9 @@ class Buffer:
     ) -> Buffer:
         """A buffer sized for a model; its sizes are compared between ranks, and calls checked against them.
 
+        Its communication memory holds a result of the normal mode, the experts' output in `empty`, and the
+        next result, each with as many rows as a rank can receive, and the landing zones of low-latency calls.
+
         Args:
             num_max_tokens_per_rank: the most tokens a rank dispatches in one call.
             hidden, num_experts, num_topk: of the model. Calls then need no ``num_experts``.
@@ -676,8 +679,9 @@ class Buffer:
         """Bytes to pass as ``num_rdma_bytes`` for low-latency mode, for calls of one shape.
 
         Two landing zones, of one bfloat16 row for each (source rank, token), for each direction. Combines
-        with ``reduce="source"``, LogFMT or FP8 need two more of their own, larger ones with more than
-        `num_ranks` columns of ``topk_idx``: give `with_columns` for these.
+        with ``reduce="source"``, LogFMT or FP8, and all of a buffer with ``enable_shrink``, need two more of
+        their own, larger ones with more than `num_ranks` columns of ``topk_idx``: give `with_columns` for
+        these.
 
         Args:
             num_topk: columns of ``topk_idx``, at most.

@@ -29,6 +29,11 @@ class MoeSizes:
     def row_bytes(self) -> int:
         return self.hidden * arrays.np_dtype(self.dtype).itemsize
 
+    @property
+    def answer_bytes(self) -> int:
+        """Of a row of the experts' output, at most: they may answer FP8 rows with bfloat16 ones."""
+        return max(2 * self.hidden, self.row_bytes)
+
     def check(self, num_ranks: int) -> None:
         """Raise `ConfigError` or `ArrayError` unless `num_ranks` ranks can have such a model."""
         arrays.np_dtype(self.dtype)
@@ -53,13 +58,14 @@ class MoeSizes:
             )
 
     def area_bytes(self, num_ranks: int, *, over_network: bool) -> int:
-        """Of the landing zones of low-latency calls."""
+        """Of the landing zones of low-latency calls, of every kind that there is."""
         return area_bytes_hint(
             self.num_max_tokens_per_rank,
             self.hidden,
             num_ranks,
             self.num_experts,
             self.num_topk,
+            with_columns=not over_network,
             over_network=over_network,
         )
 
@@ -79,6 +85,7 @@ def slab_bytes(
     return plan.rounded(zones_bytes) + plan.slab_bytes(
         num_nvl_bytes,
         row_bytes=moe.row_bytes,
+        answer_bytes=moe.answer_bytes,
         num_topk=moe.num_topk,
         num_rows=num_ranks * moe.num_max_tokens_per_rank,
     )
@@ -94,9 +101,7 @@ def remote_sizes(
     max_tokens, max_record_bytes = plan.DEFAULT_NETWORK_TOKENS, plan.record_bytes(0, 0)
     if moe is not None:
         max_tokens = moe.num_max_tokens_per_rank
-        # Experts may answer FP8 rows with bfloat16 ones.
-        row_bytes = max(2 * moe.hidden, moe.row_bytes)
-        max_record_bytes = plan.record_bytes(row_bytes, moe.num_topk)
+        max_record_bytes = plan.record_bytes(moe.answer_bytes, moe.num_topk)
         if not num_rdma_bytes:
             low_latency_bytes = moe.area_bytes(num_ranks, over_network=True)
     return RemoteSizes(

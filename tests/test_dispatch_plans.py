@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import ep_rt
-from ep_rt import Group
+from ep_rt import Group, arrays, moe_sizes
 from ep_rt.cuda.combine import Combine
 from ep_rt.cuda.dispatch_plans import DispatchPlans, Plan
 from ep_rt.cuda.handle import CudaDispatchHandle, CudaHandleShape
@@ -22,6 +22,7 @@ from ep_rt.cuda.plan import slab_bytes
 from ep_rt.cuda.pool import Pool
 from ep_rt.errors import ArrayError, ConfigError, HandleError
 from ep_rt.handle import HandleShape
+from ep_rt.moe_sizes import MoeSizes
 from ep_rt.requests import CombineRequest, DispatchRequest, Place, Schedule
 
 NUM_RANKS, NUM_EXPERTS, HIDDEN, NUM_TOPK, NUM_SMS = 2, 8, 16, 2, 4
@@ -89,6 +90,8 @@ class Dispatches:
         num_weights: int | None = None,
         *,
         hidden: int = HIDDEN,
+        dtype: Any = np.float32,
+        num_scales: int = 0,
         handle: Any = None,
         num_worst_tokens: int = 0,
         layout: str = "rank",
@@ -100,7 +103,10 @@ class Dispatches:
             num_weights = num_ids if num_weights is None else num_weights
             ids = self.make(num_ids, NUM_TOPK, dtype=np.int64)
             weights = self.make(num_weights, NUM_TOPK)
-        given = (self.make(num_x, hidden), handle, None, None, ids, weights)
+        x = self.make(num_x, hidden, dtype=dtype)
+        if num_scales:
+            x = x, self.make(num_x, num_scales)
+        given = (x, handle, None, None, ids, weights)
         options = (1, num_worst_tokens, NUM_EXPERTS, layout, False, None, num_max_tokens)
 
         def build(*arguments: Any) -> DispatchRequest:
@@ -109,13 +115,8 @@ class Dispatches:
         found, pointers, objects, streams = self.plans.find(given, options, build, NUM_SMS)
         assert streams == ()
         assert len(pointers) == len(objects) == 5
-        assert [each is None for each in objects] == [
-            False,
-            True,
-            handle is not None,
-            handle is not None,
-            True,
-        ]
+        absent = [False, not num_scales, handle is not None, handle is not None, True]
+        assert [each is None for each in objects] == absent
         return found
 
 
@@ -207,6 +208,27 @@ def test_the_memory_of_a_model_is_enough_for_the_worst_case(keeps_landing: bool)
         )
         is_enough = has_room(num_bytes, plan, row_bytes=row_bytes, keeps_landing=keeps_landing)
         assert is_enough == (num_max_tokens is not None)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float8_e4m3fn", "uint8"])
+def test_the_memory_of_a_model_is_enough_for_experts_that_write_into_it(dtype: str) -> None:
+    """A worst-case result, their output, and the next result while those two are there."""
+    moe = MoeSizes(4096, 7168, NUM_EXPERTS, NUM_TOPK, dtype)
+    num_rows = NUM_RANKS * moe.num_max_tokens_per_rank
+    found = Dispatches(numpy_array)(
+        3,
+        hidden=moe.hidden,
+        dtype=arrays.np_dtype(dtype),
+        num_scales=moe.hidden // 128 if dtype == "float8_e4m3fn" else 0,
+        num_worst_tokens=num_rows,
+    )
+    pool = Pool(moe_sizes.slab_bytes(moe, NUM_RANKS, 0, 0, low_latency_mode=False))
+    held = [
+        pool.take(found.num_bytes, found.spare_bytes),
+        pool.take(num_rows * moe.answer_bytes, found.spare_bytes),  # as `Buffer.empty` does
+        pool.take(found.num_bytes),
+    ]
+    assert None not in held
 
 
 class PlannedError(Exception):

@@ -11,11 +11,13 @@ from ep_rt.moe_sizes import MoeSizes, remote_sizes, slab_bytes
 
 NUM_RANKS = 8
 MOE = MoeSizes(num_max_tokens_per_rank=128, hidden=7168, num_experts=256, num_topk=8, dtype="bfloat16")
-OF_MODEL = plan.slab_bytes(0, row_bytes=14336, num_topk=8, num_rows=NUM_RANKS * 128)
+OF_MODEL = plan.slab_bytes(0, row_bytes=14336, answer_bytes=14336, num_topk=8, num_rows=NUM_RANKS * 128)
 
 
 def zones_bytes(*, over_network: bool) -> int:
-    return area_bytes_hint(128, 7168, NUM_RANKS, 256, 8, over_network=over_network)
+    return area_bytes_hint(
+        128, 7168, NUM_RANKS, 256, 8, with_columns=not over_network, over_network=over_network
+    )
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,9 @@ def test_slab_sizes() -> None:
     assert plan.slab_bytes(0) == 1 << 30
     assert plan.slab_bytes(5 << 20, row_bytes=14336, num_topk=8, num_rows=32768) == 5 << 20
     assert plan.slab_bytes(0, row_bytes=32, num_topk=2, num_rows=64) == 64 << 20
-    assert plan.slab_bytes(0, row_bytes=14336, num_topk=8, num_rows=32768) > 2 * 32768 * (14336 + 96)
+    assert plan.slab_bytes(0, row_bytes=14336, num_topk=8, num_rows=32768) > 3 * 32768 * (14336 + 96)
+    wide = plan.slab_bytes(0, row_bytes=7168, answer_bytes=14336, num_topk=8, num_rows=32768)
+    assert 5 * 32768 * (7168 + 224 + 96) < wide < 5 * 32768 * (7168 + 224 + 96) + (1 << 20)
 
 
 @pytest.mark.parametrize("row", ROWS)

@@ -106,22 +106,29 @@ def num_stagers(num_pullers: int, num_bytes: int, *, max_blocks: int) -> int:
     return max(0, min(3 * num_pullers, max_blocks - num_pullers, -(-num_bytes // per_block)))
 
 
-def slab_bytes(num_nvl_bytes: int, *, row_bytes: int = 0, num_topk: int = 0, num_rows: int = 0) -> int:
+def slab_bytes(
+    num_nvl_bytes: int, *, row_bytes: int = 0, answer_bytes: int = 0, num_topk: int = 0, num_rows: int = 0
+) -> int:
     """Payload of a slab.
 
     Args:
         num_nvl_bytes: what the caller asked for; 0 to decide from the model.
         row_bytes, num_topk: of the model's rows; `row_bytes` 0 for no model.
+        answer_bytes: of a row of the experts' output, at most.
         num_rows: the most a rank can receive in one call.
     """
     if num_nvl_bytes:
         return align_up(num_nvl_bytes, OFFSET_UNIT)
     if not row_bytes:
         return DEFAULT_SLAB_BYTES
-    # A result, and an expert's output or the next result; scale factors take a 32nd of an FP8 row.
+    # Scale factors take a 32nd of an FP8 row.
     metadata_bytes = 12 * num_topk + row_bytes // 32
     result_bytes = num_rows * (row_bytes + metadata_bytes) + 4 * OFFSET_UNIT  # as its parts are aligned
-    return max(_MIN_MODEL_SLAB_BYTES, 2 * align_up(result_bytes, OFFSET_UNIT))
+    # A result, the experts' output, and what both of them leave free: room for the next of either.
+    largest_bytes = result_bytes * max(1, -(-answer_bytes // row_bytes))
+    return max(
+        _MIN_MODEL_SLAB_BYTES, align_up(result_bytes, OFFSET_UNIT) + 2 * align_up(largest_bytes, OFFSET_UNIT)
+    )
 
 
 def rounded(num_bytes: int) -> int:
