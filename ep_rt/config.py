@@ -88,14 +88,19 @@ class Config:
         return _align_up(2 * num_ranks * _HINT_TOKENS * _slot_bytes(hidden_bytes))
 
     def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
-        """Bytes to pass as ``num_rdma_bytes``; 0 for ranks of a single node of 8."""
+        """Bytes to pass as ``num_rdma_bytes``; 0 for ranks of a single node of 8.
+
+        Enough for the usual rings between nodes of 8, and for smaller ones between nodes of fewer.
+        """
         if num_ranks <= 8:
             return 0
-        num_nodes = (num_ranks + 7) // 8
-        return _align_up(2 * num_nodes * self.num_max_rdma_chunked_recv_tokens * _slot_bytes(hidden_bytes))
+        return 2 * max(-(-num_ranks // 8) * _RINGS_BYTES, num_ranks * _LEAST_RINGS_BYTES)
 
 
 _HINT_TOKENS = 4096
+# Of the rings to a node, in one direction: of the usual ones, and of those with a single channel.
+_RINGS_BYTES = 16 << 20
+_LEAST_RINGS_BYTES = _RINGS_BYTES // 32
 
 
 def _slot_bytes(hidden_bytes: int) -> int:

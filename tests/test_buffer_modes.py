@@ -14,6 +14,7 @@ from host_cases import Case, check_low_latency, check_normal, random_values, sam
 
 import ep_rt
 from ep_rt import Buffer, Config, EventOverlap, Group, reference
+from ep_rt.cuda import plan
 from ep_rt.groups import thread_groups
 from ep_rt.host.memory import HostPool
 
@@ -466,7 +467,14 @@ def test_config_and_size_hints() -> None:
     config = Buffer.get_combine_config(6)
     assert config.get_nvl_buffer_size_hint(14336, 8) >= 8 * 256 * 14336
     assert config.get_rdma_buffer_size_hint(14336, 8) == 0
-    assert config.get_rdma_buffer_size_hint(14336, 16) > 0
+    usual = plan.rings(2, 0, plan.record_bytes(0, 0))
+    assert config.get_rdma_buffer_size_hint(14336, 16) == 2 * usual.num_bytes(2)
+    # A node may be a single GPU.
+    for num_ranks in range(9, 33):
+        hint = config.get_rdma_buffer_size_hint(14336, num_ranks)
+        for num_nodes in range(2, num_ranks + 1):
+            rings = plan.rings(num_nodes, hint, plan.record_bytes(0, 0))
+            assert 2 * rings.num_bytes(num_nodes) <= hint
     hint = Buffer.get_low_latency_rdma_size_hint(128, 7168, 8, 256)
     assert 4 * 8 * 128 * 14336 < hint < 64 << 20
     before = Buffer.num_sms
