@@ -511,9 +511,10 @@ class Buffer:
             round_scale: round scale factors up to powers of two.
             use_ue8m0: deliver those as packed exponents, four in an int32.
             return_recv_hook: return once this rank's rows are on their way; ``hook()`` receives and fills the
-                results. It waits for the peers' dispatch calls, not for their hooks. Not for JAX arrays. On
-                GPUs at most two dispatches may be without their hooks; a third one takes the place of the
-                first, whose hook then raises, and over several nodes raises itself: what was put must arrive.
+                results; called again it does nothing. It waits for the peers' dispatch calls, not for their
+                hooks. Not for JAX arrays. On GPUs at most two dispatches may be without their hooks; a third
+                one takes the place of the first, whose hook then raises, and over several nodes raises
+                itself: what was put must arrive.
             topk_weights: float32 [num_tokens, num_topk], to travel along: a combine with ``reduce="rank"``
                 then uses these, and need not send any first.
             layout: "expert" or "rank"; the same on all ranks.

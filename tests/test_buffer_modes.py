@@ -255,6 +255,31 @@ def test_hook_needs_the_peers_call_but_not_their_hook() -> None:
     ep_rt.run_local(run, 2, timeout_s=10)
 
 
+def test_a_hook_receives_once() -> None:
+    def run(group: Group) -> None:
+        with Buffer(group, backend="host", timeout_s=5) as buffer:
+            ids, stats = np.full((1, 1), 1 - group.rank, np.int64), np.zeros(1, np.int32)
+            x, weights = np.full((1, 8), 1 + group.rank, BF16), np.ones((1, 1), np.float32)
+            sent = buffer.low_latency_dispatch(
+                x, ids, 1, 2, stats, use_fp8=False, topk_weights=weights, return_recv_hook=True
+            )
+            assert sent.hook is not None
+            sent.hook()
+            back = buffer.low_latency_combine(sent.recv_x, ids, weights, sent.handle, return_recv_hook=True)
+            assert back.hook is not None
+            back.hook()
+            combined_x = back.combined_x.copy()
+            sent.recv_x[...], back.combined_x[...] = 7, 7
+            sent.hook()
+            back.hook()
+            assert stats == 1
+            assert (sent.recv_x == 7).all()
+            assert (back.combined_x == 7).all()
+            assert (combined_x == x).all()
+
+    ep_rt.run_local(run, 2, timeout_s=10)
+
+
 def test_hook_that_is_never_called_does_not_hold_the_peers() -> None:
     def run(group: Group) -> None:
         began = time.monotonic()

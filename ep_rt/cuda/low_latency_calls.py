@@ -177,6 +177,8 @@ def _hook(
 
     def receive() -> None:
         domain.check()
+        if received:
+            return
         pending.check()
         later = domain.begin(call.frameworks, call.inputs, Schedule())
         domain.order(later)

@@ -162,7 +162,7 @@ class HostLowLatency:
             recv_count=arrays.to_framework(recv_count, framework),
             handle=handle,
             event=EventOverlap(),
-            hook=deliver if with_hook else None,
+            hook=_once(deliver) if with_hook else None,
         )
 
     def combine(
@@ -195,7 +195,7 @@ class HostLowLatency:
             if request.out is None
             else request.out_array,
             event=EventOverlap(),
-            hook=deliver if with_hook else None,
+            hook=_once(deliver) if with_hook else None,
         )
 
     def _return_rows(
@@ -482,6 +482,19 @@ def _ranges(begin: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.in
 def _check_writable(view: ArrayView | None, name: str) -> None:
     if view is not None and view.readonly:
         raise ArrayError(f"{name} is read-only; it is written to, so pass a writable array")
+
+
+def _once(deliver: Callable[[], None]) -> Callable[[], None]:
+    """What delivers when it is called first."""
+    is_done = False
+
+    def hook() -> None:
+        nonlocal is_done
+        if not is_done:
+            deliver()
+            is_done = True
+
+    return hook
 
 
 def _check_hook(framework: str, with_hook: bool) -> None:

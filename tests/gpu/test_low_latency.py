@@ -292,6 +292,7 @@ def test_a_third_call_takes_the_place_of_a_forgotten_hook(place: str) -> None:
                 )
             outs[1].hook()
             outs[2].hook()
+            outs[2].hook()  # which does nothing
             check_low_latency(buffer, 0)
 
     run(place, body)
