@@ -95,6 +95,7 @@ class PeerTimeoutError(EpError, TimeoutError):
     Attributes:
         rank: the rank that raises.
         peer: the first late rank; `peers` has all that are known to be late, this one perhaps among them.
+        nodes: of the `peers`, where a call on GPUs was over several nodes; else empty.
         phase: what was being waited for.
         seen, expected: the progress word, where the wait was on one.
     """
@@ -109,14 +110,17 @@ class PeerTimeoutError(EpError, TimeoutError):
         reported_by: int | None = None,
         seen: int | None = None,
         expected: int | None = None,
+        nodes: Sequence[int] = (),
     ) -> None:
+        late = _ranks([f"{peer} (node {nodes[i]})" if nodes else peer for i, peer in enumerate(peers)])
         limit = "" if timeout_s is None else f" within {timeout_s:g} s"
         relay = "" if reported_by is None else f" (reported by rank {reported_by})"
         word = "" if expected is None else f"; saw {seen}, expected {expected}"
-        super().__init__(f"rank {rank}: {_ranks(peers)} did not arrive in {phase}{limit}{relay}{word}")
+        super().__init__(f"rank {rank}: {late} did not arrive in {phase}{limit}{relay}{word}")
         self.rank = rank
         self.peers = tuple(peers)
         self.peer = peers[0]
+        self.nodes = tuple(nodes)
         self.phase = phase
         self.timeout_s = timeout_s
         self.seen = seen
@@ -133,5 +137,5 @@ class PeerFailedError(EpError, RuntimeError):
         self.reason = reason
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def _ranks(ranks: Sequence[object]) -> str:
     return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

@@ -184,9 +184,11 @@ def test_errors_name_ranks_of_all_nodes() -> None:
     assert (over_the_network.rank, set(over_the_network.waits)) == (5, {9})
     within = names.of(report(1, 3, {2: word}))
     assert (within.rank, set(within.waits)) == (5, {6})
-    error = verdict([over_the_network, None, within, None], rank=5, timeout_s=1.0, num_ranks=12)
+    reports = [over_the_network, None, within, None]
+    error = verdict(reports, rank=5, timeout_s=1.0, num_ranks=12, ranks_per_node=4)
     assert isinstance(error, PeerTimeoutError)
-    assert (error.rank, error.peers) == (5, (9,))
+    assert (error.rank, error.peers, error.nodes) == (5, (9,), (2,))
+    assert str(error).startswith("rank 5: rank 9 (node 2) did not arrive in ")
 
 
 def test_those_that_gave_up_are_not_blamed_but_those_that_they_waited_for() -> None:

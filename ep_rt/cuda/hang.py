@@ -229,7 +229,12 @@ class Names:
 
 
 def verdict(
-    reports: Sequence[Report | None], *, rank: int, timeout_s: float, num_ranks: int | None = None
+    reports: Sequence[Report | None],
+    *,
+    rank: int,
+    timeout_s: float,
+    num_ranks: int | None = None,
+    ranks_per_node: int | None = None,
 ) -> EpError:
     """The error that this rank raises, given every rank's report (None: has not given up, or cannot be read).
 
@@ -243,6 +248,7 @@ def verdict(
 
     Args:
         num_ranks: if there are more than `reports`.
+        ranks_per_node: if there are several nodes.
     """
     num_ranks = num_ranks or len(reports)
     known = [report for report in reports if report is not None]
@@ -286,6 +292,7 @@ def verdict(
         timeout_s=timeout_s,
         seen=None if wait is None else signal_epoch(wait[1]),
         expected=None if wait is None else signal_epoch(wait[0]),
+        nodes=[peer // ranks_per_node for peer in peers] if ranks_per_node else (),
     )
 
 
@@ -430,6 +437,7 @@ class HangWatch:
                     rank=names.local[own],
                     timeout_s=self._timeout_s,
                     num_ranks=names.num_ranks,
+                    ranks_per_node=len(names.local) if len(names.local) < names.num_ranks else None,
                 )
             time.sleep(0.002)
 
