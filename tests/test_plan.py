@@ -50,6 +50,13 @@ def test_slab_sizes() -> None:
     assert 5 * 32768 * (7168 + 224 + 96) < wide < 5 * 32768 * (7168 + 224 + 96) + (1 << 20)
 
 
+def test_combines_of_two_buffers_find_places() -> None:
+    for num_sms in range(1, 133):
+        num_blocks = num_sms + plan.num_stagers(num_sms, 1 << 30, max_blocks=132)
+        assert num_blocks == max(num_sms, min(4 * num_sms, 66))
+    assert plan.num_stagers(16, 3 * plan.COMBINE_STAGES.shared_bytes, max_blocks=132) == 3
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_what_fits_into_a_place_fits(row: ReceivedRow) -> None:
     for num_bytes in (0, 1, OFFSET_UNIT, 5 * OFFSET_UNIT, 1 << 20, (1 << 30) + 256):

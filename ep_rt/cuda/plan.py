@@ -100,10 +100,12 @@ def num_stagers(num_pullers: int, num_bytes: int, *, max_blocks: int) -> int:
     """Blocks of a combine that copy its input into the slab, beside `num_pullers` that sum.
 
     Measured on H200: a block copies about 45 GB/s, and 16 of them sum what a rank needs at 430 GB/s. 0 where
-    no more blocks can be resident: then pullers do it.
+    there is no room for more: then pullers do it. Both together take half of the places at most: a chunk
+    needs all that copy it, so of two buffers whose combines ranks start in different order none would end if
+    one took places that the other needs.
     """
     per_block = COMBINE_STAGES.shared_bytes
-    return max(0, min(3 * num_pullers, max_blocks - num_pullers, -(-num_bytes // per_block)))
+    return max(0, min(3 * num_pullers, max_blocks // 2 - num_pullers, -(-num_bytes // per_block)))
 
 
 def slab_bytes(
