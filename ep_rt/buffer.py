@@ -336,7 +336,8 @@ class Buffer:
                 padded segments are laid out, and where even more tokens arrived, the last tokens before that.
             config: accepted; see `Config`.
             previous_event: work to wait for first.
-            async_finish, allocate_on_comm_stream: as in DeepEP; on the host the work is done on return.
+            async_finish: as in DeepEP; on the host the work is done on return.
+            allocate_on_comm_stream: accepted; memory is the buffer's own, in the order of calls.
             num_experts: of all ranks together; needed with `topk_idx` alone. Default: that of `for_moe`.
             layout: "rank" or "expert"; "expert" needs `topk_idx`, or the handle of such a dispatch.
             zero_padding: with layout "expert", fill the padding rows of ``recv_x`` and of its scale factors

@@ -297,3 +297,37 @@ def test_rows_may_travel_as_fp8() -> None:
         reference.low_latency_combine(y, dispatched, ids, weights, use_fp8=True, use_logfmt=True)
     with pytest.raises(ConfigError, match="reduce="):
         reference.low_latency_combine(y, dispatched, ids, weights, reduce="tree")
+
+
+def test_what_travelling_rows_lose() -> None:
+    """Figures of README.md, in percent of the root mean square of exact sums."""
+    rng = np.random.default_rng(1)
+    num_ranks, num_tokens, num_experts, num_topk, hidden = 8, 16, 256, 8, 512
+    x = [np.zeros((num_tokens, hidden), BF16)] * num_ranks
+    ids = [np.argsort(rng.random((num_tokens, num_experts)))[:, :num_topk] for _ in x]
+    weights = [
+        each / each.sum(axis=1, keepdims=True) for each in rng.random((num_ranks, num_tokens, num_topk))
+    ]
+    weights = [each.astype(np.float32) for each in weights]
+    dispatched = reference.low_latency_dispatch(
+        x, ids, num_max_dispatch_tokens_per_rank=num_tokens, num_experts=num_experts, use_fp8=False
+    )
+    y = [rng.standard_normal(each.recv_x.shape).astype(BF16) for each in dispatched]
+
+    def combined(rows: list[Array], **options: Any) -> Array:
+        sums = reference.low_latency_combine(rows, dispatched, ids, weights, **options)
+        return np.concatenate(sums).astype(np.float64)
+
+    exact = combined([each.astype(np.float32) for each in y])
+    expected = {
+        ("rank", None): 0.23,
+        ("rank", "use_logfmt"): 0.45,
+        ("rank", "use_fp8"): 2.6,
+        ("source", None): 0.17,
+        ("source", "use_logfmt"): 0.17,
+        ("source", "use_fp8"): 2.6,
+    }
+    for (reduce, cast), percent in expected.items():
+        error = combined(y, reduce=reduce, **({cast: True} if cast else {})) - exact
+        measured = 100 * np.sqrt((error**2).mean() / (exact**2).mean())
+        assert 0.9 * percent < measured < 1.1 * percent, (reduce, cast, measured)
