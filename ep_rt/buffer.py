@@ -507,7 +507,8 @@ class Buffer:
             num_max_dispatch_tokens_per_rank: the same on every rank. Default: that of `for_moe`.
             num_experts: of all ranks together. Default: that of `for_moe`.
             cumulative_local_expert_recv_stats: int32 [El]; the rows of each expert are added to it.
-            dispatch_wait_recv_cost_stats: int64 [R]; microseconds waited for each source are added to it.
+            dispatch_wait_recv_cost_stats: int64 [R]; microseconds waited for each source are added to it. On
+                the host for its rows alone: ranks have met before.
             use_fp8: cast to float8_e4m3fn, one float32 scale factor for 128 channels.
             round_scale: round scale factors up to powers of two.
             use_ue8m0: deliver those as packed exponents, four in an int32.
