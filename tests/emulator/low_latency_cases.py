@@ -52,6 +52,7 @@ def draw_low_latency(
     has_dead: bool = False,
     dies_midway: bool = False,
     over_network: bool = False,
+    max_list_blocks: int = 2,
 ) -> None:
     """Rounds of one or two dispatches and their combines, in one kernel each or split, all enqueued at once.
 
@@ -60,6 +61,7 @@ def draw_low_latency(
         has_dead: one rank, `ranks.dead`, never comes, and its peers go on without it.
         over_network: rows go by puts to ranks of other nodes, or to all others.
         dies_midway: or stops at some time. Then it is open what its peers have of it: nothing is compared.
+        max_list_blocks: of each source rank.
     """
     num_ranks = ranks.num_ranks
     shape = AreaShape(
@@ -135,7 +137,7 @@ def draw_low_latency(
                     is_split=is_split,
                     is_fixed=is_fixed,
                     num_clear_blocks=int(rng.integers(1, 3)),
-                    num_list_blocks=int(rng.integers(1, 3)),
+                    num_list_blocks=int(rng.integers(1, max_list_blocks + 1)),
                     num_copy_blocks=int(rng.integers(1, 3)),
                     repeats=again,
                     absent=absent,

@@ -68,7 +68,8 @@ def _low_latency_kernels(load: Kernels, num_ranks: int) -> list[EmulatedKernel]:
 
 
 def _low_latency_over_network(load: Kernels, num_ranks: int) -> list[EmulatedKernel]:
-    return [load.barrier(num_ranks), *map(load.small, kernels.low_latency_specs(over_network=True))]
+    barrier = load.barrier(min(num_ranks, 8))  # of a node
+    return [barrier, *map(load.small, kernels.low_latency_specs(over_network=True))]
 
 
 def _barrier(load: Kernels, num_ranks: int) -> list[EmulatedKernel]:
@@ -160,6 +161,7 @@ def _low_latency(
     dies_midway: bool = False,
     ranks_per_node: int = 0,
     hiddens: Sequence[int] = (8, 40, 128, 256, 520, 640),
+    max_list_blocks: int = 2,
     **fields: Any,
 ) -> Scenario:
     draw = partial(
@@ -171,6 +173,7 @@ def _low_latency(
         has_dead=has_dead,
         dies_midway=dies_midway,
         over_network=ranks_per_node > 0,
+        max_list_blocks=max_list_blocks,
     )
     return Scenario(
         num_ranks=num_ranks,
@@ -178,7 +181,7 @@ def _low_latency(
         draw=draw,
         kernels=_low_latency_over_network if ranks_per_node else _low_latency_kernels,
         dies_midway=dies_midway,
-        max_grid=3 * num_ranks + 7,
+        max_grid=(1 + max_list_blocks) * num_ranks + 7,
         **fields,
     )
 
@@ -253,6 +256,8 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "low-latency-nodes-2x1": _low_latency(2, 3, 3, ranks_per_node=1),
     "low-latency-nodes-2x1-sm80": _low_latency(2, 2, 3, ranks_per_node=1, architecture=800),
     "low-latency-nodes-2x2": _low_latency(4, 2, 3, ranks_per_node=2, epochs=(0, *_NEAR_WRAP)),
+    # As many as there are stacks for.
+    "low-latency-nodes-12x1": _low_latency(12, 1, 1, ranks_per_node=1, hiddens=(8,), max_list_blocks=1),
     "low-latency-nodes-3x1-long": _low_latency(3, 1, 40, ranks_per_node=1, hiddens=(8,)),
     "low-latency-nodes-1x2": _low_latency(2, 3, 3, ranks_per_node=2),
     "low-latency-nodes-crowded-2x1": _low_latency(2, 3, 3, ranks_per_node=1, max_resident=5),

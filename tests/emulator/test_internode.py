@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 import pytest
 
-from ep_rt.cuda.layout import Reason
+from ep_rt.cuda.layout import MAX_NODES, Reason
 
 from .build import KERNELS_CU
 from .internode import Exchanges, Layer
@@ -56,14 +56,24 @@ def test_rows_cross_and_come_back(num_nodes: int, num_local_ranks: int, is_virtu
             assert not exchanges.has_failed
 
 
+def test_rows_cross_between_the_most_nodes() -> None:
+    """The last node has the highest bit of its words, and the last lane of its warps."""
+    exchanges = drawn(MAX_NODES, 1, 0, max_tokens=3)
+    for seed in range(2):
+        exchanges.machine.run(seed, orders_queue_pairs=bool(seed % 2))
+        assert not exchanges.has_failed
+
+
 # Of 33 ranks the bits of a node are in two words.
-@pytest.mark.parametrize(("num_nodes", "num_local_ranks"), [(2, 1), (2, 2), (3, 2), (5, 1), (2, 8), (11, 3)])
+@pytest.mark.parametrize(
+    ("num_nodes", "num_local_ranks"), [(2, 1), (2, 2), (3, 2), (5, 1), (2, 8), (11, 3), (MAX_NODES, 1)]
+)
 def test_routing_by_ranks_crosses_as_masks(num_nodes: int, num_local_ranks: int) -> None:
     is_large = num_nodes * num_local_ranks > 8
     for drawing in range(1 if is_large else 3):
         max_tokens = 3 if is_large else 9
         exchanges = drawn(num_nodes, num_local_ranks, drawing, by_ranks=True, max_tokens=max_tokens)
-        for seed in range(2 if is_large else 6):
+        for seed in range(6 if not is_large else 2 if num_nodes < MAX_NODES else 1):
             exchanges.machine.run(seed)
             assert not exchanges.has_failed
 

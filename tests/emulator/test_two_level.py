@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ep_rt.cuda.layout import SLAB_HEADER
+from ep_rt.cuda.layout import MAX_NODES, SLAB_HEADER
 
 from .kernels import Kernels
 from .machine import FoundError
@@ -33,6 +33,13 @@ def test_layers_equal_the_oracle(
         ranks.compare_bytes()
         for seed in range(4):
             ranks.machine.run(seed)
+
+
+def test_a_layer_of_the_most_nodes_equals_the_oracle() -> None:
+    ranks = TwoLevel(MAX_NODES, 1, Kernels())
+    ranks.layer(np.random.default_rng(0), max_tokens=3)
+    ranks.compare_bytes()
+    ranks.machine.run(0)
 
 
 @pytest.mark.parametrize("architecture", [900, 800])
