@@ -11,8 +11,7 @@ from typing import Any, Final
 from .bench.console import say
 from .bench.options import Options as Workload
 from .bench.options import add_workload, positive, workload_of
-from .bench.run import routing_of
-from .bench.workload import ELEMENTS
+from .bench.workload import ELEMENTS, Routing
 from .planner import Flow, Plan, Routes, num_nodes_of
 from .requests import local_experts
 
@@ -30,6 +29,7 @@ Operations are those of bench. Combine sums bfloat16 rows: it is shown with --dt
 examples:
   python -m ep_rt plan                                          two nodes of eight GPUs
   python -m ep_rt plan --ranks 64 --tokens 4096 --dtype both --routing zipf
+  python -m ep_rt plan --ranks 64 --tokens 4096 --routing grouped    a group of experts for each node
 """
 
 
@@ -100,13 +100,12 @@ def main(options: Options) -> int:
 def report(options: Options) -> Iterator[str]:
     """Its lines, each as soon as it is known."""
     work, size = options.workload, options.ranks_per_node
-    routing = work.routing + (f" with exponent {work.zipf_exponent:g}" if work.exponent else "")
     yield (
         f"{options.num_ranks} ranks, {size} on a node; network {options.network_gbps:g} GB/s, "
         f"NVLink {options.nvlink_gbps:g} GB/s, of a rank in each direction"
     )
     yield (
-        f"hidden {work.hidden}, top-{work.num_topk} of {work.num_experts} experts, {routing} routing, "
+        f"hidden {work.hidden}, top-{work.num_topk} of {work.num_experts} experts, {work.routing_text}, "
         f"seed {work.seed}"
     )
     yield ""
@@ -114,7 +113,7 @@ def report(options: Options) -> Iterator[str]:
     columns = f"{'network':>16}{'NVLink':>16}{'floor us':>9}"
     yield f"{'tokens':>6} {'dtype':<6}{'operation':<16}{columns}{columns}"
     for num_tokens in work.tokens:
-        drawn = routing_of(work, options.num_ranks, num_tokens)
+        drawn = Routing.of(work, options.num_ranks, num_tokens)
         routes = Routes.of(drawn.topk_idx, num_experts=work.num_experts, ranks_per_node=size)
         for name in work.dtypes:
             element = ELEMENTS[name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import comb
+
 import numpy as np
 import pytest
 
@@ -178,12 +180,56 @@ def test_other_seeds_and_routings_give_other_tables(capsys: pytest.CaptureFixtur
     assert len(tables) == 4
 
 
+# Groups are nodes of two ranks with 4 experts: a token that picks 2 of them and 6 experts has some of both.
+@pytest.mark.parametrize(("num_topk_groups", "num_topk"), [(1, 3), (2, 6), (4, 14)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_grouped_routing_crosses_to_as_many_nodes_as_it_picks_groups(
+    num_topk_groups: int, num_topk: int, seed: int
+) -> None:
+    sizes = {"num_ranks": 16, "num_tokens": 500, "num_experts": 32, "num_topk": num_topk, "seed": seed}
+    drawn = Routing.draw(**sizes, num_groups=8, num_topk_groups=num_topk_groups)
+    num_away = 0
+    for rank, ids in enumerate(drawn.topk_idx):
+        groups = [set(row) for row in (ids // 4).tolist()]
+        assert {len(set(row)) for row in ids.tolist()} == {num_topk}
+        assert {len(each) for each in groups} == {num_topk_groups}
+        num_away += sum(len(each - {rank // 2}) for each in groups)
+    grouped, uniform = (
+        Routes.of(each.topk_idx, num_experts=32, ranks_per_node=2).dispatch(ROW).network
+        for each in (drawn, Routing.draw(**sizes))
+    )
+    assert grouped.sent_bytes.sum() == num_away * grouped.row_bytes
+    # Each node is picked as often as any other: of 8 nodes 7 are elsewhere.
+    assert grouped.mean_bytes == pytest.approx(500 * num_topk_groups * 7 / 8 * grouped.row_bytes, rel=0.02)
+    assert grouped.mean_bytes < uniform.mean_bytes
+    away = 7 * (1 - comb(28, num_topk) / comb(32, num_topk))
+    assert uniform.mean_bytes == pytest.approx(500 * away * uniform.row_bytes, rel=0.02)
+
+
+def test_the_command_line_picks_half_of_eight_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--ranks=16", "--ranks-per-node=2", "--tokens=64", "--seed=3"
+    assert plan(*arguments, "--routing=grouped") == 0
+    table = capsys.readouterr().out.splitlines()
+    assert "grouped routing, top-4 of 8 groups, seed 3" in table[1]
+    drawn = Routing.draw(
+        num_ranks=16, num_tokens=64, num_experts=32, num_topk=4, num_groups=8, num_topk_groups=4, seed=3
+    )
+    routes = Routes.of(drawn.topk_idx, num_experts=32, ranks_per_node=2)
+    row = ReceivedRow(row_bytes=1024, sf_bytes=0, idx_bytes=0, weights_bytes=0)
+    assert table[-1].split()[3] == f"{routes.combine(row).network.mean_bytes / 1e6:.2f}"
+    assert plan(*arguments, "--routing=grouped", "--groups=4", "--topk-groups=1") == 0
+    assert capsys.readouterr().out.splitlines()[-1] != table[-1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--ranks=12",), "num_experts=32 is not a positive multiple of num_ranks=12"),
         (("--ranks=4",), "4 ranks cannot be divided into nodes of 8"),
         (("--topk=33",), "top-33 of 32 experts"),
+        (("--routing=grouped", "--groups=5"), "32 experts cannot be divided into 5 groups"),
+        (("--routing=grouped", "--topk-groups=9"), "top-9 of 8 groups"),
+        (("--routing=grouped", "--topk=9", "--topk-groups=2"), "top-9 of the 8 experts of 2 groups"),
         (("--network-gbps=0",), "0 GB/s is not positive"),
     ],
 )

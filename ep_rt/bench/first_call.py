@@ -42,14 +42,7 @@ class Document:
 def measure_here(group: Group, place: Place, options: Options) -> FirstCall:
     """The first of this process, which has used no kernel yet. Collective."""
     element = ELEMENTS[options.dtypes[0]]
-    routing = Routing.draw(
-        num_ranks=group.size,
-        num_tokens=min(options.tokens),
-        num_experts=options.num_experts,
-        num_topk=options.num_topk,
-        zipf_exponent=options.exponent,
-        seed=options.seed,
-    )
+    routing = Routing.of(options, group.size, min(options.tokens))
     payload = Payload(element, options.hidden)
     tokens = np.arange(min(options.tokens))
     x = place.put(payload.rows(group.rank, tokens, 0))

@@ -58,6 +58,8 @@ class Options:
     sms: tuple[int, ...] = (16,)
     routing: str = "uniform"
     zipf_exponent: float = 1.0
+    num_groups: int = 8
+    num_topk_groups: int = 4
     seed: int = 0
     operations: tuple[str, ...] = OPERATIONS
     repeat: int = 5
@@ -77,6 +79,14 @@ class Options:
             raise ConfigError(f"top-{self.num_topk} of {self.num_experts} experts")
         if not self.zipf_exponent >= 0:
             raise ConfigError(f"--zipf-exponent {self.zipf_exponent} is negative")
+        num_groups, num_picked = self.groups
+        if self.num_experts % num_groups:
+            raise ConfigError(f"{self.num_experts} experts cannot be divided into {num_groups} groups")
+        if num_picked > num_groups:
+            raise ConfigError(f"top-{num_picked} of {num_groups} groups")
+        num_within = self.num_experts // num_groups * num_picked
+        if self.num_topk > num_within:
+            raise ConfigError(f"top-{self.num_topk} of the {num_within} experts of {num_picked} groups")
         if self.hidden % 16:
             raise ConfigError(f"--hidden {self.hidden}: rows must be a multiple of 16 bytes in every dtype")
 
@@ -84,6 +94,18 @@ class Options:
     def exponent(self) -> float:
         """Of the popularity of the experts."""
         return self.zipf_exponent if self.routing == "zipf" else 0.0
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """Of experts, and how many of them a token picks."""
+        return (self.num_groups, self.num_topk_groups) if self.routing == "grouped" else (1, 1)
+
+    @property
+    def routing_text(self) -> str:
+        """For people."""
+        if self.routing == "grouped":
+            return f"grouped routing, top-{self.num_topk_groups} of {self.num_groups} groups"
+        return self.routing + (f" with exponent {self.zipf_exponent:g}" if self.exponent else "") + " routing"
 
     def low_latency_of(self, dtype: str) -> tuple[str, ...]:
         """Those of the low-latency mode. A combine by itself does not depend on the dtype of the dispatch."""
@@ -178,9 +200,22 @@ def add_workload(parser: argparse.ArgumentParser) -> None:
         help="fp8: bytes, with a float32 scale factor for every 128 of them",
     )
     work.add_argument(
-        "--routing", choices=("uniform", "zipf"), default="uniform", help="how popular experts are"
+        "--routing",
+        choices=("uniform", "zipf", "grouped"),
+        default="uniform",
+        help="zipf: some experts are popular; grouped: a token picks groups, then experts of these",
     )
     work.add_argument("--zipf-exponent", type=float, default=_DEFAULTS.zipf_exponent, metavar="S")
+    work.add_argument(
+        "--groups",
+        type=positive,
+        default=_DEFAULTS.num_groups,
+        metavar="N",
+        help="of consecutive experts, of --routing grouped; default: 8",
+    )
+    work.add_argument(
+        "--topk-groups", type=positive, default=_DEFAULTS.num_topk_groups, metavar="N", help="default: 4"
+    )
     work.add_argument("--seed", type=int, default=_DEFAULTS.seed)
 
 
@@ -198,6 +233,8 @@ def workload_of(parsed: argparse.Namespace) -> Options:
         dtypes=("bf16", "fp8") if parsed.dtype == "both" else (parsed.dtype,),
         routing=parsed.routing,
         zipf_exponent=parsed.zipf_exponent,
+        num_groups=parsed.groups,
+        num_topk_groups=parsed.topk_groups,
         seed=parsed.seed,
     )
 

@@ -213,10 +213,9 @@ def header(report: Report) -> list[str]:
         }
         known = [f"{name} {value}" for name, value in facts.items() if value]
         lines.append(", ".join([f"{machine['gpu']} with {machine['gpu_sms']} SMs", *known]))
-    routing = options.routing + (f" with exponent {options.zipf_exponent:g}" if options.exponent else "")
     lines.append(
-        f"hidden {options.hidden}, top-{options.num_topk} of {options.num_experts} experts, {routing} "
-        f"routing, seed {options.seed}; {options.repeat} readings of each time"
+        f"hidden {options.hidden}, top-{options.num_topk} of {options.num_experts} experts, "
+        f"{options.routing_text}, seed {options.seed}; {options.repeat} readings of each time"
     )
     return lines
 

@@ -75,7 +75,7 @@ def _on_rank(group: Group, place: Place, options: Options) -> Report | None:
         timer = open_timer(group, place, options.repeat)
         _limits(group, place, timer, found)
         console.lines(report.limit_lines(found))
-        routings = {num_tokens: routing_of(options, group.size, num_tokens) for num_tokens in options.tokens}
+        routings = {num_tokens: Routing.of(options, group.size, num_tokens) for num_tokens in options.tokens}
         for name in options.dtypes:
             element = ELEMENTS[name]
             console.lines(report.title(name, element.row_bytes(options.hidden)))
@@ -110,18 +110,6 @@ def _limits(group: Group, place: Place, timer: CudaTimer | HostTimer, found: Rep
         found.clock_mhz = machine.clock_mhz(place)
     if place.setting.ranks_are == "threads":
         found.notes.append("threads share one interpreter: their call times hold waits for each other")
-
-
-def routing_of(options: Options, num_ranks: int, num_tokens: int) -> Routing:
-    """Where tokens go."""
-    return Routing.draw(
-        num_ranks=num_ranks,
-        num_tokens=num_tokens,
-        num_experts=options.num_experts,
-        num_topk=options.num_topk,
-        zipf_exponent=options.exponent,
-        seed=options.seed,
-    )
 
 
 def _measure(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ..cuda.layout import ReceivedRow
 from ..planner import Plan, Routes
 from ..requests import FP8_BLOCK
+from .options import Options
 
 Array = NDArray[Any]
 
@@ -122,12 +123,16 @@ class Routing:
         num_experts: int,
         num_topk: int,
         zipf_exponent: float = 0.0,
+        num_groups: int = 1,
+        num_topk_groups: int = 1,
         seed: int = 0,
     ) -> Routing:
         """Every token picks distinct experts, the same on every rank that draws.
 
         Args:
             zipf_exponent: s; the n-th most popular expert is picked with a weight of n**-s. 0: uniform.
+            num_groups: of as many consecutive experts each.
+            num_topk_groups: that a token picks first. All its experts are of these.
         """
         popularity = np.arange(1, num_experts + 1, dtype=np.float64) ** -zipf_exponent
         # Popular experts are spread over the ranks by chance, as they are in a model.
@@ -137,9 +142,26 @@ class Routing:
             rng = np.random.default_rng([seed, num_tokens, rank])
             # The largest of log(weight) + Gumbel noise: draws without replacement.
             keys = np.log(popularity) + rng.gumbel(size=(num_tokens, num_experts))
+            if num_topk_groups < num_groups:
+                order = rng.random((num_tokens, num_groups)).argsort(axis=1).argsort(axis=1)
+                keys[np.repeat(order >= num_topk_groups, num_experts // num_groups, axis=1)] = -np.inf
             chosen = np.argpartition(-keys, num_topk - 1, axis=1)[:, :num_topk]
             topk_idx.append(chosen.astype(np.int64))
         return cls(topk_idx, num_experts)
+
+    @classmethod
+    def of(cls, options: Options, num_ranks: int, num_tokens: int) -> Routing:
+        """As the command line says."""
+        return cls.draw(
+            num_ranks=num_ranks,
+            num_tokens=num_tokens,
+            num_experts=options.num_experts,
+            num_topk=options.num_topk,
+            zipf_exponent=options.exponent,
+            num_groups=options.groups[0],
+            num_topk_groups=options.groups[1],
+            seed=options.seed,
+        )
 
     def received(self, rank: int) -> tuple[Array, Array]:
         """Source rank and source token of every row that `rank` receives, in order."""
