@@ -38,13 +38,15 @@ PARTS: Final = ("mpi", "cuda", "network")
 
 # What kernels are linked for where there is no GPU to ask.
 _ANY_ARCHITECTURE: Final = "sm_90a"
+_NETWORK_CARDS: Final = Path("/sys/class/infiniband")
 _NVIDIA_DRIVER: Final = Path("/proc/driver/nvidia/version")
 _PING_BYTES: Final = 4096
 _PING_RUNS: Final = 100
 
 _EPILOG: Final = """\
 The status is 1 if something that is here is broken, or something that is required is absent, else 0.
-What is absent and not required is no fault: the host backend needs NumPy alone.
+What is absent and not required is no fault: the host backend needs NumPy alone. Network cards are required
+where the ranks are on several hosts: GPUs of one reach each other without.
 
 examples:
   python -m ep_rt doctor --require cuda --require network
@@ -57,7 +59,7 @@ class Finding:
     """One thing that was looked at.
 
     Attributes:
-        part: one of `PARTS`, or "" for what everybody needs.
+        part: one of `PARTS`, or "" for what none of them decides: everybody needs it, or nobody here.
         state: `OK`, `ABSENT` or `BROKEN`.
         detail: versions and places; else what to do.
     """
@@ -105,28 +107,30 @@ def main(options: Options) -> int:
     except EpError as error:
         findings = [Finding(part="mpi", name="ranks", state=BROKEN, detail=str(error)), *examine(None)]
         return _conclude(findings, options)
+    num_hosts = len(set(group.allgather(platform.node(), op="doctor hosts")))
     if options.pings:
         pinged = _ping(group)
     if group.rank:
         return 0 if not options.pings or pinged.state == OK else 1
-    findings = list(examine(group))
+    findings = list(examine(group, num_hosts=num_hosts))
     if options.pings:
         findings.append(pinged)
     return _conclude(findings, options)
 
 
-def examine(group: Group | None) -> Iterator[Finding]:
+def examine(group: Group | None, *, num_hosts: int = 1) -> Iterator[Finding]:
     """Everything about this machine, in the order in which it is read. Starts nothing that runs on.
 
     Args:
         group: the ranks of the launcher; None where that failed.
+        num_hosts: that these are on.
     """
     yield _finding("", "ep_rt", lambda: f"{_version.__version__}, Python {platform.python_version()}")
     yield _finding("", "kernel cache", _cache)
     if group is not None:
         yield from _mpi(group)
     yield from _cuda()
-    yield from _network()
+    yield from _network(num_hosts)
 
 
 def report(findings: list[Finding], requires: tuple[str, ...]) -> str:
@@ -251,8 +255,8 @@ def _cuda() -> Iterator[Finding]:
         yield _absent("cuda", "CUDA headers", "install ep-rt[cuda12] or ep-rt[cuda13]")
 
 
-def _network() -> Iterator[Finding]:
-    yield _finding("network", "network cards", _cards)
+def _network(num_hosts: int) -> Iterator[Finding]:
+    yield _cards(num_hosts)
     if _is_installed("cuda"):
         yield _tool("network", "nvJitLink", linker.version)
     try:
@@ -352,11 +356,18 @@ def described_nodes(bus_ids: Sequence[str], links: nvml.Links) -> str:
     return f"{num_nodes}, of {gpus} each: NVSHMEM between them (by {by}{way_out})"
 
 
-def _cards() -> str:
-    cards = sorted(path.name for path in Path("/sys/class/infiniband").glob("*"))
+def _cards(num_hosts: int) -> Finding:
+    cards = sorted(path.name for path in _NETWORK_CARDS.glob("*"))
     modules = [name for name in ("nvidia_peermem", "gdrdrv") if Path("/sys/module", name).exists()]
     found = ", ".join(cards) or "none: only GPUs of one host reach each other"
-    return f"{found}; kernel modules: {', '.join(modules)}" if modules else found
+    if not cards and num_hosts > 1:
+        found += f", and the ranks are on {num_hosts}"
+    return Finding(
+        part="network" if cards or num_hosts > 1 else "",
+        name="network cards",
+        state=OK if cards else ABSENT,
+        detail=f"{found}; kernel modules: {', '.join(modules)}" if modules else found,
+    )
 
 
 def _host_library(files: nvshmem_files.NvshmemFiles) -> str:

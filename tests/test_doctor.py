@@ -6,6 +6,8 @@ import importlib.util
 import json
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,52 @@ def test_all_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["NVSHMEM"].detail == "3.8.0 for CUDA 13 in /nvshmem"
     assert found["NVSHMEM host library"].detail == "3.8.0 through nvshmem4py"
     assert found["NVSHMEM device library"].detail.startswith(f"links for {linked[0]}")
+
+
+@pytest.fixture
+def no_cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where cards would be."""
+    monkeypatch.setattr(doctor, "_NETWORK_CARDS", tmp_path)
+    return tmp_path
+
+
+def test_cards_are_needed_by_several_hosts(no_cards: Path) -> None:
+    def cards(num_hosts: int) -> Finding:
+        findings = doctor.examine(None, num_hosts=num_hosts)
+        return next(finding for finding in findings if finding.name == "network cards")
+
+    alone, several = cards(1), cards(2)
+    assert (alone.state, several.state) == (ABSENT, ABSENT)
+    assert alone.detail.startswith("none: only GPUs of one host reach each other")
+    assert "the ranks are on 2" in several.detail
+    assert doctor.faults([alone], doctor.PARTS) == []
+    assert doctor.faults([several], ("mpi", "cuda")) == []
+    assert doctor.faults([several], ("network",)) == ["network cards"]
+    for name in ("mlx5_1", "mlx5_0"):
+        (no_cards / name).mkdir()
+    assert (cards(2).state, cards(2).part) == (OK, "network")
+    assert cards(2).detail.startswith("mlx5_0, mlx5_1")
+
+
+@pytest.mark.parametrize("hosts", ["aa", "ab"])
+def test_ranks_tell_each_other_their_hosts(
+    hosts: str,
+    no_cards: Path,
+    bare: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    here, local = thread_groups(2), threading.local()
+    bare.setattr(doctor, "as_group", lambda: here[local.rank])
+    bare.setattr("platform.node", lambda: hosts[getattr(local, "rank", 0)])
+
+    def look_as(rank: int) -> int:
+        local.rank = rank
+        return main(["doctor", "--json", "--require", "network"])
+
+    with ThreadPoolExecutor(2) as ranks:
+        assert list(ranks.map(look_as, range(2))) == [1, 0]
+    faults = json.loads(capsys.readouterr().out)["faults"]
+    assert faults == (["NVSHMEM"] if hosts == "aa" else ["network cards", "NVSHMEM"])
 
 
 class _Library:
