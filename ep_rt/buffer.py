@@ -88,7 +88,7 @@ class Buffer:
             `get_low_latency_rdma_size_hint` says; over several nodes twice as much is taken, since rows go
             out through memory of the network, too. 0: from the sizes of `for_moe`, else taken from
             `num_nvl_bytes`, and over several nodes 256 MiB. Without `low_latency_mode`, over several nodes,
-            the rings between them; 0, and beside low-latency calls: 8 MiB or a little more for each node and
+            the rings between them; 0, and beside low-latency calls: 16 MiB or a little more for each node and
             direction, in and out.
         low_latency_mode: on GPUs, load the kernels of the low-latency calls, which raise without.
         allow_nvlink_for_low_latency_mode: False, for tests: low-latency calls on GPUs go through NVSHMEM to

@@ -18,6 +18,7 @@ from ep_rt.cuda.internode import Bringing, Internode
 from ep_rt.cuda.layout import (
     FIRST_COMBINE_ZONE,
     MAX_CHANNELS,
+    MAX_NODES,
     MAX_SLOTS,
     OFFSET_UNIT,
     Operation,
@@ -145,23 +146,30 @@ def test_hosts_add_what_ranks_of_all_nodes_counted() -> None:
     assert answers[2:] == [(1, total[4:6]), (1, total[6:8])]
 
 
-@pytest.mark.parametrize("num_nodes", [2, 8, 32])
-@pytest.mark.parametrize("row_bytes", [0, 4096, 14336, 65536])
+@pytest.mark.parametrize("row_bytes", [0, 4096, 14336, 65536, 1 << 18])
+@pytest.mark.parametrize("num_nodes", range(1, MAX_NODES + 1))
 def test_rings_fit_into_what_they_are_given(num_nodes: int, row_bytes: int) -> None:
     record_bytes = plan.record_bytes(row_bytes, 8)
     assert record_bytes > row_bytes
-    num_bytes = 0
-    while True:
-        rings = plan.rings(num_nodes, num_bytes, record_bytes)
-        assert not num_bytes or 2 * rings.num_bytes(num_nodes) <= num_bytes
-        assert rings.slot_bytes >= record_bytes
-        assert rings.num_channels <= MAX_CHANNELS
-        assert rings.num_slots <= MAX_SLOTS
-        if rings.num_channels == 1:
-            break
-        num_bytes = rings.num_bytes(num_nodes)
-    with pytest.raises(ConfigError, match="at least"):
-        plan.rings(num_nodes, rings.slot_bytes, record_bytes)
+    usual = plan.rings(num_nodes, 0, record_bytes)
+    assert (usual.num_channels, usual.num_slots) == (32, 4)
+    assert usual.num_channels <= MAX_CHANNELS
+    assert usual.num_slots <= MAX_SLOTS
+    # A slot is 128 KiB, unless a row takes more: 16 MiB for each node.
+    assert usual.slot_bytes == max(128 << 10, record_bytes)
+    assert usual.num_bytes(num_nodes) == 128 * num_nodes * usual.slot_bytes
+    # In memory for less of them there are half as many channels, in whole steps, and one at least.
+    channel_bytes = 2 * num_nodes * usual.num_slots * usual.slot_bytes
+    for num_channels in (32, 16, 8, 4, 2, 1):
+        least = num_channels * channel_bytes
+        for num_bytes in least, least + 1, 2 * least - 1:
+            rings = plan.rings(num_nodes, num_bytes, record_bytes)
+            assert rings == replace(usual, num_channels=num_channels)
+            assert 2 * rings.num_bytes(num_nodes) <= num_bytes
+    assert plan.rings(num_nodes, 1 << 40, record_bytes) == usual
+    for num_bytes in 1, channel_bytes - 1:
+        with pytest.raises(ConfigError, match=f"{num_nodes} nodes take at least {channel_bytes}$"):
+            plan.rings(num_nodes, num_bytes, record_bytes)
 
 
 def report(rank: int, phase: int, waits: dict[int, tuple[int, int]]) -> Report:
