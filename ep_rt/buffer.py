@@ -503,9 +503,10 @@ class Buffer:
 
         Args:
             x: [num_tokens, hidden], bfloat16, at most M tokens.
-            topk_idx: [num_tokens, num_topk], int64 or int32; -1 for none.
+            topk_idx: [num_tokens, num_topk], int64 or int32; -1 for none. On GPUs up to 64 columns.
             num_max_dispatch_tokens_per_rank: the same on every rank. Default: that of `for_moe`.
-            num_experts: of all ranks together. Default: that of `for_moe`.
+            num_experts: of all ranks together, on GPUs at most 512 on each and 4096 in all. Default: that of
+                `for_moe`.
             cumulative_local_expert_recv_stats: int32 [El]; the rows of each expert are added to it.
             dispatch_wait_recv_cost_stats: int64 [R]; microseconds waited for each source are added to it. On
                 the host for its rows alone: ranks have met before.
