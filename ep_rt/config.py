@@ -90,7 +90,8 @@ class Config:
     def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
         """Bytes to pass as ``num_rdma_bytes``; 0 for ranks of a single node of 8.
 
-        Enough for the usual rings between nodes of 8, and for smaller ones between nodes of fewer.
+        Enough for the usual rings between nodes of 8, and for smaller ones between nodes of fewer,
+        for rows of up to 16384 float32.
         """
         if num_ranks <= 8:
             return 0

@@ -99,10 +99,10 @@ def num_local_blocks(num_blocks: int, *, max_blocks: int) -> int:
 def num_stagers(num_pullers: int, num_bytes: int, *, max_blocks: int) -> int:
     """Blocks of a combine that copy its input into the slab, beside `num_pullers` that sum.
 
-    Measured on H200: a block copies about 45 GB/s, and 16 of them sum what a rank needs at 430 GB/s. 0 where
-    there is no room for more: then pullers do it. Both together take half of the places at most: a chunk
-    needs all that copy it, so of two buffers whose combines ranks start in different order none would end if
-    one took places that the other needs.
+    Measured on H200: a block copies about 45 GB/s, and 16 of them sum what a rank needs at 430 GB/s. They
+    come as long as all together take half of the places at most: a chunk needs all that copy it, so of two
+    buffers whose combines ranks start in different order none would end if one took places that the other
+    needs. 0 where pullers take as many already: then they do it.
     """
     per_block = COMBINE_STAGES.shared_bytes
     return max(0, min(3 * num_pullers, max_blocks // 2 - num_pullers, -(-num_bytes // per_block)))
