@@ -15,7 +15,7 @@ import numpy as np
 
 from ep_rt.cuda import kernels
 from ep_rt.cuda.hang import Names, Report, verdict
-from ep_rt.cuda.layout import HANG_RECORD
+from ep_rt.cuda.layout import HANG_RECORD, MAX_LOCAL_RANKS
 from ep_rt.errors import CollectiveMismatchError, ConfigError, EpError, PeerTimeoutError
 
 from . import cases, low_latency_cases, segmented_cases
@@ -68,7 +68,7 @@ def _low_latency_kernels(load: Kernels, num_ranks: int) -> list[EmulatedKernel]:
 
 
 def _low_latency_over_network(load: Kernels, num_ranks: int) -> list[EmulatedKernel]:
-    barrier = load.barrier(min(num_ranks, 8))  # of a node
+    barrier = load.barrier(min(num_ranks, MAX_LOCAL_RANKS))
     return [barrier, *map(load.small, kernels.low_latency_specs(over_network=True))]
 
 
