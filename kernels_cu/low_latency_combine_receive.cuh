@@ -32,7 +32,10 @@ __device__ Reason LowLatencyCombineBlock<kCfg>::await_ranks(bool is_first) const
     if (args.masks != nullptr) {
         for (int32_t src = 0; src < args.num_ranks; ++src) {
             reason = kExpired;
+            const uint64_t began_ns = ptx::globaltimer_ns();
             if (!__syncthreads_or(session.is_masked(src))) reason = await_rows(src);
+            if (is_first && threadIdx.x == 0)
+                low_latency::add_wait(args.wait_stats, src, ptx::globaltimer_ns() - began_ns);
             if (reason != kNothing && reason != kExpired) return reason;
             if (threadIdx.x == 0 && !low_latency::decide(session, src, reason == kNothing)) {
                 shared.found.ranks &= ~(1u << src);
@@ -50,8 +53,7 @@ __device__ Reason LowLatencyCombineBlock<kCfg>::await_ranks(bool is_first) const
         reason = low_latency::await_stamped(session, word, peer, seen);
         if (reason == kNothing && static_cast<uint32_t>(seen) != args.digest) reason = kDisagreed;
         if (reason != kNothing) atomicOr(&shared.found.missing, 1u << peer);
-        if (args.wait_stats != nullptr)
-            args.wait_stats[peer] += static_cast<int64_t>((ptx::globaltimer_ns() - began_ns) / 1000);
+        low_latency::add_wait(args.wait_stats, peer, ptx::globaltimer_ns() - began_ns);
     }
     return sync::agree(reason);
 }

@@ -75,7 +75,6 @@ __device__ void low_latency_dispatch(const LowLatencyDispatchArgs<kCfg>& args) {
     } else if (sends_rows) {
         reason = block.send_rows(row_block, num_row_blocks, piece);
     } else if (receives && copy_block < 0) {
-        const uint64_t began_ns = ptx::globaltimer_ns();
         const auto share = tells ? Block::kNoShare : block.share_of(list_block);
         if (!tells && sends)
             reason = low_latency::await_blocks(session, session.state->cleared[args.zone], num_clear_blocks,
@@ -84,7 +83,7 @@ __device__ void low_latency_dispatch(const LowLatencyDispatchArgs<kCfg>& args) {
             phase = low_latency::kCounting;
             reason = block.read_sources(share);
         }
-        if (reason == kNothing) reason = tells ? block.tell(number, began_ns) : block.list(share);
+        if (reason == kNothing) reason = tells ? block.tell(number) : block.list(share);
     } else if (receives && copy_block < args.num_copy_blocks) {
         phase = low_latency::kLanding;
         reason = block.copy_rows(copy_block, args.num_copy_blocks);

@@ -73,7 +73,7 @@ struct LowLatencyDispatchShared {
 
     low_latency::Found found;
     int32_t tokens[kPeers];                             // of each source rank
-    uint64_t arrived_ns[kPeers];                        // when that was known
+    uint64_t waited_ns[kPeers];                         // for that; with masks for their rows, too
     int32_t counts[kMaxLocalRanks * kMaxLocalExperts];  // [src][expert]: pairs for our experts
     int16_t experts[kStretch];                          // of one source: of ours, -1 for others
     uint32_t
@@ -255,7 +255,7 @@ struct LowLatencyDispatchBlock {
     __device__ void place_pair(int32_t src, int32_t pair, int32_t e, int32_t number) const;
     __device__ Reason list_few(const Share& share) const;
     __device__ Reason list_pairs(const Share& share) const;
-    __device__ Reason tell(int32_t part, uint64_t began_ns) const;
+    __device__ Reason tell(int32_t part) const;
     __device__ Reason list(const Share& share) const;
     __device__ Reason copy_rows(int32_t block, int32_t num_blocks) const;
     __device__ Reason await_tokens() const;

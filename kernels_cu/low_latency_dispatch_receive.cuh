@@ -43,6 +43,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_words(int32_t src, int32_t
     const uint64_t* digest = &own->digests[args.zone][src];
     const uint64_t* words = ids(args.rank, src);
     const bool is_first = first == 0;
+    const uint64_t began_ns = ptx::globaltimer_ns();
     Reason reason = kNothing;
     if (!session.reaches(src)) {
         reason = low_latency::await_put(session, &own->told_ids[args.zone][src], src);
@@ -69,7 +70,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_words(int32_t src, int32_t
                 end = num_id_words(num_tokens);
                 if (is_first) {
                     shared.tokens[src] = num_tokens;
-                    shared.arrived_ns[src] = ptx::globaltimer_ns();
+                    if (args.masks == nullptr) shared.waited_ns[src] = ptx::globaltimer_ns() - began_ns;
                 }
             }
             if (untold & kDigest && is_stamped(told_digest, session.call.epoch)) {
@@ -122,9 +123,11 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_sources(const Share& share
     if (threadIdx.x == 0) shared.found.ranks = low_latency::bits_of(args.num_ranks);
     const int32_t step = args.masks == nullptr ? args.num_ranks : 1;
     bool is_decided = false;  // by another block, while this one saw less: the source is there all the same
+    uint64_t began_ns = 0;
 #pragma unroll 1
     for (int32_t src = 0; src < args.num_ranks;) {
         Reason reason = kExpired;
+        if (!is_decided) began_ns = ptx::globaltimer_ns();
         if (is_decided || !__syncthreads_or(session.is_masked(src)))
             reason = read_ids(src, src + step, share);
         if (args.masks != nullptr && !is_decided) {
@@ -135,6 +138,7 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::read_sources(const Share& share
                 shared.tokens[src] = 0;
                 ptx::st_relaxed_gpu(&args.masks[src], 1);
             }
+            if (threadIdx.x == 0) shared.waited_ns[src] = ptx::globaltimer_ns() - began_ns;
             __syncthreads();
             is_decided = (shared.found.ranks >> src & 1) != 0 && reason != kNothing;
             if (is_decided) continue;
@@ -175,9 +179,9 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::await_rows(int32_t src, int32_t
 }
 
 // What callers are told of each expert: every R-th expert is of block `part`. Then waits until all rows of
-// source rank `part` have landed; `began_ns`: when this block began to receive.
+// source rank `part` have landed.
 template <LowLatencyDispatchCfg kCfg>
-__device__ Reason LowLatencyDispatchBlock<kCfg>::tell(int32_t part, uint64_t began_ns) const {
+__device__ Reason LowLatencyDispatchBlock<kCfg>::tell(int32_t part) const {
     const auto& counts = shared.counts;
     // The last warps count while the first ones begin to wait.
     const int32_t last = kCfg.num_threads - 1 - static_cast<int32_t>(threadIdx.x);
@@ -203,11 +207,10 @@ __device__ Reason LowLatencyDispatchBlock<kCfg>::tell(int32_t part, uint64_t beg
     if (!(shared.found.ranks >> part & 1)) return kNothing;
     const uint64_t told_ns = ptx::globaltimer_ns();
     const Reason landed = await_rows(part, num_send_blocks(shared.tokens[part]));
-    if (args.wait_stats != nullptr && threadIdx.x == 0) {
-        // For its first word, and for its rows; not for other ranks in between.
-        const uint64_t waited_ns = shared.arrived_ns[part] - began_ns + ptx::globaltimer_ns() - told_ns;
-        args.wait_stats[part] += static_cast<int64_t>(waited_ns / 1000);
-    }
+    // For its first word, and for its rows; not for other ranks in between.
+    if (threadIdx.x == 0)
+        low_latency::add_wait(args.wait_stats, part,
+                              shared.waited_ns[part] + ptx::globaltimer_ns() - told_ns);
     return landed;
 }
 

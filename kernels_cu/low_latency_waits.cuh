@@ -165,6 +165,11 @@ __device__ inline Reason await_put(const Session<kOverNetwork>& session, uint64_
     return reason;
 }
 
+// Adds to what callers are told of waits for a rank, in microseconds, if they ask: one thread.
+__device__ inline void add_wait(int64_t* stats, int32_t peer, uint64_t waited_ns) {
+    if (stats != nullptr) stats[peer] += static_cast<int64_t>(waited_ns / 1000);
+}
+
 // What is left of a reason to give up over a peer: a late one is masked, if that is allowed.
 template <bool kOverNetwork>
 __device__ inline Reason settle(const Session<kOverNetwork>& session, Found& found, Reason reason,
