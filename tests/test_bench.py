@@ -23,6 +23,7 @@ from ep_rt.bench.measure import Times
 from ep_rt.bench.options import LOW_LATENCY, OPERATIONS, Options
 from ep_rt.bench.product import BesideTimes
 from ep_rt.bench.workload import BF16, ELEMENTS, FP8, Payload, Routing, Traffic
+from ep_rt.buffer import Buffer
 from ep_rt.errors import ConfigError
 from ep_rt.host.engine import HostEngine
 
@@ -299,6 +300,66 @@ def test_the_low_latency_mode_is_measured_when_named(dtype: str) -> None:
     )
     found = [result["operation"] for result in json.loads(ran.stdout)["results"]]
     assert found == [name for name in LOW_LATENCY if dtype == "bf16" or not name.startswith("ll-combine")]
+
+
+LOW_LATENCY_RUN = [
+    *("bench", "--backend=host", "--ranks=2", "--tokens=5", "--hidden=256", "--experts=24", "--topk=24"),
+    *("--repeat=1", "--json=-", "--operations"),
+]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize(
+    ("operation", "layout"),
+    [("ll-pair", "rank"), ("ll-pair-packed", "expert"), ("ll-dispatch-packed", "expert")],
+)
+def test_layout_of_what_is_measured(
+    operation: str,
+    layout: str,
+    dtype: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    seen = []
+    honest = Buffer.low_latency_dispatch
+
+    def spied(buffer: Buffer, *arguments: Any, **given: Any) -> Any:
+        seen.append((given["layout"], given["use_fp8"]))
+        return honest(buffer, *arguments, **given)
+
+    monkeypatch.setattr(Buffer, "low_latency_dispatch", spied)
+    assert program.main([*LOW_LATENCY_RUN, operation, f"--dtype={dtype}"]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)["results"]
+    assert (entry["operation"], entry["dtype"]) == (operation, dtype)
+    # The first of each rank makes the handle of combines.
+    assert seen[2:] == [(layout, dtype == "fp8")] * (len(seen) - 2)
+    assert len(seen) > 4
+
+
+@pytest.mark.parametrize("operation", ["ll-pair", "ll-pair-packed"])
+def test_both_results_of_a_pair_are_compared(
+    operation: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    honest_dispatch, honest_combine = Buffer.low_latency_dispatch, Buffer.low_latency_combine
+
+    def wrong_dispatch(buffer: Buffer, *arguments: Any, **given: Any) -> Any:
+        out = honest_dispatch(buffer, *arguments, **given)
+        out.recv_x[...] = 0
+        return out
+
+    def wrong_combine(buffer: Buffer, *arguments: Any, **given: Any) -> Any:
+        out = honest_combine(buffer, *arguments, **given)
+        one_bit(out.combined_x)
+        return out
+
+    for name, wrong, text in (
+        ("low_latency_dispatch", wrong_dispatch, "is not what was sent"),
+        ("low_latency_combine", wrong_combine, "the sum of token 4 differs"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(Buffer, name, wrong)
+            assert program.main([*LOW_LATENCY_RUN, operation]) == run.CHECK_FAILED
+        assert text in capsys.readouterr().err
 
 
 def test_a_run_of_threads_with_json_on_stdout() -> None:

@@ -20,6 +20,9 @@ from .workload import BF16, FP8, Array, Element, Payload, Routing
 # What experts return is so much smaller than the payload that LogFMT casts all sums.
 _Y_SCALE: Final = np.float32(2.0**-9)
 
+_PAIRS: Final = ("ll-pair", "ll-pair-packed")
+"""A dispatch and its combine."""
+
 _WIRES: Final[Mapping[str, Mapping[str, bool]]] = MappingProxyType(
     {
         "ll-combine": {},
@@ -73,7 +76,8 @@ class LowLatencyLayer:
             "ll-dispatch": lambda: self.dispatch("rank"),
             "ll-dispatch-packed": lambda: self.dispatch("expert"),
             "ll-dispatch-split": self.dispatch_split,
-            "ll-pair": self.pair,
+            "ll-pair": lambda: self.pair("rank"),
+            "ll-pair-packed": lambda: self.pair("expert"),
         }
         runs |= {name: partial(self.combine, **wire) for name, wire in _WIRES.items()}
         return [Call(name=name, run=runs[name], can_be_captured=True) for name in self._names]
@@ -104,8 +108,8 @@ class LowLatencyLayer:
             self._y, self._ids, self._weights, handle or self.handle, **wire
         )
 
-    def pair(self) -> Any:
-        out = self.dispatch("rank")
+    def pair(self, layout: str) -> Any:
+        out = self.dispatch(layout)
         return out, self.combine(out.handle)
 
     # Contents.
@@ -122,7 +126,7 @@ class LowLatencyLayer:
 
     def problem(self, call: Call, out: Any) -> str | None:
         """What is wrong with a result; None if nothing is."""
-        if call.name == "ll-pair":
+        if call.name in _PAIRS:
             return self._dispatched(out[0]) or self._combined(out[1], "ll-combine")
         return self._combined(out, call.name) if call.name in _WIRES else self._dispatched(out)
 
