@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -17,7 +18,7 @@ from conftest import MpiRun
 
 from ep_rt import __main__ as program
 from ep_rt import reference
-from ep_rt.bench import check, machine, options, places, plot, report, run, wire
+from ep_rt.bench import check, low_latency, machine, options, places, plot, report, run, wire
 from ep_rt.bench.check import CheckError, check_against_reference
 from ep_rt.bench.measure import Times
 from ep_rt.bench.options import LOW_LATENCY, OPERATIONS, Options
@@ -119,6 +120,14 @@ def test_traffic_is_what_counting_gives() -> None:
     assert traffic.logical_rows == pytest.approx(sum(received) / 3)
     assert traffic.wire_rows == pytest.approx(sum(sent_away) / 3)
     assert traffic.busiest == pytest.approx(max(sent_away + from_others) / (sum(sent_away) / 3))
+
+
+def test_rows_of_every_column_are_more() -> None:
+    ids = [np.array([[0, 1, 5], [2, 3, -1]]), np.array([[4, 0, 1], [-1, -1, -1]])]
+    routing = Routing(ids, num_experts=6)
+    assert routing.traffic() == Traffic(received=(3, 3), sent_away=(2, 1), received_from_others=(1, 2))
+    by_column = routing.traffic(by_column=True)
+    assert by_column == Traffic(received=(5, 3), sent_away=(2, 2), received_from_others=(2, 2))
 
 
 def test_row_bytes() -> None:
@@ -360,6 +369,70 @@ def test_both_results_of_a_pair_are_compared(
             patch.setattr(Buffer, name, wrong)
             assert program.main([*LOW_LATENCY_RUN, operation]) == run.CHECK_FAILED
         assert text in capsys.readouterr().err
+
+
+def test_sums_at_the_source_are_told_from_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With 12 experts of a token on each rank, these sums are not exact in bfloat16."""
+    operations = ["ll-combine", "ll-combine-source"]
+    assert program.main([*LOW_LATENCY_RUN, *operations]) == 0
+    by_rank, by_column = json.loads(capsys.readouterr().out)["results"]
+    assert (by_rank["rows"]["sent_away"], by_column["rows"]["sent_away"]) == ([5, 5], [60, 60])
+    honest = Buffer.low_latency_combine
+    for name, other in (("ll-combine", "source"), ("ll-combine-source", "rank")):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                Buffer,
+                "low_latency_combine",
+                lambda *given, reduce="rank", other=other: honest(*given, reduce=other),
+            )
+            assert program.main([*LOW_LATENCY_RUN, name]) == run.CHECK_FAILED
+        assert f"{name}, 5 tokens: the sum of token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_buffer_has_room_for_sums_at_the_source(is_packed: bool) -> None:
+    sizes: Any = {"num_tokens": 16, "num_experts": 24, "num_topk": 4, "num_ranks": 2}
+    asked = []
+
+    class Sized:
+        get_low_latency_rdma_size_hint = staticmethod(Buffer.get_low_latency_rdma_size_hint)
+
+        def __init__(self, _: object, *, num_rdma_bytes: int, **__: Any) -> None:
+            asked.append(num_rdma_bytes)
+
+    setting = places.Setting(backend="cuda", num_ranks=2, ranks_are="processes", is_shared=False)
+    place: Any = places.HostPlace(setting)
+    names = ("ll-pair-packed",) if is_packed else ("ll-combine-logfmt", "ll-combine-source")
+    for name in names:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(low_latency, "Buffer", Sized)
+            group: Any = SimpleNamespace(size=2)
+            given = Options(hidden=256, num_experts=24, num_topk=4, operations=(name,))
+            low_latency.open_low_latency_buffer(group, place, draw(**sizes), given)
+    hint = Buffer.get_low_latency_rdma_size_hint(16, 256, 2, 24, num_topk=4, with_columns=not is_packed)
+    assert asked == [2 * hint] * len(names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "with_puts", "is_served"),
+    [
+        ({}, False, True),
+        ({"num_nodes": 2}, False, False),
+        ({}, True, False),
+        ({"num_nodes": 2, "backend": "host"}, False, True),
+    ],
+)
+def test_sums_at_the_source_are_refused_over_the_network(
+    changes: dict[str, Any], with_puts: bool, is_served: bool
+) -> None:
+    facts = {"backend": "cuda", "num_ranks": 4, "ranks_are": "processes", "is_shared": False, **changes}
+    given = Options(operations=("ll-combine", "ll-combine-source"), with_puts=with_puts)
+    problem = run._problem(places.Setting(**facts), given)
+    assert (problem is None) == is_served
+    assert problem is None or "--operations ll-combine-source: " in problem
+    assert run._problem(places.Setting(**facts), replace(given, operations=("ll-combine",))) is None
 
 
 def test_a_run_of_threads_with_json_on_stdout() -> None:

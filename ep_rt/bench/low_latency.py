@@ -13,7 +13,7 @@ from .. import reference
 from ..buffer import Buffer
 from ..exchange import Group
 from .layer import Call
-from .options import Options
+from .options import SUMMED_AT_SOURCE, Options
 from .places import TIMEOUT_S, Place, fetch
 from .workload import BF16, FP8, Array, Element, Payload, Routing
 
@@ -23,11 +23,12 @@ _Y_SCALE: Final = np.float32(2.0**-9)
 _PAIRS: Final = ("ll-pair", "ll-pair-packed")
 """A dispatch and its combine."""
 
-_WIRES: Final[Mapping[str, Mapping[str, bool]]] = MappingProxyType(
+_COMBINES: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "ll-combine": {},
         "ll-combine-fp8": {"use_fp8": True},
         "ll-combine-logfmt": {"use_logfmt": True},
+        SUMMED_AT_SOURCE: {"reduce": "source"},
     }
 )
 
@@ -36,7 +37,7 @@ class LowLatencyLayer:
     """Arrays that live as long as the measurements of one (element, number of tokens).
 
     Rows are bfloat16 and, for FP8, cast on their way. What the expert with number e returns for a row has
-    salt + e; weights are one, so that sums of eight columns are exact, but for casts.
+    salt + e; weights are one, so that float32 holds every sum exactly, and bfloat16 those of eight columns.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class LowLatencyLayer:
             "ll-pair": lambda: self.pair("rank"),
             "ll-pair-packed": lambda: self.pair("expert"),
         }
-        runs |= {name: partial(self.combine, **wire) for name, wire in _WIRES.items()}
+        runs |= {name: partial(self.combine, **how) for name, how in _COMBINES.items()}
         return [Call(name=name, run=runs[name], can_be_captured=True) for name in self._names]
 
     # Operations.
@@ -103,9 +104,9 @@ class LowLatencyLayer:
         out.hook()
         return out
 
-    def combine(self, handle: Any = None, **wire: Any) -> Any:
+    def combine(self, handle: Any = None, **how: Any) -> Any:
         return self.buffer.low_latency_combine(
-            self._y, self._ids, self._weights, handle or self.handle, **wire
+            self._y, self._ids, self._weights, handle or self.handle, **how
         )
 
     def pair(self, layout: str) -> Any:
@@ -128,7 +129,7 @@ class LowLatencyLayer:
         """What is wrong with a result; None if nothing is."""
         if call.name in _PAIRS:
             return self._dispatched(out[0]) or self._combined(out[1], "ll-combine")
-        return self._combined(out, call.name) if call.name in _WIRES else self._dispatched(out)
+        return self._combined(out, call.name) if call.name in _COMBINES else self._dispatched(out)
 
     def _dispatched(self, out: Any) -> str | None:
         recv_x, recv_sf = out.recv_x if self.element is FP8 else (out.recv_x, None)
@@ -167,14 +168,17 @@ class LowLatencyLayer:
                 token, _ = np.nonzero(ids == expert)
                 rows = self.payload.rows(self.group.rank, self.tokens[token], self.salt + int(expert))
                 np.add.at(partial_sums, token, rows.astype(np.float32) * _Y_SCALE)
-            wanted += _travelled(partial_sums.astype(BF16.dtype), name)
+            wanted += _arrived(partial_sums, name)
         got = fetch(self.place, out.combined_x, BF16.dtype).astype(np.float32)
         different = np.flatnonzero((got != wanted.astype(BF16.dtype).astype(np.float32)).any(axis=1))
         return f"the sum of token {different[0]} differs" if len(different) else None
 
 
-def _travelled(rows: Array, name: str) -> Array:
-    """float32: what arrives of sums in bfloat16."""
+def _arrived(sums: Array, name: str) -> Array:
+    """float32: what the sums of a rank add to the total."""
+    if name == SUMMED_AT_SOURCE:
+        return sums
+    rows = sums.astype(BF16.dtype)
     if name == "ll-combine-fp8":
         return reference.dequantize_fp8(*reference.quantize_fp8(rows))
     if name == "ll-combine-logfmt":
@@ -192,8 +196,8 @@ def open_low_latency_buffer(group: Group, place: Place, routing: Routing, option
         group.size,
         options.num_experts,
         num_topk=options.num_topk,
-        # Casts have landing zones of their own.
-        with_columns=any(_WIRES.get(name) for name in options.operations),
+        # Casts, and rows for each column, have landing zones of their own.
+        with_columns=any(_COMBINES.get(name) for name in options.operations),
     )
     return Buffer(
         group,

@@ -12,9 +12,12 @@ OPERATIONS: Final = ("dispatch", "dispatch-cached", "dispatch-exact", "combine",
 
 LOW_LATENCY: Final = (
     *("ll-dispatch", "ll-dispatch-packed", "ll-dispatch-split"),
-    *("ll-combine", "ll-combine-fp8", "ll-combine-logfmt"),
+    *("ll-combine", "ll-combine-fp8", "ll-combine-logfmt", "ll-combine-source"),
     *("ll-pair", "ll-pair-packed"),
 )
+
+SUMMED_AT_SOURCE: Final = "ll-combine-source"
+"""The one whose rows travel for each column of ``topk_idx``, and not for each rank."""
 
 LIBRARIES: Final = ("nccl", "jax")
 
@@ -30,6 +33,7 @@ operations:
   ll-dispatch-split   as ll-dispatch, in two kernels: the send phase, and the receive hook at once
   ll-combine          one row for each rank (reduce "rank"), in bfloat16
   ll-combine-fp8, ll-combine-logfmt  the same rows cast for their way
+  ll-combine-source   a row for each expert, summed where they arrive (reduce "source"); on GPUs of one node
   ll-pair, ll-pair-packed  ll-dispatch or ll-dispatch-packed, and ll-combine
 Those of the low-latency mode are measured when they are named; they take the SMs that they need.
 Combine sums bfloat16 rows, also after a dispatch of FP8: it is measured with --dtype bf16 or both.

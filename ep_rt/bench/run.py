@@ -18,8 +18,8 @@ from .library import Library, Packed
 from .low_latency import LowLatencyLayer, open_low_latency_buffer
 from .measure import CudaTimer, HostTimer, Times, open_timer
 from .nccl import Nccl
-from .options import Options
-from .places import CudaPlace, Place, on_every_rank
+from .options import SUMMED_AT_SOURCE, Options
+from .places import CudaPlace, Place, Setting, on_every_rank
 from .product import Product
 from .ragged import Ragged
 from .report import Beside, Reading, Report, Result
@@ -56,8 +56,8 @@ def main(options: Options, arguments: Sequence[str]) -> int:
 
 def _on_rank(group: Group, place: Place, options: Options) -> Report | None:
     """Everything that one rank does; rank 0 has the report."""
-    if options.num_experts % group.size:
-        problem = f"{options.num_experts} experts cannot be divided by {group.size} ranks"
+    problem = _problem(place.setting, options)
+    if problem is not None:
         raise on_all_ranks(ConfigError(problem))
     facts = machine.facts(place) if group.rank == 0 else None
     found = Report(options=options, machine=group.allgather(facts, op="bench machine")[0])
@@ -90,6 +90,16 @@ def _on_rank(group: Group, place: Place, options: Options) -> Report | None:
             _compare(LIBRARY_TYPES[name], group, place, routings, found, console)
         console.lines(report.footer(found))
     return found if group.rank == 0 else None
+
+
+def _problem(setting: Setting, options: Options) -> str | None:
+    """Why these ranks cannot run what was asked for; None if they can. The same on every rank."""
+    if options.num_experts % setting.num_ranks:
+        return f"{options.num_experts} experts cannot be divided by {setting.num_ranks} ranks"
+    is_over_network = setting.backend == "cuda" and (setting.num_nodes > 1 or options.with_puts)
+    if is_over_network and SUMMED_AT_SOURCE in options.operations:
+        return f"--operations {SUMMED_AT_SOURCE}: GPUs serve it within one node alone, and without --puts"
+    return None
 
 
 def _limits(group: Group, place: Place, timer: CudaTimer | HostTimer, found: Report) -> None:
@@ -172,7 +182,7 @@ def _measure_calls(
             num_sms=num_sms,
             operation=call.name,
             row_bytes=layer.element.row_bytes(found.options.hidden),
-            traffic=layer.routing.traffic(),
+            traffic=layer.routing.traffic(by_column=call.name == SUMMED_AT_SOURCE),
             network_bytes=network_bytes,
             beside=None
             if product is None or not call.can_be_captured

@@ -187,9 +187,16 @@ class Routing:
         weights[self.received_idx(rank) < 0] = 0
         return weights
 
-    def traffic(self) -> Traffic:
-        """Rows that move, by rank."""
+    def traffic(self, *, by_column: bool = False) -> Traffic:
+        """Rows that move, by rank.
+
+        Args:
+            by_column: one for each expert of a token, not for each rank.
+        """
         rows = np.array([sent.sum(axis=0) for sent in self.destinations])
+        if by_column:
+            owners = [ids[ids >= 0] // self.num_local_experts for ids in self.topk_idx]
+            rows = np.array([np.bincount(owner, minlength=self.num_ranks) for owner in owners])
         own = rows.diagonal()
         return Traffic(
             received=tuple(rows.sum(axis=0).tolist()),
