@@ -362,13 +362,67 @@ def test_both_results_of_a_pair_are_compared(
         return out
 
     for name, wrong, text in (
-        ("low_latency_dispatch", wrong_dispatch, "is not what was sent"),
+        ("low_latency_dispatch", wrong_dispatch, "not what was sent"),
         ("low_latency_combine", wrong_combine, "the sum of token 4 differs"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(Buffer, name, wrong)
             assert program.main([*LOW_LATENCY_RUN, operation]) == run.CHECK_FAILED
         assert text in capsys.readouterr().err
+
+
+def next_of(rows: Any) -> None:
+    rows[0, 0] += 1
+
+
+WRONG_PARTS = {
+    "one bit of a row": (lambda out: one_bit(out.recv_x[0][0, :1]), "row 0 of local expert 0"),
+    "a scale factor": (
+        lambda out: one_bit(out.recv_x[1][0, :1, -1:]),
+        "the scale factors of row 0 of local expert 0, token 0 of rank 0",
+    ),
+    "src_info": (lambda out: next_of(out.handle.src_info), "src_info of the handle"),
+    "layout_range": (lambda out: next_of(out.handle.layout_range), "layout_range of the handle"),
+    "expert_rows": (
+        lambda out: None if out.handle.expert_rows is None else next_of(out.handle.expert_rows),
+        "expert_rows of the handle",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "operation", ["ll-dispatch", "ll-dispatch-packed", "ll-dispatch-split", "ll-pair", "ll-pair-packed"]
+)
+@pytest.mark.parametrize(("spoil", "text"), WRONG_PARTS.values(), ids=WRONG_PARTS)
+def test_a_wrong_part_of_a_dispatch_cast_to_fp8_fails_the_run(
+    operation: str, spoil: Any, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every expert takes every token, so the first row of each is there."""
+    honest = Buffer.low_latency_dispatch
+    num_calls = [0, 0]
+
+    def wrong(buffer: Buffer, *arguments: Any, **given: Any) -> Any:
+        out = honest(buffer, *arguments, **given)
+        num_calls[buffer.rank] += 1
+        if num_calls[buffer.rank] == 1:  # the handle of combines
+            return out
+        receive = out.hook
+        if receive is None:
+            spoil(out)
+            return out
+
+        def hook() -> None:
+            receive()
+            spoil(out)
+
+        return out._replace(hook=hook)
+
+    monkeypatch.setattr(Buffer, "low_latency_dispatch", wrong)
+    is_right = text.startswith("expert_rows") and operation.endswith("packed")
+    status = program.main([*LOW_LATENCY_RUN, operation, "--dtype=fp8"])
+    assert status == (0 if is_right else run.CHECK_FAILED)
+    said = capsys.readouterr().err
+    assert is_right or f"{operation}, 5 tokens: {text}" in said
 
 
 def test_sums_at_the_source_are_told_from_others(

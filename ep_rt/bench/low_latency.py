@@ -23,6 +23,9 @@ _Y_SCALE: Final = np.float32(2.0**-9)
 _PAIRS: Final = ("ll-pair", "ll-pair-packed")
 """A dispatch and its combine."""
 
+_PACKED: Final = ("ll-dispatch-packed", "ll-pair-packed")
+"""With layout "expert"."""
+
 _COMBINES: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "ll-combine": {},
@@ -51,6 +54,15 @@ class LowLatencyLayer:
         self.tokens = np.arange(len(ids))
         self._names = options.low_latency_of(element.name)
         self._sources = [self._received(expert) for expert in range(routing.num_local_experts)]
+        # Lists do not depend on the rows, so short ones do.
+        self._lists = reference.low_latency_dispatch(
+            [np.zeros((len(each), 1), np.uint8) for each in routing.topk_idx],
+            routing.topk_idx,
+            num_max_dispatch_tokens_per_rank=len(ids),
+            num_experts=routing.num_experts,
+            use_fp8=False,
+            layout="rank",
+        )[group.rank]
         shape = (routing.num_local_experts, group.size * len(ids), options.hidden)
         group.barrier()
         self._x = place.put(self.payload.rows(group.rank, self.tokens, self.salt))
@@ -127,35 +139,69 @@ class LowLatencyLayer:
 
     def problem(self, call: Call, out: Any) -> str | None:
         """What is wrong with a result; None if nothing is."""
-        if call.name in _PAIRS:
-            return self._dispatched(out[0]) or self._combined(out[1], "ll-combine")
-        return self._combined(out, call.name) if call.name in _COMBINES else self._dispatched(out)
+        if call.name in _COMBINES:
+            return self._combined(out, call.name)
+        dispatched, combined = out if call.name in _PAIRS else (out, None)
+        found = self._dispatched(dispatched, is_packed=call.name in _PACKED)
+        return found if found or combined is None else self._combined(combined, "ll-combine")
 
-    def _dispatched(self, out: Any) -> str | None:
+    def _dispatched(self, out: Any, *, is_packed: bool) -> str | None:
         recv_x, recv_sf = out.recv_x if self.element is FP8 else (out.recv_x, None)
         counts = fetch(self.place, out.recv_count, np.int32)
         expected = [len(tokens) for _, tokens in self._sources]
         if counts.tolist() != expected:
             return f"rows of the experts are {counts.tolist()}, expected {expected}"
-        is_packed = out.handle.expert_rows is None
-        kind = self.element.dtype
+        found = self._different_list(out.handle, is_packed=is_packed)
+        if found is not None:
+            return f"{found} of the handle is not that of ep_rt.reference"
         rows = np.concatenate([part.copy() for _, part in self.place.chunks(recv_x)])
-        rows = rows.view(kind).reshape(-1, self.payload.hidden)
+        rows = rows.reshape(-1, self.payload.hidden * self.element.dtype.itemsize)
+        scales = None
+        if recv_sf is not None:
+            scales = self._scales(recv_sf, is_packed=is_packed)
         num_rows = self.group.size * len(self.tokens)
         for number, (src_rank, src_token) in enumerate(self._sources):
             at = number * num_rows + np.arange(len(src_token))
             if not is_packed:
                 at = src_rank * len(self.tokens) + src_token
             wanted = self.payload.rows(src_rank, src_token, self.salt)
-            if recv_sf is not None:
-                wanted = reference.quantize_fp8(wanted)[0].view(np.uint8)
-            different = np.flatnonzero((rows[at].view(np.uint8) != wanted.view(np.uint8)).any(axis=1))
-            if len(different):
-                row = int(different[0])
-                return (
-                    f"row {row} of local expert {number}, token {src_token[row]} of rank {src_rank[row]}, "
-                    "is not what was sent"
+            parts = {"row": (rows, wanted)}
+            if scales is not None:
+                wanted, wanted_scales = reference.quantize_fp8(wanted)
+                parts = {"row": (rows, wanted), "the scale factors of row": (scales, wanted_scales)}
+            for name, (got, sent) in parts.items():
+                different = np.flatnonzero((got[at] != sent.view(got.dtype)).any(axis=1))
+                if len(different):
+                    row = int(different[0])
+                    origin = f"token {src_token[row]} of rank {src_rank[row]}"
+                    return f"{name} {row} of local expert {number}, {origin}: not what was sent"
+        return None
+
+    def _scales(self, recv_sf: Any, *, is_packed: bool) -> Array:
+        """uint32 [rows, S]: the bits. Packed, they lie in columns."""
+        there = recv_sf.swapaxes(1, 2) if is_packed else recv_sf
+        bits = fetch(self.place, there, np.uint32)
+        bits = bits.swapaxes(1, 2) if is_packed else bits
+        return bits.reshape(-1, bits.shape[-1])
+
+    def _different_list(self, handle: Any, *, is_packed: bool) -> str | None:
+        """The name of one that is not the oracle's; None if all are."""
+        lists = self._lists
+        wanted = {
+            "src_info": lists.src_info,
+            "layout_range": lists.layout_range,
+            "expert_rows": None if is_packed else lists.expert_rows,
+        }
+        for name, expected in wanted.items():
+            there = getattr(handle, name)
+            if expected is None or there is None:
+                is_same = expected is there
+            else:
+                is_same = there.shape == expected.shape and np.array_equal(
+                    fetch(self.place, there, expected.dtype), expected
                 )
+            if not is_same:
+                return name
         return None
 
     def _combined(self, out: Any, name: str) -> str | None:
