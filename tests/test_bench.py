@@ -186,14 +186,58 @@ def test_line_fits_its_columns_and_a_terminal() -> None:
     printed = report.line(found, result())
     assert "101.0 (100.0-102.0)" in printed
     assert "122.5 (121.0-124.0)" in printed
-    assert printed.split()[-4:] == ["4.5", "0.2", "0.1", "30%"]
-    assert printed.split()[-5] == "8.0"
+    assert printed.split()[-7:] == ["8.0", "(7.5-8.5)", "4.5", "(4.0-5.0)", "0.2", "0.1", "30%"]
     assert len(printed) == len(report.COLUMNS) <= 120
     slow = report.Reading(((123456.7,), (234567.8,)))
     wide = result(kernel=None, call=None, op=slow, num_sms=None, operation=max(OPERATIONS, key=len))
     assert len(report.line(found, wide)) == len(report.COLUMNS)
     texts = [*report.header(found), *report.limit_lines(found), *report.footer(found)]
     assert all(len(text) <= 120 for text in texts)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS + LOW_LATENCY)
+@pytest.mark.parametrize(
+    ("kernel", "op", "call", "row"),
+    [
+        (999.9, 999.9, 99.9, 99.9),
+        (99999.9, 99999.9, 999.0, 999.0),
+        (None, 9999.9, 99999.0, None),  # a call that waits for numbers of rows
+        (8.1, 9.2, 2000.0, 90.0),
+        (None, 1e7, None, None),
+    ],
+)
+def test_large_numbers_keep_a_line_in_its_columns(
+    operation: str, kernel: float | None, op: float, call: float | None, row: float | None
+) -> None:
+    moved = (4 * 10**4,) * 2
+    given = {"operation": operation, "num_tokens": 32768, "num_sms": 132}
+    readings = {
+        name: None if each is None else report.Reading(((each,),) * 3)
+        for name, each in (("kernel", kernel), ("op", op), ("call", call), ("row", row))
+    }
+    traffic = Traffic(received=moved, sent_away=moved, received_from_others=moved)
+    found = a_report()
+    found.wire_limit = {("push", 132): 5e3}
+    printed = report.line(found, result(**given, **readings, traffic=traffic))
+    assert len(printed) == len(report.COLUMNS)
+    texts = [
+        each.text if name in ("kernel", "op") else each.short_text for name, each in readings.items() if each
+    ]
+    assert all(f" {text} " in printed for text in texts)
+    assert len(printed.split()) == 6 + 4 + len(texts)
+
+
+def test_readings_in_few_digits() -> None:
+    texts = {}
+    for readings in ((7.0, 8.0, 9.4), (26.1, 28.34, 31.4), (120.1, 128.4, 140.0), (1001.0, 1038.3, 1100.0)):
+        reading = report.Reading(tuple((each,) for each in readings))
+        texts[reading.text] = reading.short_text
+    assert texts == {
+        "8.0 (7.0-9.4)": "8.0 (7.0-9.4)",
+        "28.3 (26.1-31.4)": "28.3 (26-31)",
+        "128.4 (120.1-140.0)": "128 (120-140)",
+        "1038.3 (1001-1100)": "1038 (1001-1100)",
+    }
 
 
 def test_json_holds_every_reading() -> None:

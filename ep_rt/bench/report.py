@@ -33,11 +33,18 @@ class Reading:
     @property
     def text(self) -> str:
         """Median, and the range over ranks."""
-        digits = 1 if max(self.medians) < 1e4 else 0
-        median, least, most = (
-            f"{value:.{digits}f}" for value in (self.median, min(self.medians), max(self.medians))
-        )
-        return f"{median} ({least}-{most})"
+        return self._text(1e3)
+
+    @property
+    def short_text(self) -> str:
+        """The same in fewer digits."""
+        return self._text(10)
+
+    def _text(self, limit: float) -> str:
+        """The range has a decimal below `limit`, the median one digit more."""
+        median, least, most = self.median, min(self.medians), max(self.medians)
+        digits, median_digits = (1 if most < below else 0 for below in (limit, 10 * limit))
+        return f"{median:.{median_digits}f} ({least:.{digits}f}-{most:.{digits}f})"
 
     def as_json(self) -> dict[str, Any]:
         medians = self.medians
@@ -236,9 +243,11 @@ def limit_lines(report: Report) -> list[str]:
     return [*lines, ", ".join(small)] if small else lines
 
 
-COLUMNS = (
-    f"{'tokens':>6}{'SMs':>5} {'operation':<17}{'kernel us (ranks)':>23}{'op us (ranks)':>23}{'call us':>9}"
-    f"{'row us':>8}{'logical':>9}{'wire GB/s':>10}{'of limit':>9}"
+_WIDTHS = {"kernel us (ranks)": 20, "op us (ranks)": 23, "call us": 14, "row us": 14}
+_WIDTHS |= {"logical": 8, "wire": 6, "limit": 6}
+
+COLUMNS = f"{'tokens':>6}{'SMs':>4} {'operation':<18}" + "".join(
+    name.rjust(width) for name, width in _WIDTHS.items()
 )
 
 
@@ -246,7 +255,7 @@ _LEGEND = (
     "kernel: (barrier, operation) pairs in a CUDA graph, less the barriers. op: back to back in a graph",
     "(dispatch-exact: on the stream). call: until Python returns, the stream idle before; row: each of calls",
     "in a row, nothing between them. Medians; in brackets least and most of the ranks. GB/s of kernel,",
-    "else of op: logical, rows received; wire, rows that leave a rank; of limit, share of the best of those.",
+    "else of op: logical, rows received; wire, rows that leave a rank; limit, share of the best of those.",
 )
 _HOST_LEGEND = (
     "op: one call after a barrier. Medians; in brackets least and most of the ranks.",
@@ -262,14 +271,25 @@ def title(element: str, row_bytes: int) -> list[str]:
 def line(report: Report, result: Result, name: str | None = None) -> str:
     """One line of a table; `name` stands for that of the operation."""
     share = report.limit_share(result)
-    return (
-        f"{result.num_tokens:>6}{result.num_sms or '-':>5} {name or result.operation:<17}"
-        f"{result.kernel.text if result.kernel else '-':>23}{result.op.text:>23}"
-        f"{f'{result.call.median:.1f}' if result.call else '-':>9}"
-        f"{f'{result.row.median:.1f}' if result.row else '-':>8}"
-        f"{result.logical_gbps:>9.1f}{result.wire_gbps:>10.1f}"
-        f"{f'{share:.0%}' if share is not None else '-':>9}"
+    cells = (
+        result.kernel.text if result.kernel else "-",
+        result.op.text,
+        result.call.short_text if result.call else "-",
+        result.row.short_text if result.row else "-",
+        _gbps(result.logical_gbps),
+        _gbps(result.wire_gbps),
+        f"{share:.0%}" if share is not None else "-",
     )
+    text = f"{result.num_tokens:>6}{result.num_sms or '-':>4} {name or result.operation:<18}"
+    end = len(text)
+    for cell, width in zip(cells, _WIDTHS.values(), strict=True):
+        end += width
+        text += f" {cell}".rjust(end - len(text))  # a long one takes room from those behind it
+    return text
+
+
+def _gbps(value: float) -> str:
+    return f"{value:.1f}" if value < 1e3 else f"{value:.0f}"
 
 
 def footer(report: Report) -> list[str]:
