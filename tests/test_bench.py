@@ -20,7 +20,7 @@ from ep_rt import __main__ as program
 from ep_rt import reference
 from ep_rt.bench import check, low_latency, machine, options, places, plot, report, run, wire
 from ep_rt.bench.check import CheckError, check_against_reference
-from ep_rt.bench.measure import Times
+from ep_rt.bench.measure import HostTimer, Times
 from ep_rt.bench.options import LOW_LATENCY, OPERATIONS, Options
 from ep_rt.bench.product import BesideTimes
 from ep_rt.bench.workload import BF16, ELEMENTS, FP8, Payload, Routing, Traffic
@@ -693,8 +693,84 @@ def test_bytes_over_the_network_must_be_those_planned(
     assert f"rank 3: {operation}, 5 tokens: bytes sent to the nodes are" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("dtype", "operation", "row_bytes"),
+    [
+        ("bf16", "dispatch", 128 + 3 * 12),
+        ("bf16", "dispatch-exact", 128 + 3 * 12),
+        ("bf16", "dispatch-cached", 128),
+        ("bf16", "combine", 128),
+        ("fp8", "dispatch", 64 + 4 + 3 * 12),
+        ("fp8", "dispatch-cached", 64 + 4),
+    ],
+)
+def test_bytes_over_nvlink_must_be_those_planned(
+    dtype: str,
+    operation: str,
+    row_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Four ranks stand for two nodes of GPUs. Buffers that count are made for that, and are not timed."""
+    num_asked = [0] * 4
+    surplus = 0
+    events: list[str] = []
+    opened = Buffer.__init__
+
+    def open_one(buffer: Any, *given: Any, counts_bytes: bool = False, **options: Any) -> None:
+        buffer.counts = counts_bytes
+        opened(buffer, *given, counts_bytes=counts_bytes, **options)
+
+    def nvlink_so_far(layer: Any) -> int | None:
+        if not layer.buffer.counts:
+            return None
+        rank, ids = layer.group.rank, layer.routing.topk_idx
+        num_asked[rank] += 1
+        if num_asked[rank] % 2:  # before a call
+            return 1000
+        if rank == 0:
+            events.append("counted")
+        # To the other rank of the node: its own tokens, and those of its counterpart on the other node.
+        goes = [
+            reference.dispatch_layout(ids[src], num_experts=12, num_ranks=4).is_token_in_rank[:, rank ^ 1]
+            for src in (rank, (rank + 2) % 4)
+        ]
+        return 1000 + sum(int(each.sum()) for each in goes) * row_bytes + (surplus if rank == 3 else 0)
+
+    def measure(timer: Any, call: Any) -> Times:
+        events.append("timed")
+        return Times(kernel_us=None, op_us=(1.0,), call_us=None)
+
+    def of_nvlink_alone(moved: check.MovedBytes, rank: int) -> str | None:
+        return honest(replace(moved, network=None), rank)
+
+    honest = check.MovedBytes.problem
+    monkeypatch.setattr(check.MovedBytes, "problem", of_nvlink_alone)
+    monkeypatch.setattr(Buffer, "__init__", open_one)
+    monkeypatch.setattr(check, "is_counted", lambda _: True)
+    monkeypatch.setattr(check, "sent_so_far", lambda _: (0, 0))
+    monkeypatch.setattr(check, "nvlink_so_far", nvlink_so_far)
+    monkeypatch.setattr(HostTimer, "measure", measure)
+    arguments = ["bench", "--ranks=4", *SMALL, f"--dtype={dtype}", "--operations", operation, "--json=-"]
+    assert program.main(arguments) == 0
+    assert events == ["counted", *["timed"] * 4] * 2
+    out = capsys.readouterr()
+    for result, num_tokens in zip(json.loads(out.out)["results"], (5, 9), strict=True):
+        moved = result["nvlink_bytes"]
+        assert moved["counted"] == moved["planned"]
+        total = sum(moved["counted"])
+        assert total > 0
+        text = f"{total / 4e6:.3f} MB counted, {total / 4e6:.3f} MB planned"
+        assert f"{operation} {dtype}, {num_tokens} tokens: a rank moved over NVLink {text}" in out.err
+    surplus = 4
+    assert program.main(arguments) == run.CHECK_FAILED
+    assert f"rank 3: {operation}, 5 tokens: bytes over NVLink are" in capsys.readouterr().err
+
+
 def test_on_the_host_nothing_counts(capsys: pytest.CaptureFixture[str]) -> None:
     assert program.main(["bench", "--ranks=2", *SMALL, "--operations=dispatch", "--json=-"]) == 0
     out = capsys.readouterr()
-    assert [result["network_bytes"] for result in json.loads(out.out)["results"]] == [None, None]
+    for entry in json.loads(out.out)["results"]:
+        assert entry["network_bytes"] is entry["nvlink_bytes"] is None
     assert "network" not in out.err
+    assert "NVLink" not in out.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -11,11 +12,11 @@ from .. import reference
 from ..buffer import Buffer
 from ..errors import EpError, on_all_ranks
 from ..exchange import Group
-from .layer import Call, Layer
+from .layer import Call, Layer, open_buffer
 from .low_latency import LowLatencyLayer
 from .options import Options
 from .places import TIMEOUT_S, Place, fetch
-from .workload import BF16, Array, NetworkBytes
+from .workload import BF16, Array, Element, NetworkBytes, NvlinkBytes, Routing
 
 _SMALL_HIDDEN: Final = 64
 _SMALL_BUFFER_BYTES: Final = 64 << 20
@@ -37,15 +38,30 @@ def agree(group: Group, problem: str | None) -> None:
         raise on_all_ranks(CheckError(listing))
 
 
-def check_call(layer: Layer | LowLatencyLayer, call: Call) -> NetworkBytes | None:
-    """Run one call on new rows and compare, on GPUs of several nodes also the bytes that it sent.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MovedBytes:
+    """What kernels counted in one call, as far as they count, and the planner's numbers."""
+
+    network: NetworkBytes | None = None
+    nvlink: NvlinkBytes | None = None
+
+    def problem(self, rank: int) -> str | None:
+        """Where they differ on a rank; None if nowhere."""
+        for where, moved in (("sent to the nodes", self.network), ("over NVLink", self.nvlink)):
+            if moved is not None and moved.counted[rank] != moved.planned[rank]:
+                return f"bytes {where} are {moved.counted[rank]}, the planner says {moved.planned[rank]}"
+        return None
+
+
+def check_call(layer: Layer | LowLatencyLayer, call: Call) -> MovedBytes:
+    """Run one call on new rows and compare, on GPUs of several nodes also the bytes that it moved.
 
     Raises:
         CheckError: on every rank.
     """
     group, place = layer.group, layer.place
     layer.renew()
-    before = sent_so_far(layer)
+    before = sent_so_far(layer), nvlink_so_far(layer)
     group.barrier()
     out = call.run()
     place.synchronize()
@@ -54,32 +70,69 @@ def check_call(layer: Layer | LowLatencyLayer, call: Call) -> NetworkBytes | Non
         problem = layer.problem(call, out)
     else:
         problem = (_combined if call.name.startswith("combine") else _dispatched)(layer, call, out)
-    network_bytes = None
-    if before and isinstance(layer, Layer):
-        network_bytes = _network_bytes(layer, call, before)
-        sent, planned = network_bytes.counted[group.rank], network_bytes.planned[group.rank]
-        if problem is None and sent != planned:
-            problem = f"bytes sent to the nodes are {sent}, the planner says {planned}"
+    moved = MovedBytes()
+    if before[0] and isinstance(layer, Layer):
+        moved = _moved_bytes(layer, call, *before)
+        problem = problem or moved.problem(group.rank)
     agree(group, None if problem is None else f"{call.name}, {len(layer.tokens)} tokens: {problem}")
-    return network_bytes
+    return moved
+
+
+def count_over_nvlink(
+    group: Group, place: Place, element: Element, routing: Routing, options: Options
+) -> dict[str, NvlinkBytes]:
+    """By operation, from calls that are not timed: kernels that count are slower. Nothing on a single node.
+
+    Raises:
+        CheckError: on every rank, also where a result is wrong.
+    """
+    if not is_counted(place):
+        return {}
+    with open_buffer(group, place, routing, element, options, counts_bytes=True) as buffer:
+        layer = Layer(group, buffer, place, element, routing, options)
+        layer.use_sms(options.sms[0] if buffer.backend == "cuda" else None)
+        moved = {call.name: check_call(layer, call).nvlink for call in layer.calls()}
+        del layer  # its arrays, before the buffer that they lie in
+        group.barrier()
+    return {name: nvlink for name, nvlink in moved.items() if nvlink is not None}
+
+
+def is_counted(place: Place) -> bool:
+    """Whether kernels count what they send over the network."""
+    return place.setting.backend == "cuda" and place.setting.num_nodes > 1
 
 
 def sent_so_far(layer: Layer | LowLatencyLayer) -> tuple[int, ...]:
     """Bytes that this rank has sent to each node; empty where nobody counts."""
-    setting = layer.place.setting
-    is_counted = setting.backend == "cuda" and setting.num_nodes > 1
-    return layer.buffer.stats.network_bytes_by_node if is_counted else ()
+    return layer.buffer.stats.network_bytes_by_node if is_counted(layer.place) else ()
 
 
-def _network_bytes(layer: Layer, call: Call, before: tuple[int, ...]) -> NetworkBytes:
-    group, ranks_per_node = layer.group, layer.group.size // len(before)
-    sent = tuple(now - then for now, then in zip(sent_so_far(layer), before, strict=True))
+def nvlink_so_far(layer: Layer | LowLatencyLayer) -> int | None:
+    """Bytes that this rank has moved over NVLink; None where nobody counts."""
+    return layer.buffer.stats.nvlink_bytes if is_counted(layer.place) else None
+
+
+def _moved_bytes(
+    layer: Layer, call: Call, sent_before: tuple[int, ...], nvlink_before: int | None
+) -> MovedBytes:
+    group, ranks_per_node = layer.group, layer.group.size // len(sent_before)
+    sent = tuple(now - then for now, then in zip(sent_so_far(layer), sent_before, strict=True))
     plan = layer.routing.plan(call.name, layer.element, layer.payload.hidden, ranks_per_node=ranks_per_node)
     planned = plan.network.sent_bytes_by_node(ranks_per_node)
-    return NetworkBytes(
+    network = NetworkBytes(
         counted=tuple(group.allgather(sent, op="bench bytes")),
         planned=tuple(tuple(of_rank) for of_rank in planned.tolist()),
     )
+    nvlink_now = nvlink_so_far(layer)
+    if nvlink_now is None or nvlink_before is None:
+        return MovedBytes(network=network)
+    # A dispatch stores, a combine loads.
+    flow, is_combine = plan.nvlink, call.name.startswith("combine")
+    nvlink = NvlinkBytes(
+        counted=tuple(group.allgather(nvlink_now - nvlink_before, op="bench NVLink bytes")),
+        planned=tuple((flow.received_bytes if is_combine else flow.sent_bytes).tolist()),
+    )
+    return MovedBytes(network=network, nvlink=nvlink)
 
 
 def _dispatched(layer: Layer, call: Call, out: Any) -> str | None:

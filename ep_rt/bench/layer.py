@@ -141,7 +141,15 @@ class Layer:
         return self.payload.scales(self.group.rank, self.tokens, self.salt)
 
 
-def open_buffer(group: Group, place: Place, routing: Routing, element: Element, options: Options) -> Buffer:
+def open_buffer(
+    group: Group,
+    place: Place,
+    routing: Routing,
+    element: Element,
+    options: Options,
+    *,
+    counts_bytes: bool = False,
+) -> Buffer:
     """A buffer with room for what `Layer` holds at a time."""
     num_tokens = len(routing.topk_idx[0])
     metadata_bytes = 12 * options.num_topk
@@ -153,4 +161,5 @@ def open_buffer(group: Group, place: Place, routing: Routing, element: Element, 
         num_bytes if place.setting.backend == "cuda" else 0,
         backend=place.setting.backend,
         timeout_s=TIMEOUT_S,
+        counts_bytes=counts_bytes,
     )

@@ -11,7 +11,7 @@ from typing import Any
 from .measure import Times
 from .options import Options
 from .product import BesideTimes
-from .workload import NetworkBytes, Traffic
+from .workload import NetworkBytes, NvlinkBytes, Traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,8 @@ class Result:
 
     Attributes:
         row_bytes: of a row on its way, with its scale factors.
-        network_bytes: what one call sent over the network, where that is counted.
+        network_bytes, nvlink_bytes: what one call moved over the network and within nodes, where that is
+            counted.
         beside: a product of matrices, if that was asked for.
     """
 
@@ -107,6 +108,7 @@ class Result:
     call: Reading | None
     row: Reading | None = None
     network_bytes: NetworkBytes | None = None
+    nvlink_bytes: NvlinkBytes | None = None
     beside: Beside | None = None
 
     @classmethod
@@ -153,6 +155,7 @@ class Result:
             "logical_gbps": self.logical_gbps,
             "wire_gbps": self.wire_gbps,
             "network_bytes": None if self.network_bytes is None else asdict(self.network_bytes),
+            "nvlink_bytes": None if self.nvlink_bytes is None else asdict(self.nvlink_bytes),
             "beside_product": None if self.beside is None else self.beside.as_json(),
         }
 
@@ -303,12 +306,14 @@ def footer(report: Report) -> list[str]:
         f"{tokens} tokens: the busiest link carries {busy:.2f} times the mean"
         for tokens, busy in busiest.items()
     ]
-    sent = {
-        f"{result.operation} {result.element}, {result.num_tokens} tokens": result.network_bytes.text
-        for result in report.results
-        if result.network_bytes is not None
-    }
-    lines += [f"{what}: a rank sent over the network {text}" for what, text in sent.items()]
+    moved: dict[str, None] = {}  # the same for every number of SMs
+    for each in report.results:
+        what = f"{each.operation} {each.element}, {each.num_tokens} tokens: a rank"
+        if each.network_bytes is not None:
+            moved[f"{what} sent over the network {each.network_bytes.text}"] = None
+        if each.nvlink_bytes is not None:
+            moved[f"{what} moved over NVLink {each.nvlink_bytes.text}"] = None
+    lines += moved
     size = report.options.product
     lines += [
         f"{each.operation} {each.element}, {each.num_tokens} tokens, beside a {size} x {size} product: "

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final, TextIO
 
 from ..errors import ConfigError, EpError, on_all_ranks
 from ..exchange import Group
 from ..groups import as_group
 from . import first_call, machine, plot, report, wire
-from .check import CheckError, check_against_reference, check_call
+from .check import CheckError, check_against_reference, check_call, count_over_nvlink
 from .console import Console, say
 from .layer import Layer, open_buffer
 from .library import Library, Packed
@@ -23,7 +24,7 @@ from .places import CudaPlace, Place, Setting, on_every_rank
 from .product import Product
 from .ragged import Ragged
 from .report import Beside, Reading, Report, Result
-from .workload import BF16, ELEMENTS, Element, Routing
+from .workload import BF16, ELEMENTS, Element, NvlinkBytes, Routing
 
 CHECK_FAILED = 1
 CANNOT_RUN = 2
@@ -132,9 +133,12 @@ def _measure(
     console: Console,
 ) -> None:
     """All operations with all SM counts, for one element and number of tokens."""
+    nvlink_bytes = count_over_nvlink(group, place, element, routing, found.options)
     with open_buffer(group, place, routing, element, found.options) as buffer:
         layer = Layer(group, buffer, place, element, routing, found.options)
-        _measure_layer(layer, timer, found, console)
+        for num_sms in found.options.sms if buffer.backend == "cuda" else (None,):
+            layer.use_sms(num_sms)
+            _measure_calls(layer, timer, found, console, num_sms=num_sms, nvlink_bytes=nvlink_bytes)
         del layer  # its arrays, before the buffer that they lie in
         group.barrier()
 
@@ -156,12 +160,6 @@ def _measure_low_latency(
         group.barrier()
 
 
-def _measure_layer(layer: Layer, timer: CudaTimer | HostTimer, found: Report, console: Console) -> None:
-    for num_sms in found.options.sms if layer.buffer.backend == "cuda" else (None,):
-        layer.use_sms(num_sms)
-        _measure_calls(layer, timer, found, console, num_sms=num_sms)
-
-
 def _measure_calls(
     layer: Layer | LowLatencyLayer,
     timer: CudaTimer | HostTimer,
@@ -169,12 +167,13 @@ def _measure_calls(
     console: Console,
     *,
     num_sms: int | None,
+    nvlink_bytes: Mapping[str, NvlinkBytes] = MappingProxyType({}),
 ) -> None:
     num_tokens = len(layer.tokens)
     product = _product(layer, timer, found)
     for call in layer.calls():
         console.step(f"{layer.element.name} {num_tokens} {call.name}")
-        network_bytes = check_call(layer, call)
+        moved = check_call(layer, call)
         result = Result.of(
             _gathered(layer.group, timer.measure(call)),
             element=layer.element.name,
@@ -183,7 +182,8 @@ def _measure_calls(
             operation=call.name,
             row_bytes=layer.element.row_bytes(found.options.hidden),
             traffic=layer.routing.traffic(by_column=call.name == SUMMED_AT_SOURCE),
-            network_bytes=network_bytes,
+            network_bytes=moved.network,
+            nvlink_bytes=nvlink_bytes.get(call.name),
             beside=None
             if product is None or not call.can_be_captured
             else Beside.of(layer.group.allgather(product.measure(call.run), op="bench product times")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -91,8 +92,24 @@ class NetworkBytes:
     @property
     def text(self) -> str:
         """Of a rank, the mean over ranks."""
-        counted, planned = (np.sum(each, axis=1).mean() for each in (self.counted, self.planned))
-        return f"{counted / 1e6:.3f} MB counted, {planned / 1e6:.3f} MB planned"
+        return _bytes_text(*(np.sum(each, axis=1) for each in (self.counted, self.planned)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NvlinkBytes:
+    """Bytes that one call stores to or loads from other ranks of the node, [rank]."""
+
+    counted: tuple[int, ...]
+    planned: tuple[int, ...]
+
+    @property
+    def text(self) -> str:
+        """Of a rank, the mean over ranks."""
+        return _bytes_text(self.counted, self.planned)
+
+
+def _bytes_text(counted: Sequence[int] | Array, planned: Sequence[int] | Array) -> str:
+    return f"{np.mean(counted) / 1e6:.3f} MB counted, {np.mean(planned) / 1e6:.3f} MB planned"
 
 
 class Routing:

@@ -62,6 +62,12 @@ def test_every_operation_is_checked_and_timed(place: str, tmp_path: Path) -> Non
         assert (entry["kernel_us"] is None) == (entry["operation"] == "dispatch-exact")
     assert read["barrier_us"]["median"] > 0
     num_ranks = len(read["barrier_us"]["ranks"])
+    is_over_nodes = 0 < (RANKS_PER_NODE or 0) < num_ranks
+    for entry in read["results"]:
+        for name in ("network_bytes", "nvlink_bytes"):
+            moved = entry[name]
+            assert (moved is not None) == is_over_nodes
+            assert moved is None or moved["counted"] == moved["planned"]
     assert num_ranks == 1 or read["wire_limit_best_gbps"] > 1
 
 
