@@ -18,7 +18,7 @@ from conftest import MpiRun
 
 from ep_rt import __main__ as program
 from ep_rt import reference
-from ep_rt.bench import check, low_latency, machine, options, places, plot, report, run, wire
+from ep_rt.bench import check, low_latency, machine, one_node, options, places, plot, report, run, wire
 from ep_rt.bench.check import CheckError, check_against_reference
 from ep_rt.bench.measure import HostTimer, Times
 from ep_rt.bench.options import LOW_LATENCY, OPERATIONS, Options
@@ -27,6 +27,7 @@ from ep_rt.bench.workload import BF16, ELEMENTS, FP8, Payload, Routing, Traffic
 from ep_rt.buffer import Buffer
 from ep_rt.errors import ConfigError
 from ep_rt.host.engine import HostEngine
+from ep_rt.topology import GpuPlace
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--backend=host", "--tokens", "5", "9", "--hidden=64", "--experts=12", "--topk=3", "--repeat=2"]
@@ -765,6 +766,105 @@ def test_bytes_over_nvlink_must_be_those_planned(
     surplus = 4
     assert program.main(arguments) == run.CHECK_FAILED
     assert f"rank 3: {operation}, 5 tokens: bytes over NVLink are" in capsys.readouterr().err
+
+
+# Over nodes and on one.
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_the_same_calls_on_one_node(
+    spoilt: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second operation takes half as long there as over two nodes."""
+    seen = []
+
+    def measure(timer: Any, call: Any) -> Times:
+        layer = call.run.__self__
+        num_nodes = layer.buffer.topology.num_nodes
+        seen.append((layer.group.rank, call.name, num_nodes))
+        is_half = call.name == "dispatch-cached" and num_nodes == 1
+        return Times(kernel_us=(10.0 if is_half else 20.0,), op_us=(30.0,), call_us=(5.0,))
+
+    honest = HostEngine.dispatch
+
+    def wrong(engine: HostEngine, *arguments: Any) -> Any:
+        out = honest(engine, *arguments)
+        if spoilt and engine._topology.num_nodes == 1:
+            one_bit(out[0][: out.handle.num_recv_tokens])
+        return out
+
+    monkeypatch.setenv("EP_RT_RANKS_PER_NODE", "2")
+    monkeypatch.setattr(HostEngine, "dispatch", wrong)
+    monkeypatch.setattr(one_node, "problem", lambda *_: None)
+    monkeypatch.setattr(HostTimer, "measure", measure)
+    names = ["dispatch", "dispatch-cached"]
+    arguments = ["bench", "--ranks=4", *SMALL, "--operations", *names, "--compare=one-node", "--json=-"]
+    status = program.main(arguments)
+    out = capsys.readouterr()
+    assert status == (run.CHECK_FAILED if spoilt else 0)
+    if spoilt:
+        assert "dispatch, 5 tokens: row" in out.err
+        return
+    in_turn = [(name, num_nodes) for name in names for num_nodes in (2, 1)]
+    assert [(name, num_nodes) for rank, name, num_nodes in seen if rank == 0] == in_turn * 2
+    results = json.loads(out.out)["results"]
+    assert [result["operation"] for result in results] == names * 2
+    assert [result["ratio_to_one_node"] for result in results] == [1.0, 2.0] * 2
+    assert results[1]["one_node"]["kernel_us"]["ranks"] == [[10.0]] * 4
+    said = "dispatch-cached bf16, 9 tokens, - SMs: 20.0 us over the nodes, 10.0 on one: 2.00 times\n"
+    assert said in out.err
+
+
+def test_without_that_comparison_there_is_one_buffer(capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main(["bench", "--ranks=2", *SMALL, "--operations=dispatch", "--json=-"]) == 0
+    for entry in json.loads(capsys.readouterr().out)["results"]:
+        assert entry["one_node"] is entry["ratio_to_one_node"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "lacking", "nvlink", "text"),
+    [
+        ({}, frozenset(), "", None),
+        ({}, frozenset(), "0", None),
+        ({"num_ranks": 8, "num_nodes": 4}, frozenset(), "", None),
+        ({"num_ranks": 16, "num_nodes": 4}, frozenset(), "", "16 ranks; one node serves 8 at most"),
+        ({"num_nodes": 1}, frozenset(), "", "one node already"),
+        ({"backend": "host"}, frozenset(), "", "the host backend"),
+        ({}, frozenset({"bus 3"}), "", "NVLink does not join"),
+        ({}, frozenset({"bus 3"}), "1", None),
+        ({}, None, "", "NVLink does not join"),  # several hosts
+    ],
+)
+def test_where_one_node_can_be_compared_with(
+    changes: dict[str, Any],
+    lacking: frozenset[str] | None,
+    nvlink: str,
+    text: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    facts = {"backend": "cuda", "num_ranks": 4, "ranks_are": "processes", "is_shared": False, "num_nodes": 2}
+    setting = places.Setting(**{**facts, **changes})
+    gpus = [
+        GpuPlace(f"host {rank // 2 if lacking is None else 0}", rank, f"bus {rank}", lacking or frozenset())
+        for rank in range(setting.num_ranks)
+    ]
+    group: Any = SimpleNamespace(allgather=lambda value, op: gpus)
+    place: Any = places.HostPlace(setting)
+    monkeypatch.setenv("EP_RT_NVLINK", nvlink)
+    monkeypatch.setattr(one_node, "gpu_place", lambda: gpus[0])
+    said = one_node.problem(group, place)
+    assert (said is None) == (text is None)
+    assert said is None or str(text) in said
+
+
+def test_one_node_is_not_compared_with_on_the_host() -> None:
+    done = bench("--ranks=2", *SMALL, "--compare", "one-node")
+    assert done.returncode == run.CANNOT_RUN
+    assert done.stderr.startswith("error: ConfigError: --compare one-node: the host backend")
+    assert not done.stdout
+    done = bench("--ranks=2", *SMALL, "--compare", "one-node", "--operations", "ll-pair")
+    assert done.returncode == run.CANNOT_RUN
+    assert "--compare one-node is for operations of the normal mode" in done.stderr
 
 
 def test_on_the_host_nothing_counts(capsys: pytest.CaptureFixture[str]) -> None:

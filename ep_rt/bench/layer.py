@@ -149,8 +149,9 @@ def open_buffer(
     options: Options,
     *,
     counts_bytes: bool = False,
+    ranks_per_node: int | None = None,
 ) -> Buffer:
-    """A buffer with room for what `Layer` holds at a time."""
+    """A buffer with room for what `Layer` holds at a time. The last two: see `Buffer`."""
     num_tokens = len(routing.topk_idx[0])
     metadata_bytes = 12 * options.num_topk
     # A result of the worst case, one on its way, what remains for one of exact size; rows of two combines.
@@ -162,4 +163,5 @@ def open_buffer(
         backend=place.setting.backend,
         timeout_s=TIMEOUT_S,
         counts_bytes=counts_bytes,
+        ranks_per_node=ranks_per_node,
     )

@@ -21,6 +21,9 @@ SUMMED_AT_SOURCE: Final = "ll-combine-source"
 
 LIBRARIES: Final = ("nccl", "jax")
 
+ONE_NODE: Final = "one-node"
+"""What else there is to compare with."""
+
 _EPILOG: Final = """\
 operations:
   dispatch         with num_worst_tokens for the worst case: the host waits for nothing
@@ -44,6 +47,7 @@ differs, 2 if the benchmark cannot run.
 examples:
   mpirun -n 8 python -m ep_rt bench --sms 16 24 --dtype both --json figures.json
   mpirun -n 2 python -m ep_rt bench --compare nccl jax
+  EP_RT_RANKS_PER_NODE=2 mpirun -n 4 python -m ep_rt bench --compare one-node
   mpirun -n 2 python -m ep_rt bench --operations ll-pair --tokens 8 128 --beside-product 4096
   python -m ep_rt bench --ranks 8 --virtual --tokens 128     eight ranks on one GPU
   python -m ep_rt bench --backend host --ranks 3 --tokens 64 no GPU needed
@@ -151,10 +155,11 @@ def add_parser(commands: Any) -> None:
     what.add_argument(
         "--compare",
         nargs="+",
-        choices=("none", *LIBRARIES),
+        choices=("none", *LIBRARIES, ONE_NODE),
         default=("none",),
         help="the same rows, packed already and not summed, through NCCL's all-to-all or JAX's "
-        "ragged_all_to_all; processes with a GPU each",
+        "ragged_all_to_all; processes with a GPU each. one-node: over nodes that EP_RT_RANKS_PER_NODE made, "
+        "each operation of the normal mode on one node of all ranks, too, and how many times that it takes",
     )
     what.add_argument(
         "--beside-product",
@@ -258,7 +263,7 @@ def options_of(parsed: argparse.Namespace) -> Options:
         num_ranks=parsed.ranks,
         is_virtual=parsed.virtual,
         with_puts=parsed.puts,
-        compare=tuple(name for name in LIBRARIES if name in parsed.compare),
+        compare=tuple(name for name in (*LIBRARIES, ONE_NODE) if name in parsed.compare),
         product=parsed.beside_product,
         json=parsed.json,
         plot=parsed.plot,

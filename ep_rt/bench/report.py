@@ -87,6 +87,29 @@ class Beside:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OneNode:
+    """An operation on one node of all ranks, where they were split into several."""
+
+    kernel: Reading | None
+    op: Reading
+    call: Reading | None
+    row: Reading | None
+
+    @classmethod
+    def of(cls, times: Sequence[Times]) -> OneNode:
+        """From the times of every rank."""
+        return cls(**_readings(times))
+
+    @property
+    def time_us(self) -> float:
+        """As that of a `Result`."""
+        return (self.kernel or self.op).median
+
+    def as_json(self) -> dict[str, Any]:
+        return _readings_json(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """One operation of one configuration, on all ranks.
 
@@ -95,6 +118,7 @@ class Result:
         network_bytes, nvlink_bytes: what one call moved over the network and within nodes, where that is
             counted.
         beside: a product of matrices, if that was asked for.
+        one_node: the same on one node, if that was asked for.
     """
 
     element: str
@@ -110,19 +134,12 @@ class Result:
     network_bytes: NetworkBytes | None = None
     nvlink_bytes: NvlinkBytes | None = None
     beside: Beside | None = None
+    one_node: OneNode | None = None
 
     @classmethod
     def of(cls, times: Sequence[Times], **facts: Any) -> Result:
         """From the times of every rank."""
-
-        def reading(name: str) -> Reading | None:
-            readings = [getattr(each, name) for each in times]
-            return None if None in readings else Reading(tuple(readings))
-
-        call, row = reading("call_us"), reading("row_us")
-        op = reading("op_us")
-        assert op is not None
-        return cls(kernel=reading("kernel_us"), op=op, call=call, row=row, **facts)
+        return cls(**_readings(times), **facts)
 
     @property
     def time_us(self) -> float:
@@ -139,6 +156,11 @@ class Result:
         """Bytes that leave a rank, by time; mean over ranks."""
         return self.traffic.wire_rows * self.row_bytes / self.time_us / 1e3
 
+    @property
+    def ratio_to_one_node(self) -> float | None:
+        """Its time by that on one node."""
+        return None if self.one_node is None else self.time_us / self.one_node.time_us
+
     def as_json(self) -> dict[str, Any]:
         return {
             "dtype": self.element,
@@ -148,16 +170,29 @@ class Result:
             "row_bytes": self.row_bytes,
             "rows": asdict(self.traffic),
             "busiest_link": self.traffic.busiest,
-            "kernel_us": None if self.kernel is None else self.kernel.as_json(),
-            "op_us": self.op.as_json(),
-            "call_us": None if self.call is None else self.call.as_json(),
-            "row_us": None if self.row is None else self.row.as_json(),
+            **_readings_json(self),
             "logical_gbps": self.logical_gbps,
             "wire_gbps": self.wire_gbps,
             "network_bytes": None if self.network_bytes is None else asdict(self.network_bytes),
             "nvlink_bytes": None if self.nvlink_bytes is None else asdict(self.nvlink_bytes),
             "beside_product": None if self.beside is None else self.beside.as_json(),
+            "one_node": None if self.one_node is None else self.one_node.as_json(),
+            "ratio_to_one_node": self.ratio_to_one_node,
         }
+
+
+def _readings(times: Sequence[Times]) -> dict[str, Any]:
+    """By name: of all ranks, or None for what does not exist here."""
+    found = {}
+    for name in ("kernel", "op", "call", "row"):
+        readings = [getattr(each, f"{name}_us") for each in times]
+        found[name] = None if None in readings else Reading(tuple(readings))
+    return found
+
+
+def _readings_json(of: Result | OneNode) -> dict[str, Any]:
+    readings = {"kernel_us": of.kernel, "op_us": of.op, "call_us": of.call, "row_us": of.row}
+    return {name: None if each is None else each.as_json() for name, each in readings.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,6 +355,13 @@ def footer(report: Report) -> list[str]:
         f"{each.beside.text}"
         for each in report.results
         if each.beside is not None
+    ]
+    lines += [
+        f"{each.operation} {each.element}, {each.num_tokens} tokens, {each.num_sms or '-'} SMs: "
+        f"{each.time_us:.1f} us over the nodes, {each.one_node.time_us:.1f} on one: "
+        f"{each.ratio_to_one_node:.2f} times"
+        for each in report.results
+        if each.one_node is not None
     ]
     lines += [f"note: {note}" for note in report.notes]
     return [*lines, "every result was compared, byte by byte, before it was timed"]

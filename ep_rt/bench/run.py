@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final, TextIO
@@ -11,7 +13,7 @@ from typing import Final, TextIO
 from ..errors import ConfigError, EpError, on_all_ranks
 from ..exchange import Group
 from ..groups import as_group
-from . import first_call, machine, plot, report, wire
+from . import first_call, machine, one_node, plot, report, wire
 from .check import CheckError, check_against_reference, check_call, count_over_nvlink
 from .console import Console, say
 from .layer import Layer, open_buffer
@@ -19,11 +21,11 @@ from .library import Library, Packed
 from .low_latency import LowLatencyLayer, open_low_latency_buffer
 from .measure import CudaTimer, HostTimer, Times, open_timer
 from .nccl import Nccl
-from .options import SUMMED_AT_SOURCE, Options
+from .options import ONE_NODE, OPERATIONS, SUMMED_AT_SOURCE, Options
 from .places import CudaPlace, Place, Setting, on_every_rank
 from .product import Product
 from .ragged import Ragged
-from .report import Beside, Reading, Report, Result
+from .report import Beside, OneNode, Reading, Report, Result
 from .workload import BF16, ELEMENTS, Element, NvlinkBytes, Routing
 
 CHECK_FAILED = 1
@@ -58,6 +60,9 @@ def main(options: Options, arguments: Sequence[str]) -> int:
 def _on_rank(group: Group, place: Place, options: Options) -> Report | None:
     """Everything that one rank does; rank 0 has the report."""
     problem = _problem(place.setting, options)
+    if problem is None and ONE_NODE in options.compare:
+        reason = one_node.problem(group, place)
+        problem = None if reason is None else f"--compare {ONE_NODE}: {reason}"
     if problem is not None:
         raise on_all_ranks(ConfigError(problem))
     facts = machine.facts(place) if group.rank == 0 else None
@@ -87,8 +92,8 @@ def _on_rank(group: Group, place: Place, options: Options) -> Report | None:
                     _measure_low_latency(group, place, timer, element, routing, found, console)
         if isinstance(timer, CudaTimer):
             timer.close()
-        for name in options.compare:
-            _compare(LIBRARY_TYPES[name], group, place, routings, found, console)
+        for library_type in (LIBRARY_TYPES[name] for name in options.compare if name != ONE_NODE):
+            _compare(library_type, group, place, routings, found, console)
         console.lines(report.footer(found))
     return found if group.rank == 0 else None
 
@@ -100,6 +105,8 @@ def _problem(setting: Setting, options: Options) -> str | None:
     is_over_network = setting.backend == "cuda" and (setting.num_nodes > 1 or options.with_puts)
     if is_over_network and SUMMED_AT_SOURCE in options.operations:
         return f"--operations {SUMMED_AT_SOURCE}: GPUs serve it within one node alone, and without --puts"
+    if ONE_NODE in options.compare and not set(OPERATIONS) & set(options.operations):
+        return f"--compare {ONE_NODE} is for operations of the normal mode, and --operations names none"
     return None
 
 
@@ -134,12 +141,26 @@ def _measure(
 ) -> None:
     """All operations with all SM counts, for one element and number of tokens."""
     nvlink_bytes = count_over_nvlink(group, place, element, routing, found.options)
-    with open_buffer(group, place, routing, element, found.options) as buffer:
-        layer = Layer(group, buffer, place, element, routing, found.options)
+    given = group, place, routing, element, found.options
+    with open_buffer(*given) as buffer, contextlib.ExitStack() as others:
+        layer, beside = Layer(group, buffer, place, element, routing, found.options), None
+        if ONE_NODE in found.options.compare:
+            one = others.enter_context(open_buffer(*given, ranks_per_node=group.size))
+            beside = Layer(group, one, place, element, routing, found.options)
         for num_sms in found.options.sms if buffer.backend == "cuda" else (None,):
             layer.use_sms(num_sms)
-            _measure_calls(layer, timer, found, console, num_sms=num_sms, nvlink_bytes=nvlink_bytes)
-        del layer  # its arrays, before the buffer that they lie in
+            if beside is not None:
+                beside.use_sms(num_sms)
+            _measure_calls(
+                layer,
+                timer,
+                found,
+                console,
+                num_sms=num_sms,
+                nvlink_bytes=nvlink_bytes,
+                on_one_node=beside,
+            )
+        del layer, beside  # their arrays, before the buffers that they lie in
         group.barrier()
 
 
@@ -168,7 +189,10 @@ def _measure_calls(
     *,
     num_sms: int | None,
     nvlink_bytes: Mapping[str, NvlinkBytes] = MappingProxyType({}),
+    on_one_node: Layer | None = None,
 ) -> None:
+    """Each call of a layer, and the same of a layer on one node right after it."""
+    same_calls = {} if on_one_node is None else {call.name: call for call in on_one_node.calls()}
     num_tokens = len(layer.tokens)
     product = _product(layer, timer, found)
     for call in layer.calls():
@@ -188,6 +212,10 @@ def _measure_calls(
             if product is None or not call.can_be_captured
             else Beside.of(layer.group.allgather(product.measure(call.run), op="bench product times")),
         )
+        if on_one_node is not None:
+            check_call(on_one_node, same_calls[call.name])
+            times = _gathered(layer.group, timer.measure(same_calls[call.name]))
+            result = replace(result, one_node=OneNode.of(times))
         found.results.append(result)
         console.lines([report.line(found, result)])
 

@@ -13,7 +13,7 @@ from conftest import MpiRun
 from ranks import IS_UNDER_MPI, PLACES, RANKS_PER_NODE, device_count
 
 from ep_rt.__main__ import main
-from ep_rt.bench.options import LIBRARIES, LOW_LATENCY, OPERATIONS, SUMMED_AT_SOURCE
+from ep_rt.bench.options import LIBRARIES, LOW_LATENCY, ONE_NODE, OPERATIONS, SUMMED_AT_SOURCE
 from ep_rt.groups import as_group
 
 pytestmark = pytest.mark.gpu
@@ -99,6 +99,24 @@ def test_operations_beside_a_product(place: str, tmp_path: Path) -> None:
             assert beside[reading]["min"] > 0
     notes = [note for note in read["notes"] if "beside" in note]
     assert len(notes) == (place == "virtual")
+
+
+@pytest.mark.skipif(not (IS_UNDER_MPI and RANKS_PER_NODE), reason="needs ranks on virtual nodes")
+def test_one_node_beside_several(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    num_ranks = as_group().size
+    assert RANKS_PER_NODE is not None
+    if num_ranks <= RANKS_PER_NODE:
+        pytest.skip("one node")
+    run_bench("mpi", path, "--compare", ONE_NODE)
+    if as_group().rank != 0:
+        return
+    for entry in json.loads(path.read_text())["results"]:
+        beside = entry["one_node"]
+        assert len(beside["op_us"]["ranks"]) == num_ranks
+        assert beside["op_us"]["min"] > 0
+        assert (beside["kernel_us"] is None) == (entry["operation"] == "dispatch-exact")
+        assert entry["ratio_to_one_node"] > 0
 
 
 @pytest.mark.skipif(IS_UNDER_MPI, reason="starts ranks of its own")
