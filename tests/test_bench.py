@@ -20,6 +20,7 @@ from ep_rt import __main__ as program
 from ep_rt import reference
 from ep_rt.bench import check, low_latency, machine, one_node, options, places, plot, report, run, wire
 from ep_rt.bench.check import CheckError, check_against_reference
+from ep_rt.bench.layer import Layer
 from ep_rt.bench.measure import HostTimer, Times
 from ep_rt.bench.options import LOW_LATENCY, OPERATIONS, Options
 from ep_rt.bench.product import BesideTimes
@@ -194,6 +195,56 @@ def test_line_fits_its_columns_and_a_terminal() -> None:
     assert len(report.line(found, wide)) == len(report.COLUMNS)
     texts = [*report.header(found), *report.limit_lines(found), *report.footer(found)]
     assert all(len(text) <= 120 for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "facts", "copied", "others"),
+    [
+        (4096, {}, 64, 16),
+        (10, {}, 18, 16),  # two pieces of rows
+        (4096, {"num_sms": 40}, 20, 16),
+        (4096, {"is_shared": True}, 33, 16),
+        (4096, {"is_shared": True, "num_ranks": 8}, 16, 16),
+        (4096, {"is_shared": True, "num_ranks": 16}, 8, 8),
+        (4096, {"num_nodes": 2}, None, None),
+    ],
+)
+def test_sms_that_an_operation_may_take(
+    num_tokens: int, facts: dict[str, Any], copied: int | None, others: int | None
+) -> None:
+    sizes = {"backend": "cuda", "num_ranks": 2, "ranks_are": "threads", "is_shared": False}
+    facts = dict(facts)
+    place = places.CudaPlace.__new__(places.CudaPlace)
+    place.num_sms = facts.pop("num_sms", 132)
+    place.setting = places.Setting(**{**sizes, **facts})
+    layer: Any = Layer.__new__(Layer)
+    layer.buffer = SimpleNamespace(topology=SimpleNamespace(num_nodes=place.setting.num_nodes))
+    layer.place, layer.element, layer.payload = place, BF16, Payload(BF16, 7168)
+    # All tokens go to both ranks.
+    layer.routing = Routing([np.tile([0, 1], (num_tokens, 1))] * 2, num_experts=2)
+    layer.use_sms(16)
+    assert layer.max_sms("combine-copied") == copied
+    assert layer.max_sms("combine") == layer.max_sms("dispatch") == others
+    layer.place = places.HostPlace(place.setting)
+    assert layer.max_sms("combine") is None
+
+
+def test_sms_that_are_taken_are_reported() -> None:
+    copied = [
+        result(operation="combine-copied", num_tokens=size, max_sms=sms) for size, sms in ((8, 50), (9, 64))
+    ]
+    found = a_report(result(max_sms=16), *copied, result(num_sms=None), result(max_sms=8))
+    shown = [report.line(found, each).split()[1] for each in found.results]
+    assert shown == ["16", "50", "64", "-", "16"]
+    (said,) = [text for text in report.footer(found) if "--sms" in text]
+    assert said == "combine-copied with --sms 16: up to 64 SMs, since blocks of their own copy its rows"
+    read = json.loads(report.as_json(found))["results"]
+    assert [(each["sms"], each["max_sms"]) for each in read[:4]] == [
+        (16, 16),
+        (16, 50),
+        (16, 64),
+        (None, None),
+    ]
 
 
 @pytest.mark.parametrize("operation", OPERATIONS + LOW_LATENCY)

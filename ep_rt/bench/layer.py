@@ -10,9 +10,11 @@ import numpy as np
 
 from ..buffer import Buffer
 from ..config import Config
+from ..cuda import plan
+from ..cuda.layout import MAX_BLOCKS
 from ..exchange import Group
 from .options import Options
-from .places import TIMEOUT_S, Place
+from .places import TIMEOUT_S, CudaPlace, Place
 from .workload import Array, Element, Payload, Routing
 
 _MIN_BUFFER_BYTES: Final = 64 << 20
@@ -69,6 +71,23 @@ class Layer:
     def use_sms(self, num_sms: int | None) -> None:
         """Let later calls use so many SMs; None on the host."""
         self.config = Config() if num_sms is None else Config(num_sms=num_sms)
+
+    def max_sms(self, name: str) -> int | None:
+        """SMs that an operation may take. None on the host, and over nodes, where two kernels run at once."""
+        place = self.place
+        if not isinstance(place, CudaPlace) or self.buffer.topology.num_nodes > 1:
+            return None
+
+        def blocks(num_sms: int) -> int:
+            return plan.num_blocks(num_sms, num_device_sms=place.num_sms, num_sharing=place.num_sharing)
+
+        num_sms = blocks(self.config.num_sms)
+        if name != "combine-copied":
+            return num_sms
+        # Those that copy come besides, as many as the rows and the GPU allow.
+        num_bytes = max(self.routing.traffic().received) * self.payload.hidden * self.element.dtype.itemsize
+        most = blocks(min(place.num_sms, MAX_BLOCKS))
+        return num_sms + plan.num_stagers(num_sms, num_bytes, max_blocks=most)
 
     def calls(self) -> list[Call]:
         """The operations that were asked for and that there are here."""

@@ -30,7 +30,8 @@ operations:
   dispatch-cached  with the handle of an earlier dispatch
   dispatch-exact   results of exactly the rows received: the host waits for their number
   combine          rows in communication memory (Buffer.empty)
-  combine-copied   rows in an ordinary array, which are copied there first; GPUs only
+  combine-copied   rows in an ordinary array, which are copied there first; GPUs only; on one node up to three
+                   times as many SMs copy, besides those that it is told to use
   ll-dispatch         low-latency mode, rows stay where they land (layout "rank"); weights travel along
   ll-dispatch-packed  rows are copied to their experts (layout "expert")
   ll-dispatch-split   as ll-dispatch, in two kernels: the send phase, and the receive hook at once

@@ -94,11 +94,12 @@ class OneNode:
     op: Reading
     call: Reading | None
     row: Reading | None
+    max_sms: int | None
 
     @classmethod
-    def of(cls, times: Sequence[Times]) -> OneNode:
+    def of(cls, times: Sequence[Times], *, max_sms: int | None) -> OneNode:
         """From the times of every rank."""
-        return cls(**_readings(times))
+        return cls(**_readings(times), max_sms=max_sms)
 
     @property
     def time_us(self) -> float:
@@ -106,7 +107,7 @@ class OneNode:
         return (self.kernel or self.op).median
 
     def as_json(self) -> dict[str, Any]:
-        return _readings_json(self)
+        return {"max_sms": self.max_sms, **_readings_json(self)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +115,8 @@ class Result:
     """One operation of one configuration, on all ranks.
 
     Attributes:
+        num_sms: that it was told to use.
+        max_sms: that it may take; None where that is not known.
         row_bytes: of a row on its way, with its scale factors.
         network_bytes, nvlink_bytes: what one call moved over the network and within nodes, where that is
             counted.
@@ -131,6 +134,7 @@ class Result:
     op: Reading
     call: Reading | None
     row: Reading | None = None
+    max_sms: int | None = None
     network_bytes: NetworkBytes | None = None
     nvlink_bytes: NvlinkBytes | None = None
     beside: Beside | None = None
@@ -140,6 +144,11 @@ class Result:
     def of(cls, times: Sequence[Times], **facts: Any) -> Result:
         """From the times of every rank."""
         return cls(**_readings(times), **facts)
+
+    @property
+    def shown_sms(self) -> int | None:
+        """More than it was told to use, where it may take those."""
+        return max(self.num_sms, self.max_sms or 0) if self.num_sms else None
 
     @property
     def time_us(self) -> float:
@@ -166,6 +175,7 @@ class Result:
             "dtype": self.element,
             "tokens": self.num_tokens,
             "sms": self.num_sms,
+            "max_sms": self.max_sms,
             "operation": self.operation,
             "row_bytes": self.row_bytes,
             "rows": asdict(self.traffic),
@@ -318,7 +328,7 @@ def line(report: Report, result: Result, name: str | None = None) -> str:
         _gbps(result.wire_gbps),
         f"{share:.0%}" if share is not None else "-",
     )
-    text = f"{result.num_tokens:>6}{result.num_sms or '-':>4} {name or result.operation:<18}"
+    text = f"{result.num_tokens:>6}{result.shown_sms or '-':>4} {name or result.operation:<18}"
     end = len(text)
     for cell, width in zip(cells, _WIDTHS.values(), strict=True):
         end += width
@@ -340,6 +350,15 @@ def footer(report: Report) -> list[str]:
     lines += [
         f"{tokens} tokens: the busiest link carries {busy:.2f} times the mean"
         for tokens, busy in busiest.items()
+    ]
+    more: dict[tuple[str, int], int] = {}
+    for each in report.results:
+        if each.num_sms and each.max_sms and each.max_sms > each.num_sms:
+            key = each.operation, each.num_sms
+            more[key] = max(each.max_sms, more.get(key, 0))
+    lines += [
+        f"{operation} with --sms {num_sms}: up to {most} SMs, since blocks of their own copy its rows"
+        for (operation, num_sms), most in more.items()
     ]
     moved: dict[str, None] = {}  # the same for every number of SMs
     for each in report.results:

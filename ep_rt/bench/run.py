@@ -203,6 +203,7 @@ def _measure_calls(
             element=layer.element.name,
             num_tokens=num_tokens,
             num_sms=num_sms,
+            max_sms=layer.max_sms(call.name) if isinstance(layer, Layer) else None,
             operation=call.name,
             row_bytes=layer.element.row_bytes(found.options.hidden),
             traffic=layer.routing.traffic(by_column=call.name == SUMMED_AT_SOURCE),
@@ -215,7 +216,7 @@ def _measure_calls(
         if on_one_node is not None:
             check_call(on_one_node, same_calls[call.name])
             times = _gathered(layer.group, timer.measure(same_calls[call.name]))
-            result = replace(result, one_node=OneNode.of(times))
+            result = replace(result, one_node=OneNode.of(times, max_sms=on_one_node.max_sms(call.name)))
         found.results.append(result)
         console.lines([report.line(found, result)])
 

@@ -68,6 +68,9 @@ def test_every_operation_is_checked_and_timed(place: str, tmp_path: Path) -> Non
             moved = entry[name]
             assert (moved is not None) == is_over_nodes
             assert moved is None or moved["counted"] == moved["planned"]
+        assert (entry["max_sms"] is None) == is_over_nodes
+        is_copied = entry["operation"] == "combine-copied"
+        assert is_over_nodes or entry["max_sms"] <= entry["sms"] * (4 if is_copied else 1)
     assert num_ranks == 1 or read["wire_limit_best_gbps"] > 1
 
 
@@ -114,6 +117,7 @@ def test_one_node_beside_several(tmp_path: Path) -> None:
     for entry in json.loads(path.read_text())["results"]:
         beside = entry["one_node"]
         assert len(beside["op_us"]["ranks"]) == num_ranks
+        assert beside["max_sms"] >= entry["sms"]
         assert beside["op_us"]["min"] > 0
         assert (beside["kernel_us"] is None) == (entry["operation"] == "dispatch-exact")
         assert entry["ratio_to_one_node"] > 0
