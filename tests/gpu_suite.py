@@ -39,6 +39,14 @@ SANITIZED_ON_ONE_GPU = (
 OVER_NODES = (
     *(f"tests/gpu/test_{name}.py" for name in ("internode", "normal", "expert_major", "low_latency")),
     "tests/gpu/test_compat_on_gpus.py",
+    *(
+        f"tests/gpu/test_bench_on_gpus.py::test_{name}"
+        for name in (
+            "every_operation_is_checked_and_timed",
+            "every_operation_of_the_low_latency_mode",
+            "one_node_beside_several",
+        )
+    ),
 )
 WITHOUT_NVLINK = (
     "tests/gpu/test_internode.py::test_nodes_are_chosen_and_so_are_gpus",
@@ -59,7 +67,7 @@ OVER_LOOPBACK = ("tests/gpu/test_nvshmem.py", *OVER_MANY_NODES)
 NORMAL_MODE = ("dispatch", "dispatch-cached", "combine")
 LOW_LATENCY = (
     *("ll-dispatch", "ll-dispatch-packed", "ll-dispatch-split"),
-    *("ll-combine", "ll-combine-fp8", "ll-combine-logfmt", "ll-pair"),
+    *("ll-combine", "ll-combine-fp8", "ll-combine-logfmt", "ll-pair", "ll-pair-packed"),
 )
 SUMMARY = re.compile(r"((?:\d+ (?:passed|failed|skipped|errors?|deselected|warnings?)(?:, )?)+) in [\d.]+s")
 
@@ -94,7 +102,8 @@ def main() -> int:
             parts[named] = [*nodes, *pytest, *OVER_NODES]
             parts[f"torch, {named}"] = [*nodes, *pytest, "tests/gpu/test_torch_on_gpus.py"]
             parts[f"JAX, {named}"] = [*nodes, *pytest, "tests/gpu/test_jax_on_gpus.py"]
-            parts[f"figures, {named}"] = [*nodes, *bench, "128", "4096", "--operations", *NORMAL_MODE]
+            normal_mode = [*bench, "128", "4096", "--operations", *NORMAL_MODE, "--compare", "one-node"]
+            parts[f"figures, {named}"] = [*nodes, *normal_mode]
             parts[f"low-latency figures, {named}"] = [*nodes, *low_latency]
         puts = ["env", "EP_RT_TEST_LOW_LATENCY=puts", *mpirun, *pytest, "tests/gpu/test_low_latency.py"]
         parts[f"mpirun -n {num_ranks}, puts alone"] = puts
@@ -102,7 +111,7 @@ def main() -> int:
         parts[f"mpirun -n {num_ranks}, as without NVLink"] = without_nvlink
         parts[f"barrier figures, mpirun -n {num_ranks}"] = [*mpirun, *barrier]
         parts[f"figures, mpirun -n {num_ranks}"] = [*mpirun, *bench, "128", "4096"]
-        parts[f"low-latency figures, mpirun -n {num_ranks}"] = [*mpirun, *low_latency]
+        parts[f"low-latency figures, mpirun -n {num_ranks}"] = [*mpirun, *low_latency, "ll-combine-source"]
         parts[f"low-latency figures, mpirun -n {num_ranks}, puts"] = [*mpirun, *low_latency, "--puts"]
     if shutil.which("mpirun"):
         for many_ranks, ranks_per_node in NODES if num_ranks > 1 else NODES_ON_ONE_GPU:
