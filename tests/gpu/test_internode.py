@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
-from host_cases import Case, same_bits
+from host_cases import Case, random_values, same_bits
 from ranks import IS_UNDER_MPI, RANKS_PER_GPU, RANKS_PER_NODE, device_count, run_ranks
 
 import ep_rt
 from ep_rt import Group, reference
+from ep_rt.cuda import plan
+from ep_rt.cuda.internode import Internode
 
 if device_count():
     import cupy
@@ -95,21 +98,35 @@ def test_a_thousand_layers() -> None:
     on_ranks(body)
 
 
-def test_tokens_of_many_chunks() -> None:
-    """More rows than all slots of a ring hold, on some ranks."""
+def test_rings_of_one_channel_fill_many_times() -> None:
+    """Either way: the buffer has just the memory for that channel, and some ranks send far more rows."""
 
     def body(group: Group) -> None:
+        assert RANKS_PER_NODE is not None
+        rank, num_nodes = group.rank, group.size // RANKS_PER_NODE
         rng = np.random.default_rng(0)
-        hidden, num_experts, counts = 2048, 2 * group.size, [3000 * (r % 2) + 5 for r in range(group.size)]
+        hidden, num_experts, counts = 2048, 2 * group.size, [2000 * (r % 2) + 5 for r in range(group.size)]
         x = [rng.integers(0, 1 << 16, (n, hidden), np.uint16).view(np.float16) for n in counts]
         ids = [rng.integers(-1, num_experts, (n, 4)) for n in counts]
-        expected = reference.dispatch(x, ids, num_experts=num_experts)[group.rank]
-        with cuda_buffer(group, num_nvl_bytes=256 << 20) as buffer:
+        rings = replace(plan.rings(num_nodes, 0, plan.record_bytes(0, 0)), num_channels=1)
+        num_bytes = 2 * rings.num_bytes(num_nodes)
+        assert plan.rings(num_nodes, num_bytes, plan.record_bytes(0, 0)) == rings
+        num_ring_rows = rings.num_slots * (rings.slot_bytes // x[rank][0].nbytes)
+        nodes = np.where(ids[rank] < 0, -1, ids[rank] // (2 * RANKS_PER_NODE))
+        for node in set(range(num_nodes)) - {rank // RANKS_PER_NODE}:
+            num_rows = int((nodes == node).any(axis=1).sum())
+            assert rank % 2 == 0 or num_rows > 4 * num_ring_rows
+        expected = reference.dispatch(x, ids, num_experts=num_experts)
+        y = [random_values(rng, each.recv_x.shape, np.float16) for each in expected]
+        combined = reference.combine(y, expected, num_tokens=counts, ranks_per_node=RANKS_PER_NODE)[rank]
+        with cuda_buffer(group, num_nvl_bytes=256 << 20, num_rdma_bytes=num_bytes) as buffer:
+            assert buffer.topology.num_nodes == num_nodes
+            assert buffer.memory_report().symmetric_bytes == Internode.num_bytes(buffer.topology, rings)
             for _ in range(3):
-                out = buffer.dispatch(
-                    put(x[group.rank]), topk_idx=put(ids[group.rank]), num_experts=num_experts
-                )
-                assert same_bits(fetch(out.recv_x), expected.recv_x)
+                out = buffer.dispatch(put(x[rank]), topk_idx=put(ids[rank]), num_experts=num_experts)
+                assert same_bits(fetch(out.recv_x), expected[rank].recv_x)
+                back = buffer.combine(put(y[rank]), out.handle)
+                assert same_bits(fetch(back.combined_x), combined.x)
 
     on_ranks(body)
 
