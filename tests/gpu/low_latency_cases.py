@@ -44,6 +44,16 @@ def expert_outputs(rng: np.random.Generator, shape: tuple[int, ...], *, below_on
     return rows.view(np.uint16)[which].view(BF16).reshape(shape)
 
 
+def rows_in_use(mine: reference.LowLatencyDispatched) -> Array:
+    """bool, for each row of recv_x whether it was sent by somebody: the others are unspecified."""
+    num_rows = mine.src_info.shape[1]
+    if mine.expert_rows is None:
+        return mine.recv_count[:, None] > np.arange(num_rows)
+    is_there = np.zeros(num_rows, bool)
+    is_there[mine.expert_rows[mine.expert_rows >= 0]] = True
+    return is_there.reshape(mine.recv_x.shape[:2])
+
+
 def same_but_for_nan(got: Array, expected: Array) -> bool:
     """Bit for bit, but a NaN that was made is like any other."""
     nan = np.isnan(expected.astype(np.float32))
@@ -138,13 +148,10 @@ def check_low_latency(
     sf = None if recv_sf is None else fetch_any(recv_sf)
     assert rows.shape == mine.recv_x.shape
     if mine.expert_rows is None:
-        where: Any = mine.recv_count[:, None] > np.arange(mine.src_info.shape[1])
         assert out.handle.expert_rows is None
     else:
         assert same_bits(fetch(out.handle.expert_rows), mine.expert_rows)
-        where = np.zeros(mine.src_info.shape[1], bool)
-        where[mine.expert_rows[mine.expert_rows >= 0]] = True
-        where = where.reshape(mine.recv_x.shape[:2])
+    where = rows_in_use(mine)
     assert same_bits(rows[where], mine.recv_x[where])
     if sf is not None and mine.sf is not None:
         assert same_bits(np.ascontiguousarray(sf[where]), mine.sf[where])

@@ -32,7 +32,7 @@ from ep_rt.exchange import PeerGroup
 if device_count():
     import cupy
     from device_arrays import Mismatches, cuda_buffer, fetch, overwrite, poison, put
-    from low_latency_cases import check_low_latency, expert_outputs, same_but_for_nan
+    from low_latency_cases import check_low_latency, expert_outputs, rows_in_use, same_but_for_nan
     from normal_cases import check_normal, context_is_alive, wide_case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("place", PLACES)]
@@ -167,43 +167,63 @@ def test_ten_thousand_rounds(place: str) -> None:
             x = [random_values(rng, (int(n), hidden), BF16) for n in counts]
             ids = [rng.integers(-1, num_experts, (int(n), num_topk)) for n in counts]
             weights = [rng.random(some.shape, np.float32) for some in ids]
+            use_fp8, is_packed = seed % 2 == 1, seed // 2 % 2 == 0
             options: dict[str, Any] = {
                 "num_max_dispatch_tokens_per_rank": num_topk * num_max,
                 "num_experts": num_experts,
-                "use_fp8": seed % 2 == 1,
-                "layout": ("expert", "rank")[seed // 2 % 2],
+                "use_fp8": use_fp8,
+                "round_scale": use_fp8 and seed // 4 > 1,
+                "use_ue8m0": use_fp8 and seed // 4 > 2,
+                "layout": "expert" if is_packed else "rank",
             }
             dispatched = reference.low_latency_dispatch(x, ids, **options)
             mine = dispatched[rank]
             back_options = low_latency_combine_options(rng, over_network=LOW_LATENCY_OVER_NETWORK)
             y = [expert_outputs(rng, (*mine.src_info.shape, hidden)) for _ in dispatched]
             combined = reference.low_latency_combine(y, dispatched, ids, weights, **back_options)[rank]
-            if mine.expert_rows is None:
-                rows = mine.recv_count[:, None] > np.arange(mine.src_info.shape[1])
-            else:
-                rows = np.zeros(mine.src_info.shape[1], bool)
-                rows[mine.expert_rows[mine.expert_rows >= 0]] = True
+            rows, sf = rows_in_use(mine), mine.sf
+            sf_rows = rows
+            if sf is not None and is_packed:  # column-major, so by words
+                sf = sf.swapaxes(1, 2)
+                sf_rows = np.repeat(rows[:, None], sf.shape[1], axis=1)
             here = [put(each[rank]) for each in (x, ids, weights, y)]
-            expected = [
-                put(each) for each in (mine.recv_x.view(np.uint8), mine.recv_count, mine.src_info, combined)
-            ]
-            rounds.append((options, back_options, here, expected, put(rows.astype(np.uint8))))
+            expected = {
+                "recv_x": mine.recv_x.view(np.uint8),
+                "sf": sf,
+                "recv_count": mine.recv_count,
+                "src_info": mine.src_info,
+                "layout_range": mine.layout_range,
+                "expert_rows": mine.expert_rows,
+                "combined_x": combined,
+                "rows": rows.astype(np.uint8),
+                "sf_rows": sf_rows.astype(np.uint8),
+            }
+            on_device = {name: put(each) for name, each in expected.items() if each is not None}
+            rounds.append((options, back_options, here, on_device))
         with low_latency_buffer(group) as buffer:
             for number in range(NUM_SMALL_ROUNDS):
-                options, back_options, (x_, ids_, weights_, y_), expected, rows_ = rounds[number % 16]
+                options, back_options, (x_, ids_, weights_, y_), there = rounds[number % 16]
                 hook = number % 5 == 0
                 out = buffer.low_latency_dispatch(
                     x_, ids_, topk_weights=weights_ if number % 3 else None, return_recv_hook=hook, **options
                 )
                 if hook:
                     out.hook()
-                recv_x = out.recv_x[0] if options["use_fp8"] else out.recv_x
-                errors.add(recv_x, expected[0], rows_)
-                errors.add(out.recv_count, expected[1])
-                errors.add(out.handle.src_info, expected[2])
-                back = buffer.low_latency_combine(y_, ids_, weights_, out.handle, **back_options)
+                recv_x, recv_sf = out.recv_x if options["use_fp8"] else (out.recv_x, None)
+                handle, is_packed = out.handle, options["layout"] == "expert"
+                errors.add(recv_x, there["recv_x"], there["rows"])
+                if recv_sf is not None:
+                    recv_sf = recv_sf.swapaxes(1, 2) if is_packed else recv_sf
+                    errors.add(recv_sf, there["sf"], there["sf_rows"])
+                errors.add(out.recv_count, there["recv_count"])
+                errors.add(handle.src_info, there["src_info"])
+                errors.add(handle.layout_range, there["layout_range"])
+                assert (handle.expert_rows is None) == is_packed
+                if not is_packed:
+                    errors.add(handle.expert_rows, there["expert_rows"])
+                back = buffer.low_latency_combine(y_, ids_, weights_, handle, **back_options)
                 if ids_.shape[0]:
-                    errors.add(back.combined_x, expected[3])
+                    errors.add(back.combined_x, there["combined_x"])
                 if number % 1000 == 999:
                     assert errors.total() == 0
 
