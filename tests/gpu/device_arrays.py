@@ -115,6 +115,17 @@ def overwrite(array: Any, value: Array) -> None:
     stream.synchronize()
 
 
+def copy(target: Any, source: Any) -> None:
+    """Enqueue a copy between device arrays of as many bytes, on the current stream. Also in a capture."""
+    one, other = arrays.view(target), arrays.view(source)
+    assert is_contiguous(one)
+    assert is_contiguous(other)
+    num_bytes = int(np.prod(one.shape)) * arrays.np_dtype(one.dtype).itemsize
+    assert num_bytes == int(np.prod(other.shape)) * arrays.np_dtype(other.dtype).itemsize
+    runtime, stream = cupy.cuda.runtime, cupy.cuda.get_current_stream()
+    runtime.memcpyAsync(one.pointer, other.pointer, num_bytes, runtime.memcpyDeviceToDevice, stream.ptr)
+
+
 @contextmanager
 def cuda_buffer(group: Group, **options: Any) -> Iterator[Buffer]:
     """A buffer, with a non-blocking stream of this rank current."""

@@ -72,6 +72,96 @@ def fetch_any(array: Any, dtype: Any = None) -> Array:
     return fetch(array, dtype)
 
 
+class ChangingTokens:
+    """Tokens that a kernel changes, so that each replay of a graph has others; the host can tell which.
+
+    Loads its kernel when it is made, which must not happen while ranks on this GPU wait for each other.
+
+    Attributes:
+        x: bfloat16 [num_tokens, hidden], as they are now.
+    """
+
+    _SOURCE = r"""
+    extern "C" __global__ void change(unsigned* x, const unsigned* first, int* count, int num_words) {
+        const unsigned number = *count & 127;  // of bits that keep a finite number finite
+        for (int i = threadIdx.x; i < num_words; i += blockDim.x) x[i] = first[i] ^ (number << 16 | number);
+        __syncthreads();
+        if (threadIdx.x == 0) ++*count;
+    }
+    """
+
+    def __init__(self, num_tokens: int, hidden: int) -> None:
+        self.x, self._first = (put(np.zeros((num_tokens, hidden), BF16)) for _ in range(2))
+        self._count = put(np.zeros(1, np.int32))
+        self._num_words = np.int32(num_tokens * hidden // 2)
+        self._kernel = _loaded(self._SOURCE, "change")
+
+    def restart(self, first: Array) -> None:
+        """The next change gives ``after(0, first)``. Waits for the current stream."""
+        overwrite(self._first, first)
+        overwrite(self._count, np.zeros(1, np.int32))
+
+    def change(self) -> None:
+        """Enqueue it."""
+        pointers = [_pointer(each) for each in (self.x, self._first, self._count)]
+        self._kernel((1,), (1024,), (*pointers, self._num_words))
+
+    @staticmethod
+    def after(number: int, first: Array) -> Array:
+        """What that change makes of the first ones."""
+        return (first.view(np.uint16) ^ np.uint16(number & 127)).view(BF16)
+
+
+class NegatingExperts:
+    """Experts that give every row back negated. Loads its kernel as `ChangingTokens` does.
+
+    Attributes:
+        y: bfloat16 [El, R*M, hidden], their answers.
+    """
+
+    _SOURCE = r"""
+    extern "C" __global__ void answer(unsigned* y, const unsigned* x, const int* rows, int num_rows,
+                                      int row_words) {
+        for (int to = blockIdx.x; to < num_rows; to += gridDim.x) {
+            const int from = rows == nullptr ? to : rows[to];
+            for (int i = threadIdx.x; from >= 0 && i < row_words; i += blockDim.x)
+                y[to * row_words + i] = x[from * row_words + i] ^ 0x80008000u;
+        }
+    }
+    """
+
+    def __init__(self, num_local_experts: int, num_rows: int, hidden: int) -> None:
+        self.y = put(np.zeros((num_local_experts, num_rows, hidden), BF16))
+        self._sizes = np.int32(num_local_experts * num_rows), np.int32(hidden // 2)
+        self._kernel = _loaded(self._SOURCE, "answer")
+
+    def answer(self, out: Any) -> None:
+        """Enqueue the answers to a dispatch without FP8, of either layout."""
+        rows = out.handle.expert_rows
+        where = np.uint64(0) if rows is None else _pointer(rows)
+        self._kernel((16,), (256,), (_pointer(self.y), _pointer(out.recv_x), where, *self._sizes))
+
+    @staticmethod
+    def expected(mine: reference.LowLatencyDispatched) -> Array:
+        """The same on the host; other rows are unspecified."""
+        rows = mine.recv_x
+        if mine.expert_rows is not None:
+            rows = rows.reshape(-1, rows.shape[-1])[mine.expert_rows]
+        return (rows.view(np.uint16) ^ np.uint16(0x8000)).view(BF16)
+
+
+def _loaded(source: str, name: str) -> Any:
+    import cupy
+
+    kernel = cupy.RawModule(code=source).get_function(name)
+    kernel.kernel  # noqa: B018
+    return kernel
+
+
+def _pointer(array: Any) -> np.uint64:
+    return np.uint64(arrays.view(array).pointer)
+
+
 def check_low_latency(
     buffer: Buffer,
     seed: int,

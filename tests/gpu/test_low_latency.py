@@ -31,8 +31,15 @@ from ep_rt.exchange import PeerGroup
 
 if device_count():
     import cupy
-    from device_arrays import Mismatches, cuda_buffer, fetch, overwrite, poison, put
-    from low_latency_cases import check_low_latency, expert_outputs, rows_in_use, same_but_for_nan
+    from device_arrays import Mismatches, copy, cuda_buffer, fetch, overwrite, poison, put
+    from low_latency_cases import (
+        ChangingTokens,
+        NegatingExperts,
+        check_low_latency,
+        expert_outputs,
+        rows_in_use,
+        same_but_for_nan,
+    )
     from normal_cases import check_normal, context_is_alive, wide_case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("place", PLACES)]
@@ -321,28 +328,41 @@ def test_a_third_call_takes_the_place_of_a_forgotten_hook(place: str) -> None:
 @pytest.mark.parametrize("layout", ["expert", "rank"])
 @pytest.mark.parametrize("num_pairs", [1, 2])
 def test_graph_of_pairs_with_changing_contents(place: str, layout: str, num_pairs: int) -> None:
-    """Captured once, replayed thousands of times; every so often the result is compared."""
+    """Captured once, replayed thousands of times, with tokens of its own each time; the experts answer what
+    they got. Every so often all of the last replay is compared."""
 
     def body(group: Group) -> None:
-        num_tokens, hidden, num_topk, num_experts = 24, 512, 4, 4 * group.size
+        rank, num_tokens, hidden, num_topk = group.rank, 24, 512, 4
+        num_experts, num_rows = 4 * group.size, group.size * num_tokens
         rng = np.random.default_rng(3)
-        x = put(np.zeros((num_tokens, hidden), BF16))
+        tokens, experts = ChangingTokens(num_tokens, hidden), NegatingExperts(4, num_rows, hidden)
         ids = put(np.full((num_tokens, num_topk), -1, np.int64))
         weights = put(np.zeros((num_tokens, num_topk), np.float32))
-        y = put(np.zeros((4, group.size * num_tokens, hidden), BF16))
+        shape = (4, num_rows, hidden) if layout == "expert" else (group.size, num_tokens, hidden)
         with low_latency_buffer(group) as buffer:
 
-            def pair() -> Any:
+            def pair(seen: Any) -> Any:
+                tokens.change()
                 out = buffer.low_latency_dispatch(
-                    x, ids, num_tokens, num_experts, use_fp8=False, layout=layout, topk_weights=weights
+                    tokens.x,
+                    ids,
+                    num_tokens,
+                    num_experts,
+                    use_fp8=False,
+                    layout=layout,
+                    topk_weights=weights,
                 )
-                return out, buffer.low_latency_combine(y, ids, weights, out.handle)
+                copy(seen, out.recv_x)  # before the combine: where rows landed they are valid until then
+                experts.answer(out)
+                return seen, out, buffer.low_latency_combine(experts.y, ids, weights, out.handle)
 
-            pair()
+            kept_rows = [put(np.zeros(shape, BF16)) for _ in range(num_pairs)]
+            pair(kept_rows[0])
             stream = cupy.cuda.get_current_stream()
+            stream.synchronize()
             group.barrier()
             stream.begin_capture()
-            kept = [pair() for _ in range(num_pairs)]
+            kept = [pair(seen) for seen in kept_rows]
             graph = stream.end_capture()
             for number in range(NUM_REPLAYS):
                 if number % 100 == 0:
@@ -352,25 +372,33 @@ def test_graph_of_pairs_with_changing_contents(place: str, layout: str, num_pair
                         for _ in range(group.size)
                     ]
                     all_weights = [rng.random((num_tokens, num_topk), np.float32) for _ in range(group.size)]
-                    all_y = [random_values(rng, (4, group.size * num_tokens, hidden), BF16) for _ in all_x]
-                    for array, values in ((x, all_x), (ids, all_ids), (weights, all_weights), (y, all_y)):
-                        overwrite(array, values[group.rank])
+                    tokens.restart(all_x[rank])
+                    for array, values in ((ids, all_ids), (weights, all_weights)):
+                        overwrite(array, values[rank])
                 graph.launch(stream)
                 if number % 100 == 99:
-                    expected = reference.low_latency_dispatch(
-                        all_x,
-                        all_ids,
-                        num_max_dispatch_tokens_per_rank=num_tokens,
-                        num_experts=num_experts,
-                        use_fp8=False,
-                        layout=layout,
-                    )
-                    combined = reference.low_latency_combine(
-                        all_y, expected, all_ids, all_weights, reduce="rank"
-                    )[group.rank]
-                    for out, back in kept:
-                        assert same_bits(fetch(out.recv_count), expected[group.rank].recv_count)
-                        assert same_bits(fetch(out.handle.src_info), expected[group.rank].src_info)
+                    for turn, (seen, out, back) in enumerate(kept):
+                        x = [tokens.after(99 * num_pairs + turn, each) for each in all_x]
+                        expected = reference.low_latency_dispatch(
+                            x,
+                            all_ids,
+                            num_max_dispatch_tokens_per_rank=num_tokens,
+                            num_experts=num_experts,
+                            use_fp8=False,
+                            layout=layout,
+                        )
+                        y = [experts.expected(each) for each in expected]
+                        combined = reference.low_latency_combine(
+                            y, expected, all_ids, all_weights, reduce="rank"
+                        )[rank]
+                        mine = expected[rank]
+                        where = rows_in_use(mine)
+                        assert same_bits(fetch(seen)[where], mine.recv_x[where])
+                        assert same_bits(fetch(out.recv_count), mine.recv_count)
+                        assert same_bits(fetch(out.handle.src_info), mine.src_info)
+                        assert same_bits(fetch(out.handle.layout_range), mine.layout_range)
+                        if mine.expert_rows is not None:
+                            assert same_bits(fetch(out.handle.expert_rows), mine.expert_rows)
                         assert same_but_for_nan(fetch(back.combined_x), combined)
                 if number % 500 == 250:
                     check_low_latency(buffer, number)
