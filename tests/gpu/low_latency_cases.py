@@ -162,6 +162,25 @@ def _pointer(array: Any) -> np.uint64:
     return np.uint64(arrays.view(array).pointer)
 
 
+def check_received(out: Any, mine: reference.LowLatencyDispatched) -> None:
+    """All that a dispatch delivered, of either layout."""
+    recv_x, recv_sf = (out.recv_x, None) if mine.sf is None else out.recv_x
+    assert same_bits(fetch(out.recv_count), mine.recv_count)
+    assert same_bits(fetch(out.handle.src_info), mine.src_info)
+    assert same_bits(fetch(out.handle.layout_range), mine.layout_range)
+    if mine.expert_rows is None:
+        assert out.handle.expert_rows is None
+    else:
+        assert same_bits(fetch(out.handle.expert_rows), mine.expert_rows)
+    rows, where = fetch(recv_x, mine.recv_x.dtype), rows_in_use(mine)
+    assert rows.shape == mine.recv_x.shape
+    assert same_bits(rows[where], mine.recv_x[where])
+    if mine.sf is not None:
+        sf = fetch_any(recv_sf)
+        assert sf.shape == mine.sf.shape
+        assert same_bits(np.ascontiguousarray(sf[where]), mine.sf[where])
+
+
 def check_low_latency(
     buffer: Buffer,
     seed: int,
@@ -228,23 +247,9 @@ def check_low_latency(
         **options,
     )
     receive(out)
-    recv_x, recv_sf = out.recv_x if use_fp8 else (out.recv_x, None)
-    assert same_bits(fetch(out.recv_count), mine.recv_count)
+    check_received(out, mine)
     assert same_bits(fetch(stats), mine.recv_count + np.int32(5))
     assert (fetch(waited) >= 0).all()
-    assert same_bits(fetch(out.handle.src_info), mine.src_info)
-    assert same_bits(fetch(out.handle.layout_range), mine.layout_range)
-    rows = fetch(recv_x, mine.recv_x.dtype)
-    sf = None if recv_sf is None else fetch_any(recv_sf)
-    assert rows.shape == mine.recv_x.shape
-    if mine.expert_rows is None:
-        assert out.handle.expert_rows is None
-    else:
-        assert same_bits(fetch(out.handle.expert_rows), mine.expert_rows)
-    where = rows_in_use(mine)
-    assert same_bits(rows[where], mine.recv_x[where])
-    if sf is not None and mine.sf is not None:
-        assert same_bits(np.ascontiguousarray(sf[where]), mine.sf[where])
 
     back_options = low_latency_combine_options(rng, over_network=LOW_LATENCY_OVER_NETWORK)
     if case.hidden % 128:

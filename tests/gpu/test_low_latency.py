@@ -36,6 +36,7 @@ if device_count():
         ChangingTokens,
         NegatingExperts,
         check_low_latency,
+        check_received,
         expert_outputs,
         rows_in_use,
         same_but_for_nan,
@@ -482,53 +483,65 @@ def test_waiting_for_a_rank_is_counted(place: str) -> None:
     run(place, body)
 
 
+@pytest.mark.parametrize("use_fp8", [False, True])
+@pytest.mark.parametrize("layout", ["expert", "rank"])
 @pytest.mark.parametrize("at_first", [False, True])
-def test_rank_that_stops_is_masked_and_comes_back(place: str, at_first: bool) -> None:
+def test_rank_that_stops_is_masked_and_comes_back(
+    place: str, at_first: bool, layout: str, use_fp8: bool
+) -> None:
     """In the middle of a stream of calls, or before the first one of their shape, one rank makes none; the
-    others go on, and take it back."""
+    others go on with all that they have without it, and take it back."""
     if num_ranks_of(place, 4) < 3:
         pytest.skip("needs three ranks")
 
     def body(group: Group) -> None:
-        lost, num_rounds = 1, 6
+        lost, num_rounds, num_local_experts, num_max = 1, 6, 2, 15
+        rank, num_experts = group.rank, num_local_experts * group.size
         rng = np.random.default_rng(0)
         x = [random_values(rng, (5, 128), BF16) for _ in range(group.size)]
-        ids = [rng.integers(0, 2 * group.size, (5, 3)) for _ in range(group.size)]
-        shape = (2, group.size * 15, 128)
-        y = [random_values(rng, shape, BF16) for _ in range(group.size)]
+        ids = [rng.integers(0, num_experts, (5, 3)) for _ in range(group.size)]
+        y = [
+            random_values(rng, (num_local_experts, group.size * num_max, 128), BF16)
+            for _ in range(group.size)
+        ]
         weights = [rng.random((5, 3), np.float32) for _ in range(group.size)]
-        there = [np.full_like(each, -1) if rank == lost else each for rank, each in enumerate(ids)]
-        expected, whole = (
+        there = [
+            np.where((each // num_local_experts == lost) | (src == lost), -1, each)
+            for src, each in enumerate(ids)
+        ]
+        options: dict[str, Any] = {"use_fp8": use_fp8, "layout": layout}
+        shrunk, whole = (
             reference.low_latency_dispatch(
-                x, some, num_max_dispatch_tokens_per_rank=15, num_experts=2 * group.size, use_fp8=False
+                x, some, num_max_dispatch_tokens_per_rank=num_max, num_experts=num_experts, **options
             )
             for some in (there, ids)
         )
+        sums_of_shrunk, sums_of_whole = (
+            reference.low_latency_combine(y, dispatched, some, weights, reduce="rank")[rank]
+            for dispatched, some in ((shrunk, there), (whole, ids))
+        )
+        given_x, given_ids, given_weights, given_y = (put(each[rank]) for each in (x, ids, weights, y))
         status = np.zeros(group.size, np.int32)
         with low_latency_buffer(group, timeout_s=SHORT_S, enable_shrink=True) as buffer:
 
             def dispatch() -> Any:
-                return buffer.low_latency_dispatch(
-                    put(x[group.rank]), put(ids[group.rank]), 15, 2 * group.size, use_fp8=False
-                )
+                return buffer.low_latency_dispatch(given_x, given_ids, num_max, num_experts, **options)
+
+            def combine(handle: Any) -> Any:
+                return buffer.low_latency_combine(given_y, given_ids, given_weights, handle).combined_x
 
             if not at_first:
                 dispatch()
             check_low_latency(buffer, 3)
             group.barrier()
-            if group.rank == lost:
+            if rank == lost:
                 time.sleep(1.5 * SHORT_S)  # and does not say that it will not come
             else:
                 for number in range(num_rounds):
                     began = time.monotonic()
                     out = dispatch()
-                    mine = expected[group.rank]
-                    assert same_bits(fetch(out.recv_count), mine.recv_count)
-                    assert same_bits(fetch(out.handle.src_info), mine.src_info)
-                    buffer.low_latency_combine(
-                        put(y[group.rank]), put(ids[group.rank]), put(weights[group.rank]), out.handle
-                    )
-                    cupy.cuda.get_current_stream().synchronize()
+                    check_received(out, shrunk[rank])
+                    assert same_but_for_nan(fetch(combine(out.handle)), sums_of_shrunk)
                     if number:  # masked now: nobody waits any more
                         assert time.monotonic() - began < SHORT_S
                 if at_first:  # nobody knows where it has room
@@ -536,26 +549,19 @@ def test_rank_that_stops_is_masked_and_comes_back(place: str, at_first: bool) ->
                     with pytest.raises(ep_rt.ConfigError, match="reset"):
                         buffer.low_latency_update_mask_buffer(lost, False)
                 buffer.low_latency_query_mask_buffer(status)
-                assert status.tolist() == [int(rank == lost) for rank in range(group.size)]
+                assert status.tolist() == [int(each == lost) for each in range(group.size)]
             assert isinstance(group, PeerGroup)
             group.rejoin(op="test")
             buffer.reset()  # which also lets the one that stopped count the same calls
             buffer.low_latency_clean_mask_buffer()
-
-            def combine(handle: Any) -> None:
-                buffer.low_latency_combine(
-                    put(y[group.rank]), put(ids[group.rank]), put(weights[group.rank]), handle
-                )
-
-            old = out.handle if at_first and group.rank != lost else None
+            old = out.handle if at_first and rank != lost else None
             for _ in range(2):
                 if old is not None:
                     with pytest.raises(ep_rt.HandleError, match="reset"):
                         combine(old)
                 out = dispatch()
-                assert same_bits(fetch(out.recv_count), whole[group.rank].recv_count)
-                assert same_bits(fetch(out.handle.src_info), whole[group.rank].src_info)
-                combine(out.handle)
+                check_received(out, whole[rank])
+                assert same_but_for_nan(fetch(combine(out.handle)), sums_of_whole)
             check_low_latency(buffer, 4)
             context_is_alive()
 
