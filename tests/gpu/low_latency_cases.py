@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import cupy
 import ml_dtypes
 import numpy as np
 from device_arrays import fetch, overwrite, put
@@ -70,6 +71,58 @@ def fetch_any(array: Any, dtype: Any = None) -> Array:
     if len(seen.shape) == 3 and seen.strides[1] == 1 and seen.shape[1] != 1:
         return fetch(array.swapaxes(1, 2), dtype).swapaxes(1, 2)
     return fetch(array, dtype)
+
+
+class Filler:
+    """A kernel that needs all SMs of the device, and all shared memory of each, at the same time.
+
+    Its blocks wait for each other, but not for long: it ends also where they are never there together. Loads
+    its kernel when it is made, as `ChangingTokens` does.
+    """
+
+    LIMIT_NS = 20_000_000
+    _SOURCE = r"""
+    __device__ unsigned long long now_ns() {
+        unsigned long long value;
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(value));
+        return value;
+    }
+    extern "C" __global__ void fill(unsigned* num_arrived, unsigned goal, unsigned* num_alone,
+                                    unsigned long long limit_ns) {
+        extern __shared__ char memory[];
+        if (threadIdx.x != 0) return;
+        const unsigned long long end_ns = now_ns() + limit_ns;
+        memory[0] = 0;
+        atomicAdd(num_arrived, 1u);
+        while (atomicAdd(num_arrived, 0u) < goal) {
+            if (now_ns() < end_ns) continue;
+            atomicAdd(num_alone, 1u);
+            return;
+        }
+    }
+    """
+
+    def __init__(self) -> None:
+        attributes = cupy.cuda.Device().attributes
+        self._num_blocks = int(attributes["MultiProcessorCount"])
+        self._shared_bytes = int(attributes["MaxSharedMemoryPerBlockOptin"])
+        self._kernel = _loaded(self._SOURCE, "fill")
+        self._kernel.max_dynamic_shared_size_bytes = self._shared_bytes
+        self._num_arrived, self._num_alone = (put(np.zeros(1, np.int32)) for _ in range(2))
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._num_runs = 0
+
+    def fills(self) -> bool:
+        """Run it on a stream of its own, wait for it, and say whether it had all SMs."""
+        self._num_runs += 1
+        with self._stream:
+            goal = np.uint32(self._num_runs * self._num_blocks)
+            args = (self._num_arrived, goal, self._num_alone, np.uint64(self.LIMIT_NS))
+            self._kernel((self._num_blocks,), (32,), args, shared_mem=self._shared_bytes)
+            num_arrived, num_alone = fetch(self._num_arrived), fetch(self._num_alone)
+        assert int(num_arrived[0]) == goal
+        overwrite(self._num_alone, np.zeros(1, np.int32))
+        return int(num_alone[0]) == 0
 
 
 class ChangingTokens:
@@ -151,8 +204,6 @@ class NegatingExperts:
 
 
 def _loaded(source: str, name: str) -> Any:
-    import cupy
-
     kernel = cupy.RawModule(code=source).get_function(name)
     kernel.kernel  # noqa: B018
     return kernel
@@ -187,6 +238,7 @@ def check_low_latency(
     *,
     case: Case | None = None,
     hook: bool = False,
+    hook_stream: Any = None,
     framework: str = "cupy",
     pause: Callable[[], None] = lambda: None,
     between: Callable[[], None] = lambda: None,
@@ -195,17 +247,26 @@ def check_low_latency(
     """low_latency_dispatch and combine of one random layer.
 
     Args:
-        between: what is done between the phases, with `hook`.
+        hook_stream: a CuPy stream that hooks are called on, ordered by events alone; default: the one of all
+            else.
+        between: what is done between the phases, with `hook`. All ranks are there then.
         options: of both calls.
     """
 
     def receive(result: Any) -> None:
-        if hook:
-            between()
-            pause()
-            result.hook()
-        else:
+        if not hook:
             result.event.current_stream_wait()
+            return
+        between()
+        pause()
+        if hook_stream is None:
+            result.hook()
+            return
+        stream = cupy.cuda.get_current_stream()
+        hook_stream.wait_event(stream.record())
+        with hook_stream:
+            result.hook()
+        stream.wait_event(hook_stream.record())
 
     case = case or draw_case(seed, buffer.num_ranks)
     rng, rank = case.rng, buffer.rank

@@ -34,6 +34,7 @@ if device_count():
     from device_arrays import Mismatches, copy, cuda_buffer, fetch, overwrite, poison, put
     from low_latency_cases import (
         ChangingTokens,
+        Filler,
         NegatingExperts,
         check_low_latency,
         check_received,
@@ -262,6 +263,36 @@ def test_garbage_is_collected_while_peers_wait(place: str) -> None:
         run(place, body)
     finally:
         gc.enable()
+
+
+def test_no_sm_is_held_between_send_and_hook(place: str) -> None:
+    """Once all have sent, and none has received, a kernel gets every SM with all its shared memory."""
+
+    def body(group: Group) -> None:
+        filler = Filler()
+        with low_latency_buffer(group) as buffer:
+
+            def fill() -> None:
+                cupy.cuda.get_current_stream().synchronize()
+                for turn in range(group.size):  # ranks may share the GPU
+                    group.barrier()
+                    assert turn != group.rank or filler.fills()
+                group.barrier()
+
+            for seed in range(4):
+                check_low_latency(buffer, seed, hook=True, between=fill)
+
+    run(place, body)
+
+
+def test_hooks_on_another_stream(place: str) -> None:
+    def body(group: Group) -> None:
+        with low_latency_buffer(group) as buffer:
+            stream = cupy.cuda.Stream(non_blocking=True)
+            for seed in range(16):
+                check_low_latency(buffer, seed, hook=True, hook_stream=stream)
+
+    run(place, body)
 
 
 def test_two_batches_overlap(place: str) -> None:
