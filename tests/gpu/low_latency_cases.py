@@ -230,6 +230,10 @@ def check_received(out: Any, mine: reference.LowLatencyDispatched) -> None:
         sf = fetch_any(recv_sf)
         assert sf.shape == mine.sf.shape
         assert same_bits(np.ascontiguousarray(sf[where]), mine.sf[where])
+        strides, (_, num_rows, num_words) = arrays.view(recv_sf).strides, sf.shape
+        is_column_major = mine.expert_rows is None
+        assert num_rows == 1 or strides[1] == (1 if is_column_major else num_words)
+        assert num_words == 1 or strides[2] == (num_rows if is_column_major else 1)
 
 
 def check_low_latency(
@@ -239,6 +243,7 @@ def check_low_latency(
     case: Case | None = None,
     hook: bool = False,
     hook_stream: Any = None,
+    num_max_tokens: int = 0,
     framework: str = "cupy",
     pause: Callable[[], None] = lambda: None,
     between: Callable[[], None] = lambda: None,
@@ -249,6 +254,7 @@ def check_low_latency(
     Args:
         hook_stream: a CuPy stream that hooks are called on, ordered by events alone; default: the one of all
             else.
+        num_max_tokens: of each rank; default: as few as may be.
         between: what is done between the phases, with `hook`. All ranks are there then.
         options: of both calls.
     """
@@ -272,7 +278,7 @@ def check_low_latency(
     rng, rank = case.rng, buffer.rank
     use_fp8, round_scale, use_ue8m0 = SCALES[seed % 4 if case.hidden % 128 == 0 else 0]
     layout = ("expert", "rank")[int(rng.integers(2))]
-    num_max_tokens = most_rows(case)
+    num_max_tokens = num_max_tokens or most_rows(case)
     with_weights = bool(rng.integers(2))
     shapes = [(count, case.hidden) for count in case.num_tokens]
     x = [

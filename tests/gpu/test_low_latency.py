@@ -10,6 +10,7 @@ import gc
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import ml_dtypes
@@ -27,6 +28,8 @@ from ranks import (
 
 import ep_rt
 from ep_rt import Buffer, Group, as_group, reference
+from ep_rt.cuda import low_latency_plan as plan
+from ep_rt.cuda.layout import MAX_LOCAL_EXPERTS, MAX_LOCAL_RANKS
 from ep_rt.exchange import PeerGroup
 
 if device_count():
@@ -128,6 +131,16 @@ def test_shapes_of_models(
                 check_low_latency(buffer, seed, case=case)
 
     run(place, body, num_virtual_ranks=2)
+
+
+def test_room_for_far_more_tokens_than_there_are(place: str) -> None:
+    def body(group: Group) -> None:
+        with low_latency_buffer(group) as buffer:
+            for seed in range(8):
+                case = wide_case(seed, group.size, num_tokens=9, hidden=256, num_topk=2, num_local_experts=2)
+                check_low_latency(buffer, seed, case=case, num_max_tokens=1024, hook=seed > 3)
+
+    run(place, body)
 
 
 @pytest.mark.parametrize("framework", ["torch"])
@@ -640,6 +653,78 @@ def test_wrong_arguments(place: str) -> None:
                 buffer.low_latency_clean_mask_buffer()
             buffer.clean_low_latency_buffer(1, 128, group.size)
             check_low_latency(buffer, 6)
+
+    run(place, body)
+
+
+def test_sizes_beyond_the_limits_are_refused_before_anything_happens(place: str) -> None:
+    """One rank asks for them, and none misses it."""
+
+    def body(group: Group) -> None:
+        x, ids = put(np.ones((1, 8), BF16)), put(np.full((1, 1), -1, np.int64))
+        many_ids = put(np.full((1, plan.MAX_TOPK + 1), -1, np.int64))
+        most_experts = MAX_LOCAL_RANKS * MAX_LOCAL_EXPERTS
+        with low_latency_buffer(group) as buffer:
+            check_low_latency(buffer, 0)
+
+            def made() -> tuple[int, int]:
+                stats: Any = buffer.stats
+                return stats.num_low_latency_dispatches, buffer.memory_report().low_latency_bytes
+
+            before = made()
+            if group.rank == 0:
+                with pytest.raises(ep_rt.ConfigError, match=f"1 to {plan.MAX_TOPK}"):
+                    buffer.low_latency_dispatch(x, many_ids, 1, group.size, use_fp8=False)
+                for num_local_experts in (MAX_LOCAL_EXPERTS + 1, most_experts // group.size + 1):
+                    with pytest.raises(
+                        ep_rt.ConfigError, match=f"{MAX_LOCAL_EXPERTS} on each, and {most_experts} in all"
+                    ):
+                        buffer.low_latency_dispatch(x, ids, 1, num_local_experts * group.size, use_fp8=False)
+            assert made() == before
+            check_low_latency(buffer, 1)
+
+    run(place, body)
+
+
+@pytest.mark.parametrize("enable_shrink", [False, True])
+def test_memory_report_says_what_the_plan_says(place: str, enable_shrink: bool) -> None:
+    def body(group: Group) -> None:
+        num_tokens, num_max, hidden, num_topk, num_experts = 5, 16, 256, 3, 2 * group.size
+        shape = plan.AreaShape(
+            num_ranks=group.size,
+            num_max_tokens=num_max,
+            hidden=hidden,
+            num_experts=num_experts,
+            num_topk=num_topk,
+            has_columns=enable_shrink and not LOW_LATENCY_OVER_NETWORK,
+            over_network=LOW_LATENCY_OVER_NETWORK,
+        )
+        x = put(np.ones((num_tokens, hidden), BF16))
+        weights = put(np.ones((num_tokens, num_topk), np.float32))
+        ids = put(np.arange(num_tokens * num_topk).reshape(num_tokens, num_topk) % num_experts)
+        y = put(np.ones((2, group.size * num_max, hidden), BF16))
+        with low_latency_buffer(group, enable_shrink=enable_shrink) as buffer:
+
+            def num_bytes() -> int:
+                return int(buffer.memory_report().low_latency_bytes)
+
+            assert num_bytes() == 0
+            expected = plan.AreaLayout.of(shape).num_bytes
+            for layout in ("expert", "rank"):
+                out = buffer.low_latency_dispatch(x, ids, num_max, num_experts, layout=layout)
+                assert num_bytes() == expected
+            buffer.low_latency_combine(y, ids, weights, out.handle)
+            assert num_bytes() == expected
+            if (
+                not enable_shrink and not LOW_LATENCY_OVER_NETWORK
+            ):  # what is not polled has an area of its own
+                expected += plan.AreaLayout.of(replace(shape, is_main=False, has_columns=True)).num_bytes
+            for use_fp8 in (False, True):
+                out = buffer.low_latency_dispatch(x, ids, num_max, num_experts)
+                buffer.low_latency_combine(
+                    y, ids, weights, out.handle, use_logfmt=not use_fp8, use_fp8=use_fp8
+                )
+                assert num_bytes() == expected
 
     run(place, body)
 
