@@ -117,9 +117,10 @@ def main() -> int:
         for many_ranks, ranks_per_node in NODES if num_ranks > 1 else NODES_ON_ONE_GPU:
             named, nodes = _nodes(many_ranks, ranks_per_node)
             parts[named] = [*nodes, *pytest, *OVER_MANY_NODES]
-        named, nodes = _nodes(max(2, num_ranks), 1)
-        loopback = ["env", "EP_RT_TEST_TRANSPORT=loopback", *nodes]
-        parts[f"{named}, loopback"] = [*loopback, *pytest, *OVER_LOOPBACK]
+        for many_ranks, ranks_per_node in ((max(2, num_ranks), 1), (4, 2)):
+            named, nodes = _nodes(many_ranks, ranks_per_node)
+            loopback = ["env", "EP_RT_TEST_TRANSPORT=loopback", *nodes]
+            parts[f"{named}, loopback"] = [*loopback, *pytest, *OVER_LOOPBACK]
     if shutil.which("compute-sanitizer"):
         for tool in ("memcheck", "racecheck"):
             # CUDA's own search for optional entry points is not an error of ours. Host backtraces hold the

@@ -77,6 +77,19 @@ def test_all_blocks_arrive(network: Network, scope: str, block_bytes: int) -> No
     on_ranks(body)
 
 
+@pytest.mark.skipif(not (IS_UNDER_MPI and loopback.IS_ASKED_FOR), reason="of the test transport")
+def test_loopback_reaches_no_peer_directly() -> None:
+    """Also where ranks share a GPU, as long as they are on nodes."""
+    loopback.load_if_asked()
+
+    def body(group: Group) -> None:
+        network = open_network(group)
+        assert network.direct_peers(network.allocate(1 << 20)) == (group.rank,)
+        network.close()
+
+    on_ranks(body)
+
+
 def test_a_graph_is_replayed(network: Network) -> None:
     import cupy
 
