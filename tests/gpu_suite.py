@@ -109,6 +109,9 @@ def main() -> int:
         parts[f"mpirun -n {num_ranks}, puts alone"] = puts
         without_nvlink = ["env", "EP_RT_NVLINK=0", *mpirun, *pytest, *WITHOUT_NVLINK]
         parts[f"mpirun -n {num_ranks}, as without NVLink"] = without_nvlink
+        nodes = ["env", f"EP_RT_RANKS_PER_NODE={num_ranks // 2}", *mpirun]
+        parts["example, 2 nodes"] = [*nodes, sys.executable, "examples/two_nodes.py", "--backend", "cuda"]
+        parts["doctor"] = [*mpirun, sys.executable, "-m", "ep_rt", "doctor", "--ping", "--require", "cuda"]
         parts[f"barrier figures, mpirun -n {num_ranks}"] = [*mpirun, *barrier]
         parts[f"figures, mpirun -n {num_ranks}"] = [*mpirun, *bench, "128", "4096"]
         parts[f"low-latency figures, mpirun -n {num_ranks}"] = [*mpirun, *low_latency, "ll-combine-source"]

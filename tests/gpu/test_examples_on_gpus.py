@@ -78,6 +78,16 @@ def test_train_moe(place: str, tmp_path: Path) -> None:
     assert "equality check passed" in printed or "1 rank, " in printed
 
 
+@on_every_place
+@pytest.mark.parametrize("framework", ["cupy", "torch"])
+def test_decode_overlap(place: str, framework: str) -> None:
+    require(framework)
+    sizes = "--tokens=16 --hidden=512 --num-experts=16 --rounds=5"
+    printed = run(place, "decode_overlap.py", *sizes.split(), f"--framework={framework}")
+    assert f"cuda backend, {framework} arrays" in printed
+    assert "all as without hooks" in printed
+
+
 def test_overlap(tmp_path: Path) -> None:
     plot = tmp_path / "overlap.png"
     args = "--tokens=512 --hidden=1024 --num-experts=16 --columns=512 --rounds=5 --sms 2 8"
