@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
-from host_cases import Case, random_values, same_bits
+from host_cases import Case, random_bits, random_values, same_bits
 from ranks import PLACES, RANKS_PER_NODE, device_count, run_ranks
 
 import ep_rt
@@ -332,29 +332,34 @@ def test_layout_and_dispatch_from_a_layout(place: str) -> None:
 
 
 def test_any_strides(place: str) -> None:
+    """Also of scale factors that are packed exponents."""
+
     def body(group: Group) -> None:
         with cuda_buffer(group) as buffer:
             rng = np.random.default_rng(group.rank)
-            x = rng.random((30, 64), np.float32)
-            sf = rng.random((30, 5), np.float32)
-            ids = rng.integers(0, group.size, (30, 2))
-            plain = buffer.dispatch((put(x), put(sf)), topk_idx=put(ids), num_experts=group.size)
-            wide = np.zeros((30, 100), np.float32)
-            wide[:, 3:67] = x
-            strided = buffer.dispatch(
-                (put(wide)[:, 3:67], put(sf.T).T),
-                topk_idx=put(np.repeat(ids, 2, axis=1))[:, ::2],
-                num_experts=group.size,
-            )
-            assert same_bits(fetch(strided.recv_x[0]), fetch(plain.recv_x[0]))
-            assert same_bits(fetch(strided.recv_x[1]), fetch(plain.recv_x[1]))
-            assert same_bits(fetch(strided.recv_topk_idx), fetch(plain.recv_topk_idx))
-            y = fetch(plain.recv_x[0])
-            y_wide = np.zeros((len(y), 100), np.float32)
-            y_wide[:, 1:65] = y
-            back = buffer.combine(put(y_wide)[:, 1:65], plain.handle)
-            assert same_bits(fetch(back.combined_x), fetch(buffer.combine(put(y), plain.handle).combined_x))
-            assert buffer.stats.num_copied_inputs == 3
+            for number, sf_dtype in enumerate((np.float32, np.int32), 1):
+                x = rng.random((30, 64), np.float32)
+                sf = random_bits(rng, (30, 5), sf_dtype)
+                ids = rng.integers(0, group.size, (30, 2))
+                plain = buffer.dispatch((put(x), put(sf)), topk_idx=put(ids), num_experts=group.size)
+                wide = np.zeros((30, 100), np.float32)
+                wide[:, 3:67] = x
+                strided = buffer.dispatch(
+                    (put(wide)[:, 3:67], put(sf.T).T),
+                    topk_idx=put(np.repeat(ids, 2, axis=1))[:, ::2],
+                    num_experts=group.size,
+                )
+                assert same_bits(fetch(strided.recv_x[0]), fetch(plain.recv_x[0]))
+                assert fetch(strided.recv_x[1]).dtype == sf_dtype
+                assert same_bits(fetch(strided.recv_x[1]), fetch(plain.recv_x[1]))
+                assert same_bits(fetch(strided.recv_topk_idx), fetch(plain.recv_topk_idx))
+                y = fetch(plain.recv_x[0])
+                y_wide = np.zeros((len(y), 100), np.float32)
+                y_wide[:, 1:65] = y
+                back = buffer.combine(put(y_wide)[:, 1:65], plain.handle)
+                expected = buffer.combine(put(y), plain.handle)
+                assert same_bits(fetch(back.combined_x), fetch(expected.combined_x))
+                assert buffer.stats.num_copied_inputs == 3 * number
 
     run(place, body)
 
