@@ -453,6 +453,25 @@ def test_calls_from_two_streams(place: str) -> None:
     run(place, body)
 
 
+def test_communication_stream_goes_first_and_waits_for_no_other(place: str) -> None:
+    from cuda.bindings import driver
+
+    def body(group: Group) -> None:
+        with cuda_buffer(group) as buffer:
+            stream = driver.CUstream(buffer.get_comm_stream().ptr)
+            success = driver.CUresult.CUDA_SUCCESS
+            # The lower the number, the higher the priority.
+            range_status, lowest, highest = driver.cuCtxGetStreamPriorityRange()
+            status, priority = driver.cuStreamGetPriority(stream)
+            assert (range_status, status) == (success, success)
+            assert priority == highest < lowest
+            status, flags = driver.cuStreamGetFlags(stream)
+            assert status == success
+            assert flags == driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value
+
+    run(place, body)
+
+
 def test_two_buffers(place: str) -> None:
     def body(group: Group) -> None:
         with cuda_buffer(group) as first, cuda_buffer(group) as second:
