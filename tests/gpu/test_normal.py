@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import random
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -19,6 +21,7 @@ from ep_rt import Buffer, Config, Group, reference
 
 if device_count():
     import cupy
+    from cuda.bindings import driver
     from device_arrays import cuda_buffer, fetch, overwrite, poison, put
     from normal_cases import (
         carried,
@@ -454,8 +457,6 @@ def test_calls_from_two_streams(place: str) -> None:
 
 
 def test_communication_stream_goes_first_and_waits_for_no_other(place: str) -> None:
-    from cuda.bindings import driver
-
     def body(group: Group) -> None:
         with cuda_buffer(group) as buffer:
             stream = driver.CUstream(buffer.get_comm_stream().ptr)
@@ -469,6 +470,63 @@ def test_communication_stream_goes_first_and_waits_for_no_other(place: str) -> N
             assert status == success
             assert flags == driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value
 
+    run(place, body)
+
+
+def test_calls_allocate_nothing_and_launch_a_kernel_each(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device_count() == 0:
+        pytest.skip("no GPU")
+    num_rounds = 50
+    num_launches: Counter[int] = Counter()  # of the thread of each rank
+
+    def count(module: Any, name: str) -> None:
+        launch = getattr(module, name)
+
+        def counted(*args: Any) -> Any:
+            num_launches[threading.get_ident()] += 1
+            return launch(*args)
+
+        monkeypatch.setattr(module, name, counted)
+
+    def body(group: Group) -> None:
+        num_tokens, num_experts = 64, 2 * group.size
+        x = put(np.ones((num_tokens, 512), np.float32))
+        ids = put(np.arange(3 * num_tokens).reshape(num_tokens, 3) % num_experts)
+        weights = put(np.ones((num_tokens, 3), np.float32))
+        capacity = num_tokens * group.size
+        with cuda_buffer(group) as buffer:
+
+            def layer() -> None:
+                out = buffer.dispatch(
+                    x,
+                    topk_idx=ids,
+                    topk_weights=weights,
+                    num_experts=num_experts,
+                    num_worst_tokens=capacity,
+                )
+                cached = buffer.dispatch(x, handle=out.handle, num_worst_tokens=capacity)
+                buffer.combine(cached.recv_x, out.handle)
+
+            def held() -> tuple[int, ...]:
+                report = buffer.memory_report()
+                return (
+                    report.slab.num_bytes,
+                    report.symmetric_bytes,
+                    report.control_bytes,
+                    report.local_bytes,
+                )
+
+            for _ in range(5):
+                layer()
+            before, num_before = held(), num_launches[threading.get_ident()]
+            for _ in range(num_rounds):
+                layer()
+            assert held() == before
+            if buffer.topology.num_nodes == 1:
+                assert num_launches[threading.get_ident()] - num_before == 3 * num_rounds
+
+    for module, name in ((cupy.cuda.driver, "launchKernel"), (driver, "cuLaunchKernelEx")):
+        count(module, name)
     run(place, body)
 
 
