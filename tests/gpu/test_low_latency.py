@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import ml_dtypes
@@ -523,6 +524,54 @@ def test_waiting_for_a_rank_is_counted(place: str) -> None:
             microseconds = fetch(waited)
             assert (microseconds[late] > 0.5e6 * delay_s) == (group.rank != late)
             assert (microseconds[:late] < 0.5e6 * delay_s).all()
+
+    run(place, body)
+
+
+@pytest.mark.parametrize("enable_shrink", [False, True])
+def test_waiting_for_the_first_rank_is_charged_to_no_other(place: str, enable_shrink: bool) -> None:
+    """Of dispatch and of combine: those that were there in time are not charged for what came before them."""
+    if place == "mpi" and as_group().size < 2:
+        pytest.skip("needs a peer")
+
+    def body(group: Group) -> None:
+        late, delay_s = 0, 0.1
+        everyone = np.arange(group.size)[None]  # a token goes to all ranks, so all answer
+        x, ids = put(np.ones((1, 128), BF16)), put(everyone)
+        y = put(np.ones((1, group.size, 128), BF16))
+        weights = put(np.ones((1, group.size), np.float32))
+        waited = put(np.zeros(group.size, np.int64))
+        with low_latency_buffer(group, enable_shrink=enable_shrink) as buffer:
+
+            def dispatch() -> Any:
+                return buffer.low_latency_dispatch(
+                    x, ids, 1, group.size, use_fp8=False, dispatch_wait_recv_cost_stats=waited
+                )
+
+            def combine(handle: Any) -> Any:
+                return buffer.low_latency_combine(
+                    y, ids, weights, handle, combine_wait_recv_cost_stats=waited
+                )
+
+            def check(call: Callable[[], Any]) -> Any:
+                cupy.cuda.get_current_stream().synchronize()
+                overwrite(waited, np.zeros(group.size, np.int64))
+                group.barrier()
+                if group.rank == late:
+                    time.sleep(delay_s)
+                result = call()
+                seconds = fetch(waited) / 1e6
+                if group.rank != late:
+                    assert 0.5 * delay_s < seconds[late] < 2 * delay_s, seconds
+                    seconds[late] = 0
+                assert (seconds < 0.3 * delay_s).all(), seconds
+                group.barrier()
+                return result
+
+            combine(dispatch().handle)  # what is done once per shape is done
+            for _ in range(2):
+                out = check(dispatch)
+                check(partial(combine, out.handle))
 
     run(place, body)
 
