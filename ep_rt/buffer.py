@@ -23,7 +23,7 @@ from .handle import DispatchHandle, FlatLayout, FlatShape, LowLatencyHandle
 from .host.engine import HostEngine
 from .host.low_latency import HostLowLatency
 from .host.peers import Announcement, Peers, attempt
-from .moe_sizes import MoeSizes, remote_sizes, slab_bytes
+from .moe_sizes import MoeSizes, remote_sizes, slab_bytes, spare_bytes
 from .network_options import NetworkOptions
 from .requests import (
     CombineRequest,
@@ -199,6 +199,7 @@ class Buffer:
                     0 if is_remote else num_rdma_bytes,
                     low_latency_mode=low_latency_mode and not is_remote,
                 ),
+                spare_bytes=spare_bytes(moe, self.num_ranks, num_nvl_bytes),
                 timeout_s=timeout_s,
                 remote=remote_sizes(moe, self.num_ranks, num_rdma_bytes, low_latency_mode=low_latency_mode),
                 network=self._network_options,
@@ -226,6 +227,7 @@ class Buffer:
 
         Its communication memory holds a result of the normal mode, the experts' output in `empty`, and the
         next result, each with as many rows as a rank can receive, and the landing zones of low-latency calls.
+        So unless `num_nvl_bytes` says less, calls find room outside of CUDA graphs, whatever is held.
 
         Args:
             num_max_tokens_per_rank: the most tokens a rank dispatches in one call.

@@ -57,6 +57,11 @@ class MoeSizes:
                 f"{self.num_max_tokens_per_rank}"
             )
 
+    def slab_bytes(self, num_ranks: int) -> plan.ModelBytes:
+        """Of the results and the like in the slab of a node of so many ranks."""
+        num_rows = num_ranks * self.num_max_tokens_per_rank
+        return plan.ModelBytes.of(self.row_bytes, self.answer_bytes, self.num_topk, num_rows)
+
     def area_bytes(self, num_ranks: int, *, over_network: bool) -> int:
         """Of the landing zones of low-latency calls, of every kind that there is."""
         return area_bytes_hint(
@@ -82,13 +87,13 @@ def slab_bytes(
         return plan.slab_bytes(num_nvl_bytes) + plan.rounded(zones_bytes)
     if low_latency_mode and not zones_bytes:
         zones_bytes = moe.area_bytes(num_ranks, over_network=False)
-    return plan.rounded(zones_bytes) + plan.slab_bytes(
-        num_nvl_bytes,
-        row_bytes=moe.row_bytes,
-        answer_bytes=moe.answer_bytes,
-        num_topk=moe.num_topk,
-        num_rows=num_ranks * moe.num_max_tokens_per_rank,
-    )
+    num_bytes = plan.slab_bytes(num_nvl_bytes) if num_nvl_bytes else moe.slab_bytes(num_ranks).slab
+    return plan.rounded(zones_bytes) + num_bytes
+
+
+def spare_bytes(moe: MoeSizes | None, num_ranks: int, num_nvl_bytes: int) -> int:
+    """What such a slab keeps free from the beginning: room for any call of a model that it was made for."""
+    return 0 if moe is None or num_nvl_bytes else moe.slab_bytes(num_ranks).largest
 
 
 def remote_sizes(

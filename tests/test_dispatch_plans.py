@@ -18,7 +18,7 @@ from ep_rt import Group, arrays, moe_sizes
 from ep_rt.cuda.combine import Combine
 from ep_rt.cuda.dispatch_plans import DispatchPlans, Plan
 from ep_rt.cuda.handle import CudaDispatchHandle, CudaHandleShape
-from ep_rt.cuda.plan import slab_bytes
+from ep_rt.cuda.plan import ModelBytes
 from ep_rt.cuda.pool import Pool
 from ep_rt.errors import ArrayError, ConfigError, HandleError
 from ep_rt.handle import HandleShape
@@ -196,7 +196,7 @@ def has_room(num_bytes: int, found: Plan, *, row_bytes: int, keeps_landing: bool
 def test_the_memory_of_a_model_is_enough_for_the_worst_case(keeps_landing: bool) -> None:
     num_tokens, hidden = 4096, 4096
     num_rows, row_bytes = NUM_RANKS * num_tokens, 4 * hidden
-    num_bytes = slab_bytes(0, row_bytes=row_bytes, num_topk=NUM_TOPK, num_rows=num_rows)
+    num_bytes = ModelBytes.of(row_bytes, row_bytes, NUM_TOPK, num_rows).slab
     dispatch = Dispatches(numpy_array)
     for num_max_tokens in (num_tokens, None):
         plan = dispatch(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from ep_rt.cuda import plan
 from ep_rt.cuda.low_latency_plan import area_bytes_hint
+from ep_rt.cuda.pool import Lease, Pool
 from ep_rt.errors import ArrayError, ConfigError, EpError
-from ep_rt.moe_sizes import MoeSizes, remote_sizes, slab_bytes
+from ep_rt.moe_sizes import MoeSizes, remote_sizes, slab_bytes, spare_bytes
 
 NUM_RANKS = 8
 MOE = MoeSizes(num_max_tokens_per_rank=128, hidden=7168, num_experts=256, num_topk=8, dtype="bfloat16")
-OF_MODEL = plan.slab_bytes(0, row_bytes=14336, answer_bytes=14336, num_topk=8, num_rows=NUM_RANKS * 128)
+OF_MODEL = plan.ModelBytes.of(14336, 14336, 8, NUM_RANKS * 128).slab
 
 
 def zones_bytes(*, over_network: bool) -> int:
@@ -56,6 +59,31 @@ def test_slab(
 ) -> None:
     num_bytes = slab_bytes(moe, NUM_RANKS, num_nvl_bytes, num_rdma_bytes, low_latency_mode=low_latency_mode)
     assert num_bytes == expected
+
+
+def test_room_that_is_kept_free() -> None:
+    assert spare_bytes(None, NUM_RANKS, 0) == spare_bytes(MOE, NUM_RANKS, 5 << 20) == 0
+    assert spare_bytes(MOE, NUM_RANKS, 0) == plan.ModelBytes.of(14336, 14336, 8, 1024).result
+    narrow = MoeSizes(128, 7168, 256, 8, "float8_e4m3fn")
+    assert spare_bytes(narrow, NUM_RANKS, 0) == 2 * plan.ModelBytes.of(7168, 14336, 8, 1024).result
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_calls_of_a_model_find_room_whatever_is_held(seed: int) -> None:
+    """Results and outputs that leave less than is to be kept free go elsewhere; what comes next fits."""
+    rng = random.Random(seed)
+    sizes, spare = plan.ModelBytes.of(14336, 14336, 8, NUM_RANKS * 128), spare_bytes(MOE, NUM_RANKS, 0)
+    pool = Pool(slab_bytes(MOE, NUM_RANKS, 0, 0, low_latency_mode=False))
+    held: list[Lease] = []
+    for _ in range(300):
+        num_bytes = rng.randint(1, sizes.largest if rng.random() < 0.5 else sizes.largest // 8)
+        lease = pool.take(num_bytes, spare)
+        if lease is not None:
+            held.append(lease)
+        del lease
+        assert pool.largest_free() >= spare
+        if held and rng.random() < 0.6:
+            del held[rng.randrange(len(held))]
 
 
 @pytest.mark.parametrize(

@@ -43,11 +43,12 @@ def test_grids_that_cannot_be(num_sms: int, num_device_sms: int, num_sharing: in
 def test_slab_sizes() -> None:
     assert plan.slab_bytes(1000) == 1024
     assert plan.slab_bytes(0) == 1 << 30
-    assert plan.slab_bytes(5 << 20, row_bytes=14336, num_topk=8, num_rows=32768) == 5 << 20
-    assert plan.slab_bytes(0, row_bytes=32, num_topk=2, num_rows=64) == 64 << 20
-    assert plan.slab_bytes(0, row_bytes=14336, num_topk=8, num_rows=32768) > 3 * 32768 * (14336 + 96)
-    wide = plan.slab_bytes(0, row_bytes=7168, answer_bytes=14336, num_topk=8, num_rows=32768)
-    assert 5 * 32768 * (7168 + 224 + 96) < wide < 5 * 32768 * (7168 + 224 + 96) + (1 << 20)
+    assert plan.ModelBytes.of(32, 32, 2, 64).slab == 64 << 20
+    alike, wide = plan.ModelBytes.of(14336, 14336, 8, 32768), plan.ModelBytes.of(7168, 14336, 8, 32768)
+    for sizes, row_bytes, factor in ((alike, 14336 + 448 + 96, 1), (wide, 7168 + 224 + 96, 2)):
+        assert 0 <= sizes.result - 32768 * row_bytes <= 5 * OFFSET_UNIT
+        assert sizes.largest == factor * sizes.result
+        assert sizes.slab == sizes.result + 2 * sizes.largest
 
 
 def test_combines_of_two_buffers_find_places() -> None:

@@ -109,6 +109,7 @@ class Domain:
         num_bytes: payload of the slab; the same on every rank.
         timeout_s: deadline of every wait for a peer, in kernels and on the host.
         names: of the ranks in errors; default their numbers in `group`.
+        spare_bytes: see `spare`, from the beginning.
 
     Attributes:
         device: the one that is current at construction.
@@ -123,7 +124,15 @@ class Domain:
     Collective.
     """
 
-    def __init__(self, group: Group, *, num_bytes: int, timeout_s: float, names: Names | None = None) -> None:
+    def __init__(
+        self,
+        group: Group,
+        *,
+        num_bytes: int,
+        timeout_s: float,
+        names: Names | None = None,
+        spare_bytes: int = 0,
+    ) -> None:
         import cupy
 
         if group.size > MAX_LOCAL_RANKS:
@@ -154,7 +163,7 @@ class Domain:
         self.comm = CommStream(self.device)
         self.turns = Turns()
         self.place = Place(f"cuda:{self.device}", self.comm.pointer)
-        self._spare_bytes = 0
+        self._spare_bytes = spare_bytes
         self._max_blocks: int | None = None
         self.is_closed = False
         self._done = EventOverlap()

@@ -148,6 +148,7 @@ class CudaEngine:
         *,
         owner: object,
         num_bytes: int,
+        spare_bytes: int,
         timeout_s: float,
         remote: RemoteSizes,
         network: NetworkOptions | None = None,
@@ -166,6 +167,7 @@ class CudaEngine:
         domain = Domain(
             NodeGroup(group, topology.local_ranks) if is_internode else group,
             num_bytes=num_bytes,
+            spare_bytes=spare_bytes,
             timeout_s=timeout_s,
             names=Names(topology.local_ranks, topology.num_ranks),
         )

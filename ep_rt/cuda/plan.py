@@ -108,29 +108,40 @@ def num_stagers(num_pullers: int, num_bytes: int, *, max_blocks: int) -> int:
     return max(0, min(3 * num_pullers, max_blocks // 2 - num_pullers, -(-num_bytes // per_block)))
 
 
-def slab_bytes(
-    num_nvl_bytes: int, *, row_bytes: int = 0, answer_bytes: int = 0, num_topk: int = 0, num_rows: int = 0
-) -> int:
-    """Payload of a slab.
+def slab_bytes(num_nvl_bytes: int) -> int:
+    """Payload of a slab without a model; `num_nvl_bytes`: what the caller asked for, 0 for the usual size."""
+    return align_up(num_nvl_bytes, OFFSET_UNIT) if num_nvl_bytes else DEFAULT_SLAB_BYTES
 
-    Args:
-        num_nvl_bytes: what the caller asked for; 0 to decide from the model.
-        row_bytes, num_topk: of the model's rows; `row_bytes` 0 for no model.
-        answer_bytes: of a row of the experts' output, at most.
-        num_rows: the most a rank can receive in one call.
+
+@dataclass(frozen=True, slots=True)
+class ModelBytes:
+    """What calls of a model need in the slab.
+
+    Attributes:
+        result: the most that a dispatch receives.
+        largest: that, or the experts' output, or what comes next once one of them is there.
     """
-    if num_nvl_bytes:
-        return align_up(num_nvl_bytes, OFFSET_UNIT)
-    if not row_bytes:
-        return DEFAULT_SLAB_BYTES
-    # Scale factors take a 32nd of an FP8 row.
-    metadata_bytes = 12 * num_topk + row_bytes // 32
-    result_bytes = num_rows * (row_bytes + metadata_bytes) + 4 * OFFSET_UNIT  # as its parts are aligned
-    # A result, the experts' output, and what both of them leave free: room for the next of either.
-    largest_bytes = result_bytes * max(1, -(-answer_bytes // row_bytes))
-    return max(
-        _MIN_MODEL_SLAB_BYTES, align_up(result_bytes, OFFSET_UNIT) + 2 * align_up(largest_bytes, OFFSET_UNIT)
-    )
+
+    result: int
+    largest: int
+
+    @classmethod
+    def of(cls, row_bytes: int, answer_bytes: int, num_topk: int, num_rows: int) -> ModelBytes:
+        """
+        Args:
+            row_bytes, answer_bytes: of a row that is dispatched, and of one of the experts' output, at most.
+            num_rows: the most a rank can receive in one call.
+        """
+        # Scale factors take a 32nd of an FP8 row.
+        metadata_bytes = 12 * num_topk + row_bytes // 32
+        num_bytes = num_rows * (row_bytes + metadata_bytes) + 4 * OFFSET_UNIT  # as its parts are aligned
+        result = align_up(num_bytes, OFFSET_UNIT)
+        return cls(result, result * max(1, -(-answer_bytes // row_bytes)))
+
+    @property
+    def slab(self) -> int:
+        """A result, the experts' output, and what both of them leave free."""
+        return max(_MIN_MODEL_SLAB_BYTES, self.result + 2 * self.largest)
 
 
 def rounded(num_bytes: int) -> int:
