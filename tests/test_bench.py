@@ -441,6 +441,34 @@ def test_layout_of_what_is_measured(
     assert len(seen) > 4
 
 
+def test_masks_and_statistics_take_part(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    honest_buffer, honest_dispatch, made = Buffer.__init__, Buffer.low_latency_dispatch, []
+
+    def spied(buffer: Buffer, *arguments: Any, **given: Any) -> None:
+        made.append(given.get("enable_shrink", False))
+        honest_buffer(buffer, *arguments, **given)
+
+    def miscounting(buffer: Buffer, *arguments: Any, **given: Any) -> Any:
+        given["cumulative_local_expert_recv_stats"][3] += 1
+        return honest_dispatch(buffer, *arguments, **given)
+
+    monkeypatch.setattr(Buffer, "__init__", spied)
+    given = [*LOW_LATENCY_RUN, "ll-pair", "ll-combine-fp8", "--masks", "--stats"]
+    assert program.main(given) == 0
+    assert any(made)
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["config"]["with_masks"]
+    assert "low-latency calls with masks, statistics" in shown.err
+    made.clear()
+    assert program.main([*LOW_LATENCY_RUN, "ll-pair", "--stats"]) == 0
+    assert not any(made)
+    monkeypatch.setattr(Buffer, "low_latency_dispatch", miscounting)
+    assert program.main(given) == run.CHECK_FAILED
+    assert "were added to their count" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("operation", ["ll-pair", "ll-pair-packed"])
 def test_both_results_of_a_pair_are_compared(
     operation: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -535,7 +563,7 @@ def test_sums_at_the_source_are_told_from_others(
             patch.setattr(
                 Buffer,
                 "low_latency_combine",
-                lambda *given, reduce="rank", other=other: honest(*given, reduce=other),
+                lambda *given, reduce="rank", other=other, **how: honest(*given, reduce=other, **how),
             )
             assert program.main([*LOW_LATENCY_RUN, name]) == run.CHECK_FAILED
         assert f"{name}, 5 tokens: the sum of token" in capsys.readouterr().err

@@ -70,6 +70,11 @@ class LowLatencyLayer:
         self._weights = place.put(np.ones(ids.shape, np.float32))
         self._y_there = np.zeros(shape, BF16.dtype)
         self._y = place.put(self._y_there)
+        self._stats, self._waits, self._sum_waits = (
+            place.put(np.zeros(num, dtype)) if options.with_stats else None
+            for num, dtype in ((shape[0], np.int32), (group.size, np.int64), (group.size, np.int64))
+        )
+        self._counted = np.zeros(routing.num_local_experts, np.int32)
         group.barrier()
         # The first call of a shape sets up memory; the first of each kind are not to be captured.
         self.handle = self.dispatch("rank").handle
@@ -106,6 +111,8 @@ class LowLatencyLayer:
             use_fp8=self.element is FP8,
             topk_weights=self._weights,
             layout=layout,
+            cumulative_local_expert_recv_stats=self._stats,
+            dispatch_wait_recv_cost_stats=self._waits,
             **options,
         )
 
@@ -118,7 +125,12 @@ class LowLatencyLayer:
 
     def combine(self, handle: Any = None, **how: Any) -> Any:
         return self.buffer.low_latency_combine(
-            self._y, self._ids, self._weights, handle or self.handle, **how
+            self._y,
+            self._ids,
+            self._weights,
+            handle or self.handle,
+            combine_wait_recv_cost_stats=self._sum_waits,
+            **how,
         )
 
     def pair(self, layout: str) -> Any:
@@ -136,6 +148,8 @@ class LowLatencyLayer:
             rows = self.payload.rows(src_rank, src_token, self.salt + first + number)
             self._y_there[number, : len(rows)] = rows * _Y_SCALE
         self.place.write(self._y, self._y_there)
+        if self._stats is not None:
+            self._counted = fetch(self.place, self._stats, np.int32)
 
     def problem(self, call: Call, out: Any) -> str | None:
         """What is wrong with a result; None if nothing is."""
@@ -151,6 +165,10 @@ class LowLatencyLayer:
         expected = [len(tokens) for _, tokens in self._sources]
         if counts.tolist() != expected:
             return f"rows of the experts are {counts.tolist()}, expected {expected}"
+        if self._stats is not None:
+            added = (fetch(self.place, self._stats, np.int32) - self._counted).tolist()
+            if added != expected:
+                return f"{added} rows of the experts were added to their count, expected {expected}"
         found = self._different_list(out.handle, is_packed=is_packed)
         if found is not None:
             return f"{found} of the handle is not that of ep_rt.reference"
@@ -242,14 +260,15 @@ def open_low_latency_buffer(group: Group, place: Place, routing: Routing, option
         group.size,
         options.num_experts,
         num_topk=options.num_topk,
-        # Casts, and rows for each column, have landing zones of their own.
-        with_columns=any(_COMBINES.get(name) for name in options.operations),
+        # Casts, and rows for each column, have landing zones of their own, and so has everything with masks.
+        with_columns=options.with_masks or any(_COMBINES.get(name) for name in options.operations),
     )
     return Buffer(
         group,
         num_rdma_bytes=2 * num_bytes if place.setting.backend == "cuda" else 0,
         low_latency_mode=True,
         allow_nvlink_for_low_latency_mode=not options.with_puts,
+        enable_shrink=options.with_masks,
         backend=place.setting.backend,
         timeout_s=TIMEOUT_S,
     )

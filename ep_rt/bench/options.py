@@ -76,6 +76,8 @@ class Options:
     num_ranks: int = 0  # 0: the processes of the launcher, else as many threads as fit the machine
     is_virtual: bool = False
     with_puts: bool = False
+    with_masks: bool = False
+    with_stats: bool = False
     compare: tuple[str, ...] = ()
     product: int = 0  # rows and columns; 0 for none
     json: str = ""
@@ -188,6 +190,12 @@ def add_parser(commands: Any) -> None:
     where.add_argument(
         "--puts", action="store_true", help="low-latency calls put to every rank, through NVSHMEM"
     )
+    where.add_argument(
+        "--masks", action="store_true", help="low-latency calls that leave late ranks out (enable_shrink)"
+    )
+    where.add_argument(
+        "--stats", action="store_true", help="low-latency calls count rows of experts, and how long they wait"
+    )
     output = parser.add_argument_group("output")
     output.add_argument(
         "--json", default="", metavar="FILE", help="all readings; - for stdout, the tables then go to stderr"
@@ -264,6 +272,8 @@ def options_of(parsed: argparse.Namespace) -> Options:
         num_ranks=parsed.ranks,
         is_virtual=parsed.virtual,
         with_puts=parsed.puts,
+        with_masks=parsed.masks,
+        with_stats=parsed.stats,
         compare=tuple(name for name in (*LIBRARIES, ONE_NODE) if name in parsed.compare),
         product=parsed.beside_product,
         json=parsed.json,

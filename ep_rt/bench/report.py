@@ -272,6 +272,11 @@ def header(report: Report) -> list[str]:
         f"hidden {options.hidden}, top-{options.num_topk} of {options.num_experts} experts, "
         f"{options.routing_text}, seed {options.seed}; {options.repeat} readings of each time"
     )
+    how = {"puts": options.with_puts, "masks": options.with_masks, "statistics": options.with_stats}
+    if any(how.values()):
+        lines.append(
+            f"low-latency calls with {', '.join(name for name, is_asked in how.items() if is_asked)}"
+        )
     return lines
 
 

@@ -74,12 +74,13 @@ def test_every_operation_is_checked_and_timed(place: str, tmp_path: Path) -> Non
     assert num_ranks == 1 or read["wire_limit_best_gbps"] > 1
 
 
+@pytest.mark.parametrize("how", [(), ("--masks", "--stats")])
 @pytest.mark.parametrize("place", PLACES)
-def test_every_operation_of_the_low_latency_mode(place: str, tmp_path: Path) -> None:
+def test_every_operation_of_the_low_latency_mode(place: str, how: tuple[str, ...], tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
     # Over nodes nothing is summed at the source.
     operations = set(LOW_LATENCY) - ({SUMMED_AT_SOURCE} if RANKS_PER_NODE else set())
-    run_bench(place, path, "--operations", *sorted(operations))
+    run_bench(place, path, "--operations", *sorted(operations), *how)
     if IS_UNDER_MPI and as_group().rank != 0:
         return
     read = json.loads(path.read_text())
