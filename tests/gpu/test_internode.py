@@ -162,6 +162,8 @@ def test_a_missing_rank_is_named_by_its_number_among_all_and_reset_helps(by_rank
                     assert SHORT_S * 0.9 < time.monotonic() - start < SHORT_S * 4
                     assert isinstance(error, ep_rt.PeerTimeoutError)
                     assert missing in error.peers
+                    nodes = buffer.topology.node_of_rank
+                    assert error.nodes == tuple(nodes[peer] for peer in error.peers)
                     cupy.cuda.runtime.deviceSynchronize()
                 check_after_reset(buffer)
 
