@@ -4,6 +4,7 @@ from . import reference
 from ._version import __version__
 from .buffer import Buffer
 from .config import Config
+from .cublas import leaving_sms
 from .errors import (
     ArrayError,
     BackendError,
@@ -54,6 +55,7 @@ __all__ = [
     "TopologyError",
     "__version__",
     "as_group",
+    "leaving_sms",
     "reference",
     "run_local",
 ]

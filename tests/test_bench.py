@@ -320,6 +320,9 @@ def test_what_a_product_beside_costs() -> None:
         "the product 110.5, not 100.0"
     ]
     assert len(lines[0]) <= 120
+    found.options = Options(product=4096, num_left_sms=16)
+    (line,) = (line for line in report.footer(found) if "beside" in line)
+    assert ", beside a 4096 x 4096 product that leaves 16 SMs: 16.0 us, not 8.5; " in line
     read = json.loads(report.as_json(found))["results"][0]["beside_product"]
     assert read["op_us"]["ranks"] == [[15.0, 17.0]] * 2
     assert read["product_us"]["median"] == 110.5
@@ -377,7 +380,16 @@ def test_operations_that_there_are() -> None:
     assert Options().operations_of("bf16", "host") == OPERATIONS[:4]
 
 
-@pytest.mark.parametrize("arguments", [("--topk", "300"), ("--hidden", "7170"), ("--zipf-exponent", "-1")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--topk", "300"),
+        ("--hidden", "7170"),
+        ("--zipf-exponent", "-1"),
+        ("--leave-sms", "16"),
+        ("--beside-product", "64", "--leave-sms", "-1"),
+    ],
+)
 def test_options_that_cannot_work(arguments: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError):
         parsed(*arguments)

@@ -503,7 +503,7 @@ def test_overlap_notices_a_wrong_product(
 
 
 def test_overlap_is_a_share_of_the_shorter(example: Callable[[str], Any]) -> None:
-    times = example("overlap").Times(16, dispatch=2.0, product=1.0, in_turn=3.2, together=2.7)
+    times = example("overlap").Times(16, dispatch=2.0, product=1.0, in_turn=3.2, untold=3.1, together=2.7)
     assert times.overlap == pytest.approx(0.5)
 
 

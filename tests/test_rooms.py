@@ -15,7 +15,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # A room imports only from rooms above it. Rooms of one line do not import each other.
 ORDER = [
     {"_version", "errors", "dlpack"},
-    {"config", "network_options", "arrays", "events", "handle"},
+    {"config", "cublas", "network_options", "arrays", "events", "handle"},
     {"cuda_arrays", "exchange", "results", "requests", "reference"},
     {"groups_torch", "node_group", "topology"},
     {"groups"},

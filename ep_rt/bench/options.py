@@ -49,7 +49,7 @@ examples:
   mpirun -n 8 python -m ep_rt bench --sms 16 24 --dtype both --json figures.json
   mpirun -n 2 python -m ep_rt bench --compare nccl jax
   EP_RT_RANKS_PER_NODE=2 mpirun -n 4 python -m ep_rt bench --compare one-node
-  mpirun -n 2 python -m ep_rt bench --operations ll-pair --tokens 8 128 --beside-product 4096
+  mpirun -n 2 python -m ep_rt bench --operations ll-pair --tokens 8 --beside-product 4096 --leave-sms 16
   python -m ep_rt bench --ranks 8 --virtual --tokens 128     eight ranks on one GPU
   python -m ep_rt bench --backend host --ranks 3 --tokens 64 no GPU needed
 """
@@ -80,6 +80,7 @@ class Options:
     with_stats: bool = False
     compare: tuple[str, ...] = ()
     product: int = 0  # rows and columns; 0 for none
+    num_left_sms: int = 0  # by the product
     json: str = ""
     plot: str = ""
     is_first_call: bool = False
@@ -98,6 +99,10 @@ class Options:
         num_within = self.num_experts // num_groups * num_picked
         if self.num_topk > num_within:
             raise ConfigError(f"top-{self.num_topk} of the {num_within} experts of {num_picked} groups")
+        if self.num_left_sms < 0 or (self.num_left_sms and not self.product):
+            raise ConfigError(
+                f"--leave-sms {self.num_left_sms}: of a product, --beside-product N, and from 0 up"
+            )
         if self.hidden % 16:
             raise ConfigError(f"--hidden {self.hidden}: rows must be a multiple of 16 bytes in every dtype")
 
@@ -171,6 +176,13 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="also each operation beside a product of N x N float16 matrices, and what that loses; "
         "ranks with a GPU each",
+    )
+    what.add_argument(
+        "--leave-sms",
+        type=int,
+        default=_DEFAULTS.num_left_sms,
+        metavar="N",
+        help="SMs that the product leaves to an operation beside it; default: none",
     )
     what.add_argument(
         "--first-call",
@@ -276,6 +288,7 @@ def options_of(parsed: argparse.Namespace) -> Options:
         with_stats=parsed.stats,
         compare=tuple(name for name in (*LIBRARIES, ONE_NODE) if name in parsed.compare),
         product=parsed.beside_product,
+        num_left_sms=parsed.leave_sms,
         json=parsed.json,
         plot=parsed.plot,
         is_first_call=parsed.first_call,

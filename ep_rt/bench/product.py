@@ -1,7 +1,7 @@
 """An operation beside a product of matrices, as a layer that overlaps communication with its experts has it.
 
 The operation runs on a stream of the highest priority, in CUDA graphs, the product on an ordinary one. Each
-is timed alone, and while the other one runs all the time.
+is timed alone, and while the other one runs all the time; then the product may leave some SMs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from ..cublas import leaving_sms
 from ..exchange import Group
 from .measure import NUM_IN_GRAPH, CudaTimer
 from .places import CudaPlace
@@ -38,12 +39,16 @@ class Product:
 
     Args:
         size: rows and columns.
+        num_left_sms: that the product leaves to an operation beside it.
     """
 
-    def __init__(self, group: Group, place: CudaPlace, timer: CudaTimer, size: int, repeat: int) -> None:
+    def __init__(
+        self, group: Group, place: CudaPlace, timer: CudaTimer, size: int, *, num_left_sms: int, repeat: int
+    ) -> None:
         import cupy
 
-        self._group, self._place, self._timer, self._repeat = group, place, timer, repeat
+        self._group, self._timer, self._repeat = group, timer, repeat
+        self._num_left_sms = num_left_sms
         rng = np.random.default_rng(group.rank)
         self._factors = [
             place.put(rng.standard_normal((size, size), np.float32).astype(np.float16)) for _ in range(2)
@@ -52,7 +57,8 @@ class Product:
         self._stream = cupy.cuda.Stream(non_blocking=True)
         # Below the least, the driver takes that.
         self._urgent = cupy.cuda.Stream(non_blocking=True, priority=-100)
-        self._multiply(3)
+        for multiply in (self._multiply, self._multiply_beside):
+            multiply(3)
         self._stream.synchronize()
 
     def measure(self, run: Callable[[], Any]) -> BesideTimes:
@@ -75,9 +81,13 @@ class Product:
             # An operation may wait for a product that fills the device, besides its own time.
             op_beside_us = most(op_alone) + NUM_IN_GRAPH * product_us
             num_products = math.ceil(_EXCESS * _NUM_GRAPHS * op_beside_us / product_us)
-            op = self._timed(self._urgent, operations, _NUM_GRAPHS, lambda: self._multiply(num_products))
+            op = self._timed(
+                self._urgent, operations, _NUM_GRAPHS, lambda: self._multiply_beside(num_products)
+            )
             num_graphs = math.ceil(_EXCESS * _NUM_PRODUCTS * product_us / most(op))
-            product = self._timed(self._stream, self._multiply, _NUM_PRODUCTS, lambda: operations(num_graphs))
+            product = self._timed(
+                self._stream, self._multiply_beside, _NUM_PRODUCTS, lambda: operations(num_graphs)
+            )
         self._group.barrier()
         del kept  # not before all ranks are done
         return BesideTimes(
@@ -93,6 +103,10 @@ class Product:
         with self._stream:
             for _ in range(count):
                 cupy.matmul(*self._factors, out=self._product)
+
+    def _multiply_beside(self, count: int) -> None:
+        with leaving_sms(self._num_left_sms, framework="cupy"):
+            self._multiply(count)
 
     def _timed(
         self,

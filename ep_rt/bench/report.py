@@ -373,10 +373,10 @@ def footer(report: Report) -> list[str]:
         if each.nvlink_bytes is not None:
             moved[f"{what} moved over NVLink {each.nvlink_bytes.text}"] = None
     lines += moved
-    size = report.options.product
+    size, num_left_sms = report.options.product, report.options.num_left_sms
+    product = f"a {size} x {size} product" + (f" that leaves {num_left_sms} SMs" if num_left_sms else "")
     lines += [
-        f"{each.operation} {each.element}, {each.num_tokens} tokens, beside a {size} x {size} product: "
-        f"{each.beside.text}"
+        f"{each.operation} {each.element}, {each.num_tokens} tokens, beside {product}: {each.beside.text}"
         for each in report.results
         if each.beside is not None
     ]

@@ -229,7 +229,14 @@ def _product(layer: Layer | LowLatencyLayer, timer: CudaTimer | HostTimer, found
         note = "not measured beside a product: that needs ranks with a GPU each"
         found.notes += [] if note in found.notes else [note]
         return None
-    return Product(layer.group, place, timer, options.product, options.repeat)
+    return Product(
+        layer.group,
+        place,
+        timer,
+        options.product,
+        num_left_sms=options.num_left_sms,
+        repeat=options.repeat,
+    )
 
 
 def _compare(

@@ -89,10 +89,12 @@ def test_every_operation_of_the_low_latency_mode(place: str, how: tuple[str, ...
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_operations_beside_a_product(place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_left_sms", [0, 16])
+def test_operations_beside_a_product(place: str, num_left_sms: int, tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
     operations = ["dispatch", "dispatch-exact", "ll-pair"]
-    run_bench(place, path, "--operations", *operations, "--dtype=bf16", "--beside-product=512")
+    product = "--beside-product=512", f"--leave-sms={num_left_sms}"
+    run_bench(place, path, "--operations", *operations, "--dtype=bf16", *product)
     if IS_UNDER_MPI and as_group().rank != 0:
         return
     read = json.loads(path.read_text())

@@ -95,7 +95,7 @@ def test_overlap(tmp_path: Path) -> None:
     assert "check passed" in printed
     rows = [line.split() for line in printed.splitlines() if line.strip().endswith("%")]
     assert [row[0] for row in rows] == ["2", "8"]
-    assert all(float(milliseconds) > 0 for row in rows for milliseconds in (row[1], *row[3:6]))
+    assert all(float(milliseconds) > 0 for row in rows for milliseconds in (row[1], *row[3:7]))
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
