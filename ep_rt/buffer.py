@@ -100,6 +100,9 @@ class Buffer:
             come to `reset`, with all others. `close` waits for no masked rank, which may call it, too. A
             group that is not one of ep_rt's must be a `PeerGroup` for these two. Over several nodes it is for
             NVSHMEM's transport to bear that a rank is lost, and that was not tried.
+        num_low_latency_sms: on GPUs, the most SMs that a low-latency call takes, at least two more than there
+            are ranks; None: all. Told so, it runs beside a product that leaves as many, see `leaving_sms`.
+            Ranks that share a GPU take their part of it at most.
         backend: "host"; "cuda", over several nodes with NVSHMEM; or "auto": what ``EP_RT_BACKEND`` says, else
             "cuda" if the ranks are on one host, the current GPU of each is its own, and several nodes of that
             host can be served, else "host". The attribute `backend` tells.
@@ -132,6 +135,7 @@ class Buffer:
         allow_mnnvl: bool = False,
         explicitly_destroy: bool = False,
         enable_shrink: bool = False,
+        num_low_latency_sms: int | None = None,
         backend: str = "auto",
         ranks_per_node: int | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
@@ -150,7 +154,9 @@ class Buffer:
         self._network_options = network or NetworkOptions()
         peers = Peers(self.group, timeout_s)
         requested = attempt(
-            lambda: self._check_construction(backend, num_nvl_bytes, num_rdma_bytes, num_qps_per_rank)
+            lambda: self._check_construction(
+                backend, num_nvl_bytes, num_rdma_bytes, num_qps_per_rank, num_low_latency_sms
+            )
         )
         place = backends.gpu_place() if requested in ("auto", "cuda") else None
         announced = peers.agree(
@@ -163,6 +169,7 @@ class Buffer:
                     "backend": requested,
                     "low_latency_mode": low_latency_mode,
                     "enable_shrink": enable_shrink,
+                    "num_low_latency_sms": num_low_latency_sms,
                     "allow_nvlink_for_low_latency_mode": allow_nvlink_for_low_latency_mode,
                     "network": astuple(self._network_options),
                     "model": None if moe is None else astuple(moe),
@@ -206,6 +213,7 @@ class Buffer:
                 with_low_latency=low_latency_mode,
                 with_nvlink_low_latency=allow_nvlink_for_low_latency_mode,
                 enable_shrink=enable_shrink,
+                num_low_latency_sms=num_low_latency_sms,
                 counts_bytes=counts_bytes,
                 label=peers.label,
             )
@@ -816,7 +824,12 @@ class Buffer:
         return self._engine
 
     def _check_construction(
-        self, backend: str, num_nvl_bytes: int, num_rdma_bytes: int, num_qps_per_rank: int | None
+        self,
+        backend: str,
+        num_nvl_bytes: int,
+        num_rdma_bytes: int,
+        num_qps_per_rank: int | None,
+        num_low_latency_sms: int | None,
     ) -> str:
         if num_qps_per_rank is not None and self._network_options.num_qps_per_rank is None:
             num_qps = integer(num_qps_per_rank, "num_qps_per_rank")
@@ -825,6 +838,8 @@ class Buffer:
             raise ConfigError(
                 f"num_nvl_bytes={num_nvl_bytes} and num_rdma_bytes={num_rdma_bytes} must not be negative"
             )
+        if num_low_latency_sms is not None and integer(num_low_latency_sms, "num_low_latency_sms") < 1:
+            raise ConfigError(f"num_low_latency_sms={num_low_latency_sms} must be at least 1")
         if self._moe is not None:
             self._moe.check(self.num_ranks)
         return backends.requested(backend)

@@ -481,6 +481,23 @@ def test_masks_and_statistics_take_part(
     assert "were added to their count" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("num_sms", [16, None])
+def test_the_buffer_is_told_of_the_sms_of_low_latency_calls(
+    num_sms: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, made = Buffer.__init__, set()
+
+    def spied(buffer: Buffer, *arguments: Any, **given: Any) -> None:
+        if given.get("low_latency_mode"):
+            made.add(given["num_low_latency_sms"])
+        honest(buffer, *arguments, **given)
+
+    monkeypatch.setattr(Buffer, "__init__", spied)
+    asked = [] if num_sms is None else [f"--low-latency-sms={num_sms}"]
+    assert program.main([*LOW_LATENCY_RUN, "ll-pair", *asked]) == 0
+    assert made == {num_sms}
+
+
 @pytest.mark.parametrize("operation", ["ll-pair", "ll-pair-packed"])
 def test_both_results_of_a_pair_are_compared(
     operation: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

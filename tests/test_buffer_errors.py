@@ -271,6 +271,10 @@ def test_construction_compares_what_must_agree() -> None:
             Buffer.for_moe(group, hidden=128, **(sizes | {"num_experts": 8 + group.rank}))
         with pytest.raises(ep_rt.ConfigError, match="enable_shrink differs"):
             Buffer(group, enable_shrink=group.rank == 0)
+        with pytest.raises(ep_rt.ConfigError, match="num_low_latency_sms differs"):
+            Buffer(group, num_low_latency_sms=16 + group.rank)
+        with pytest.raises(ep_rt.ConfigError, match="num_low_latency_sms=0 must be at least 1"):
+            Buffer(group, num_low_latency_sms=0)
         with pytest.raises(ep_rt.ConfigError, match="network differs"):
             Buffer(group, network=ep_rt.NetworkOptions(service_level=group.rank))
         with pytest.raises(ep_rt.ConfigError, match="network differs"):

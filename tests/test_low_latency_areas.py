@@ -16,7 +16,7 @@ import pytest
 from ep_rt.cuda.layout import OFFSET_UNIT, PAYLOAD_OFFSET
 from ep_rt.cuda.low_latency_areas import Areas
 from ep_rt.cuda.low_latency_places import SlabPlaces, SymmetricPlaces
-from ep_rt.cuda.low_latency_plan import AreaLayout, AreaShape
+from ep_rt.cuda.low_latency_plan import AreaLayout, AreaShape, max_send_blocks
 from ep_rt.cuda.pool import Pool
 from ep_rt.errors import ConfigError, HandleError
 from ep_rt.exchange import Group, PeerGroup
@@ -82,6 +82,7 @@ def domain_of(group: Group, slabs: list[Memory], num_bytes: int) -> Any:
         group=group,
         timeout_s=TIMEOUT_S,
         max_blocks=8,
+        num_blocks=lambda num_sms: min(num_sms, 8),
         gpu=("host", group.rank),
         runtime=Runtime,
         comm=SimpleNamespace(pointer=0, synchronize=lambda: None),
@@ -94,15 +95,15 @@ def domain_of(group: Group, slabs: list[Memory], num_bytes: int) -> Any:
     )
 
 
-def run(body: Callable[[Areas, PeerGroup, Any], None]) -> None:
-    """``body(areas, group, domain)`` on every rank."""
+def run(body: Callable[[Areas, PeerGroup, Any], None], num_sms: int | None = None) -> None:
+    """``body(areas, group, domain)`` on every rank; `num_sms` for its areas."""
     num_bytes = 4 * AreaLayout.of(shape(9)).num_bytes
     slabs = [Memory(PAYLOAD_OFFSET + num_bytes) for _ in range(NUM_RANKS)]
 
     def on_rank(group: Group) -> None:
         domain = domain_of(group, slabs, num_bytes)
         assert isinstance(group, PeerGroup)
-        body(Areas(domain, SlabPlaces(domain), enable_shrink=True), group, domain)
+        body(Areas(domain, SlabPlaces(domain), enable_shrink=True, num_sms=num_sms), group, domain)
 
     run_local(on_rank, NUM_RANKS, timeout_s=20)
 
@@ -187,13 +188,27 @@ def test_who_is_lost_may_close_while_others_go_on() -> None:
     run(body)
 
 
-@pytest.mark.parametrize(("gpus", "most"), [((0, 1, 2), 1), ((0, 1, 0), 2), ((0, 0, 0), 3)])
-def test_all_ranks_count_those_on_a_gpu(gpus: tuple[int, ...], most: int) -> None:
+@pytest.mark.parametrize(("num_sms", "most"), [(None, 8), (6, 6), (9, 8)])
+def test_calls_keep_to_the_sms_that_they_may_take(num_sms: int | None, most: int) -> None:
+    """Beside others no block may wait until another one is done, though the rank has its GPU to itself."""
+
+    def body(areas: Areas, group: PeerGroup, domain: Any) -> None:
+        area = areas.get(shape(9), CALL)
+        assert areas.max_blocks == most
+        assert area.max_send_blocks == max_send_blocks(area.shape, max_blocks=most)
+        assert area.is_alone == (num_sms is None)
+        assert areas.part()[0] == ()
+
+    run(body, num_sms)
+
+
+@pytest.mark.parametrize(("gpus", "is_alone"), [((0, 1, 2), True), ((0, 1, 0), False), ((0, 0, 0), False)])
+def test_all_ranks_know_whether_some_share_a_gpu(gpus: tuple[int, ...], is_alone: bool) -> None:
     """Also those of another node, whom the domain of a rank does not have."""
 
     def body(areas: Areas, group: PeerGroup, domain: Any) -> None:
         domain.gpu = "host", gpus[group.rank]
-        assert areas.get(shape(3), CALL).num_sharing == most
+        assert areas.get(shape(3), CALL).is_alone == is_alone
         assert areas.part()[0] == ()
 
     run(body)

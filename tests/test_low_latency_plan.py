@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -99,8 +100,8 @@ def test_all_blocks_of_a_call_fit(max_blocks: int) -> None:
         copies = plan.num_copy_blocks(shape, senders, max_blocks=max_blocks)
         blocks = plan.dispatch_blocks(shape, shape.num_max_tokens, senders, clears, lists, copies)
         assert blocks[2] <= 2 * max_blocks
-        for num_sharing in (1, 2):
-            sizes = {"max_blocks": max_blocks, "num_sharing": num_sharing}
+        for is_alone in (True, False):
+            sizes: Any = {"max_blocks": max_blocks, "is_alone": is_alone}
             most = plan.max_combine_blocks(shape, **sizes)
             assert senders <= most < MAX_SEND_BLOCKS
             for num_tokens in (0, 1, shape.num_max_tokens):
@@ -108,7 +109,7 @@ def test_all_blocks_of_a_call_fit(max_blocks: int) -> None:
                 blocks = plan.combine_blocks(shape, most, sums, sends_weights=True)
                 assert 1 <= sums <= 2 * max_blocks - max_blocks // 4  # others find a place
                 assert blocks[0] <= 2 * max_blocks
-                assert blocks[2] <= (2 * max_blocks if num_sharing == 2 else MAX_GRID_BLOCKS)
+                assert blocks[2] <= (MAX_GRID_BLOCKS if is_alone else 2 * max_blocks)
                 assert plan.num_send_blocks(num_tokens * shape.num_pieces, senders) <= senders
 
 
@@ -119,7 +120,8 @@ def test_a_model_takes_every_sm() -> None:
 def test_a_rank_alone_on_its_gpu_combines_with_more_blocks() -> None:
     shapes = [replace(DSV3, num_max_tokens=each) for each in (1, 8, 32, 128)]
     alone, beside = (
-        [plan.max_combine_blocks(each, max_blocks=132, num_sharing=num) for each in shapes] for num in (1, 2)
+        [plan.max_combine_blocks(each, max_blocks=132, is_alone=is_alone) for each in shapes]
+        for is_alone in (True, False)
     )
     assert alone == [28, 132, 132, 224]
     assert beside == [28, 132, 132, 132]

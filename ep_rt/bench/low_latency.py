@@ -269,6 +269,7 @@ def open_low_latency_buffer(group: Group, place: Place, routing: Routing, option
         low_latency_mode=True,
         allow_nvlink_for_low_latency_mode=not options.with_puts,
         enable_shrink=options.with_masks,
+        num_low_latency_sms=options.num_low_latency_sms,
         backend=place.setting.backend,
         timeout_s=TIMEOUT_S,
     )

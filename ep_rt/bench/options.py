@@ -39,7 +39,8 @@ operations:
   ll-combine-fp8, ll-combine-logfmt  the same rows cast for their way
   ll-combine-source   a row for each expert, summed where they arrive (reduce "source"); on GPUs of one node
   ll-pair, ll-pair-packed  ll-dispatch or ll-dispatch-packed, and ll-combine
-Those of the low-latency mode are measured when they are named; they take the SMs that they need.
+Those of the low-latency mode are measured when they are named; they take the SMs that they need,
+or --low-latency-sms at most.
 Combine sums bfloat16 rows, also after a dispatch of FP8: it is measured with --dtype bf16 or both.
 
 Every result is compared with what it must be, byte by byte, before it is timed. The status is 1 if one
@@ -78,6 +79,7 @@ class Options:
     with_puts: bool = False
     with_masks: bool = False
     with_stats: bool = False
+    num_low_latency_sms: int | None = None
     compare: tuple[str, ...] = ()
     product: int = 0  # rows and columns; 0 for none
     num_left_sms: int = 0  # by the product
@@ -158,6 +160,13 @@ def add_parser(commands: Any) -> None:
     )
     what.add_argument(
         "--sms", type=positive, nargs="+", default=_DEFAULTS.sms, help="SMs that an operation may use"
+    )
+    what.add_argument(
+        "--low-latency-sms",
+        type=positive,
+        default=_DEFAULTS.num_low_latency_sms,
+        metavar="N",
+        help="SMs that an operation of the low-latency mode may use; default: all",
     )
     what.add_argument("--repeat", type=positive, default=_DEFAULTS.repeat, help="readings of each time")
     what.add_argument(
@@ -286,6 +295,7 @@ def options_of(parsed: argparse.Namespace) -> Options:
         with_puts=parsed.puts,
         with_masks=parsed.masks,
         with_stats=parsed.stats,
+        num_low_latency_sms=parsed.low_latency_sms,
         compare=tuple(name for name in (*LIBRARIES, ONE_NODE) if name in parsed.compare),
         product=parsed.beside_product,
         num_left_sms=parsed.leave_sms,

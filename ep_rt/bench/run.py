@@ -176,7 +176,8 @@ def _measure_low_latency(
     """The operations of the low-latency mode, for one element and number of tokens."""
     with open_low_latency_buffer(group, place, routing, found.options) as buffer:
         layer = LowLatencyLayer(group, buffer, place, element, routing, found.options)
-        _measure_calls(layer, timer, found, console, num_sms=None)
+        num_sms = found.options.num_low_latency_sms if buffer.backend == "cuda" else None
+        _measure_calls(layer, timer, found, console, num_sms=num_sms)
         del layer  # its arrays, before the buffer that they lie in
         group.barrier()
 

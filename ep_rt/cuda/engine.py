@@ -155,6 +155,7 @@ class CudaEngine:
         with_low_latency: bool = False,
         with_nvlink_low_latency: bool = True,
         enable_shrink: bool = False,
+        num_low_latency_sms: int | None = None,
         counts_bytes: bool = False,
         label: str = "",
     ) -> None:
@@ -181,7 +182,7 @@ class CudaEngine:
             self._operations, self._expert_major, low_latency = together(
                 group,
                 "kernels",
-                lambda: self._load(with_low_latency and not is_low_latency_remote),
+                lambda: self._load(with_low_latency and not is_low_latency_remote, num_low_latency_sms),
                 timeout_s=timeout_s,
             )
             if is_internode or is_low_latency_remote:
@@ -219,12 +220,17 @@ class CudaEngine:
                 places,
                 owner=owner,
                 enable_shrink=enable_shrink,
+                num_sms=num_low_latency_sms,
                 label=label,
                 close=self.close,
             )
 
-    def _load(self, with_low_latency: bool) -> tuple[Operations, ExpertMajor, LowLatencyKernels | None]:
+    def _load(
+        self, with_low_latency: bool, num_low_latency_sms: int | None
+    ) -> tuple[Operations, ExpertMajor, LowLatencyKernels | None]:
         domain = self._domain
+        if num_low_latency_sms is not None:
+            domain.num_blocks(num_low_latency_sms)  # raises if there are fewer
         segmented = self._topology.num_nodes > 1
         specs_of = kernels.two_level_specs if segmented else kernels.normal_mode_specs
         specs = specs_of(counts=self._counts_bytes)

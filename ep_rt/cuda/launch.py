@@ -110,6 +110,7 @@ class Launch:
 
     Attributes:
         args: the fields of the argument struct, to be assigned to before a call. Pointers are integers.
+        max_blocks: that a call may have, and has by default.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class Launch:
         params = np.array([args.ctypes.data], np.uint64)
         self._keep_alive = (kernel, args, params)
         self.args: Any = fields
-        self._max_blocks = num_blocks
+        self.max_blocks = num_blocks
         self._error = driver.CUDADriverError
         where = kernel.function, kernel.spec.cfg.num_threads, kernel.shared_bytes, params.ctypes.data
         self._enqueue = _early_launch(*where, self._error) if starts_early else _launch(*where)
@@ -145,15 +146,15 @@ class Launch:
         """Enqueue on a stream of the kernel's device, which must be current in this thread.
 
         Args:
-            num_blocks: at most, and by default, what was bound.
+            num_blocks: at most, and by default, `max_blocks`.
 
         Raises:
             DeviceError: the driver refused, or there are more blocks than were bound.
         """
         if num_blocks is None:
-            num_blocks = self._max_blocks
-        elif num_blocks > self._max_blocks:
-            raise DeviceError(f"launching {self._name}: {num_blocks} blocks, bound were {self._max_blocks}")
+            num_blocks = self.max_blocks
+        elif num_blocks > self.max_blocks:
+            raise DeviceError(f"launching {self._name}: {num_blocks} blocks, bound were {self.max_blocks}")
         try:
             self._enqueue(stream, num_blocks)
         except self._error as error:

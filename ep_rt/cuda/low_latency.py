@@ -33,6 +33,7 @@ class CudaLowLatency:
         places: where its areas lie.
         owner: of the handles.
         enable_shrink: late ranks are masked.
+        num_sms: see `Areas`.
         label: of the buffer, among those of its group.
         close: what `close` does.
     """
@@ -46,12 +47,13 @@ class CudaLowLatency:
         *,
         owner: object,
         enable_shrink: bool,
+        num_sms: int | None,
         label: str,
         close: Callable[[], None],
     ) -> None:
         self._close = close
         self._domain = domain
-        self._areas = Areas(domain, places, enable_shrink=enable_shrink, label=label)
+        self._areas = Areas(domain, places, enable_shrink=enable_shrink, num_sms=num_sms, label=label)
         self._dispatch = LowLatencyDispatch(domain, self._areas, load, inputs, owner=owner)
         self._combine = LowLatencyCombine(domain, self._areas, load, inputs, owner=owner)
 

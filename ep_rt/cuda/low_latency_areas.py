@@ -62,7 +62,7 @@ class Area:
         pointers: of the area on every rank, as this rank sees them; 0 where stores do not reach.
         state: address of the `LOW_LATENCY_STATE`.
         max_send_blocks, max_combine_blocks: that send rows, the same on every rank.
-        num_sharing: ranks on one GPU, at most.
+        is_alone: see `plan.max_combine_blocks`.
         absent: ranks that took no part in making it, so that nobody knows where they have theirs.
         piece: its memory here.
     """
@@ -78,7 +78,7 @@ class Area:
         pointers: tuple[int, ...],
         max_blocks: int,
         *,
-        num_sharing: int,
+        is_alone: bool,
     ) -> None:
         import cupy
 
@@ -91,11 +91,9 @@ class Area:
         self.pointers = pointers
         self._state = cupy.cuda.alloc(LOW_LATENCY_STATE.itemsize)
         self.state: int = self._state.ptr
-        self.num_sharing = num_sharing
+        self.is_alone = is_alone
         self.max_send_blocks = plan.max_send_blocks(shape, max_blocks=max_blocks)
-        self.max_combine_blocks = plan.max_combine_blocks(
-            shape, max_blocks=max_blocks, num_sharing=num_sharing
-        )
+        self.max_combine_blocks = plan.max_combine_blocks(shape, max_blocks=max_blocks, is_alone=is_alone)
         self.reset_pending()
 
     @property
@@ -172,15 +170,29 @@ class Areas:
     Attributes:
         masks: address of the kernels' masks; 0 where late ranks are errors.
         rank, num_ranks: of all ranks that call.
+        max_blocks: see `plan.max_send_blocks`.
+
+    Args:
+        num_sms: of the GPU, that calls may take at most; None: all.
     """
 
-    def __init__(self, domain: Domain, places: Places, *, enable_shrink: bool, label: str = "") -> None:
+    def __init__(
+        self,
+        domain: Domain,
+        places: Places,
+        *,
+        enable_shrink: bool,
+        num_sms: int | None = None,
+        label: str = "",
+    ) -> None:
         import cupy
 
         self._label = label
         self._domain = domain
         self._places = places
         self.rank, self.num_ranks = places.group.rank, places.group.size
+        self._is_limited = num_sms is not None
+        self.max_blocks = domain.max_blocks if num_sms is None else domain.num_blocks(num_sms)
         self._areas: dict[AreaShape, Area] = {}
         self._masks = cupy.cuda.alloc(MASKS_BYTES)
         self.masks: int = self._masks.ptr if enable_shrink else 0
@@ -234,7 +246,7 @@ class Areas:
         except EpError as failure:
             error = str(failure)
         ranks = self._unmasked() if self.masks else list(range(self.num_ranks))
-        where = domain.max_blocks, domain.gpu
+        where = self.max_blocks, domain.gpu
         mine = (shape, where, None if piece is None else piece.offset, error)
         answers = self._meet(mine, ranks, "low-latency area")
         for rank, (their_shape, _, _, text) in answers.items():
@@ -255,7 +267,7 @@ class Areas:
             piece,
             places.pointers(offsets),
             min(max_blocks),
-            num_sharing=max(Counter(gpus).values()),
+            is_alone=max(Counter(gpus).values()) == 1 and not self._is_limited,
         )
         self._clear([area])
         # Peers may store here from now on.

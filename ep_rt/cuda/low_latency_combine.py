@@ -141,8 +141,8 @@ class LowLatencyCombine:
             sizes,
             num_tokens,
             area.max_combine_blocks,
-            max_blocks=domain.max_blocks,
-            num_sharing=area.num_sharing,
+            max_blocks=self._areas.max_blocks,
+            is_alone=area.is_alone,
         )
         results = domain.results([Column("bfloat16", (handle.hidden,))], frameworks[0])
         inputs = tuple(

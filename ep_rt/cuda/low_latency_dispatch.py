@@ -183,7 +183,7 @@ class LowLatencyDispatch:
             ],
             frameworks[0],
         )
-        max_blocks = domain.max_blocks
+        max_blocks = self._areas.max_blocks
         num_clear_blocks = plan.num_clear_blocks(sizes, 1 if is_packed else 2, max_blocks=max_blocks)
         num_list_blocks = plan.num_list_blocks(sizes, max_blocks=max_blocks)
         num_copy_blocks = 0

@@ -223,15 +223,15 @@ def max_send_blocks(shape: AreaShape, *, max_blocks: int) -> int:
     return max(1, num_send_blocks(shape.num_max_tokens * shape.num_ranks * shape.num_pieces, most))
 
 
-def max_combine_blocks(shape: AreaShape, *, max_blocks: int, num_sharing: int) -> int:
+def max_combine_blocks(shape: AreaShape, *, max_blocks: int, is_alone: bool) -> int:
     """Blocks that send rows of a combine when every rank has as many tokens as it may.
 
     Args:
-        num_sharing: ranks on a GPU. Where one is alone, those that add may come after those that send. Else
-            they would take places from others whom they wait for.
+        is_alone: every rank has a GPU to itself, all of it. Then those that add may come after those that
+            send. Else there may be no place left when these are done, or others whom they wait for need it.
     """
     few = max_send_blocks(shape, max_blocks=max_blocks)
-    if num_sharing > 1:
+    if not is_alone:
         return few
     room = 2 * max_blocks - shape.num_ranks - SPEAKERS
     num_turns = shape.num_max_tokens * shape.num_pieces
@@ -271,12 +271,12 @@ def num_copy_blocks(shape: AreaShape, num_senders: int, *, max_blocks: int) -> i
 
 
 def num_sum_blocks(
-    shape: AreaShape, num_tokens: int, num_senders: int, *, max_blocks: int, num_sharing: int
+    shape: AreaShape, num_tokens: int, num_senders: int, *, max_blocks: int, is_alone: bool
 ) -> int:
-    """Blocks that add what came back: beside `num_senders`, or after them if a rank is alone on its GPU."""
+    """Blocks that add what came back: beside `num_senders`, or after them, see `max_combine_blocks`."""
     num_turns = num_tokens * shape.num_pieces
     num_others = shape.num_ranks + SPEAKERS + num_senders
-    if num_sharing > 1:
+    if not is_alone:
         return max(1, num_send_blocks(num_turns, 2 * max_blocks - num_others))
     # They wait for peers, which may be in a call of another buffer first: its senders need a place here.
     most = min(2 * max_blocks - max_blocks // 4, MAX_GRID_BLOCKS - num_others)

@@ -167,6 +167,7 @@ class _Areas(Areas):
         self.rank, self.num_ranks = domain.rank, ranks.num_ranks
         self._areas = {}
         self.masks = masks
+        self.max_blocks = domain.max_blocks
 
     def _make(self, shape: AreaShape) -> Area:
         ranks, layout = self._ranks, AreaLayout.of(shape)
@@ -189,9 +190,9 @@ class _Areas(Areas):
         area._domain, area.piece = self._domain, None  # type: ignore[assignment]
         area.shape, area.layout, area.pointers = shape, layout, tuple(pointers)
         area.state = state.address
-        max_blocks, area.num_sharing = self._domain.max_blocks, 1
-        area.max_send_blocks = max_send_blocks(shape, max_blocks=max_blocks)
-        area.max_combine_blocks = max_combine_blocks(shape, max_blocks=max_blocks, num_sharing=1)
+        area.is_alone = True
+        area.max_send_blocks = max_send_blocks(shape, max_blocks=self.max_blocks)
+        area.max_combine_blocks = max_combine_blocks(shape, max_blocks=self.max_blocks, is_alone=True)
         area.reset_pending()
         return area
 

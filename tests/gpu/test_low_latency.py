@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import random
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,12 +31,15 @@ from ranks import (
 import ep_rt
 from ep_rt import Buffer, Group, as_group, reference
 from ep_rt.cuda import low_latency_plan as plan
+from ep_rt.cuda.launch import Launch
 from ep_rt.cuda.layout import MAX_LOCAL_EXPERTS, MAX_LOCAL_RANKS
+from ep_rt.cuda.plan import LOW_LATENCY_BLOCKS_PER_SM
 from ep_rt.exchange import PeerGroup
 
 if device_count():
     import cupy
     from device_arrays import Mismatches, copy, cuda_buffer, fetch, overwrite, poison, put
+    from holder import Holder
     from low_latency_cases import (
         ChangingTokens,
         Filler,
@@ -295,6 +299,62 @@ def test_no_sm_is_held_between_send_and_hook(place: str) -> None:
 
             for seed in range(4):
                 check_low_latency(buffer, seed, hook=True, between=fill)
+
+    run(place, body)
+
+
+def test_calls_keep_to_the_sms_that_they_may_take(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No call has more blocks than fit there, and calls come and go while another kernel holds the others."""
+    num_tokens, num_topk, num_local_experts = 128, 4, 4
+    most_blocks: dict[int, int] = {}  # by thread
+    enqueue = Launch.__call__
+
+    def counted(launch: Launch, stream: int, num_blocks: int | None = None) -> None:
+        thread = threading.get_ident()
+        most_blocks[thread] = max(most_blocks.get(thread, 0), num_blocks or launch.max_blocks)
+        enqueue(launch, stream, num_blocks)
+
+    monkeypatch.setattr(Launch, "__call__", counted)
+
+    def body(group: Group) -> None:
+        rng = np.random.default_rng(group.rank)
+        x = put(random_values(rng, (num_tokens, 7168), "bfloat16"))
+        ids = put(rng.integers(0, num_local_experts * group.size, (num_tokens, num_topk)))
+        weights = put(rng.random((num_tokens, num_topk), np.float32))
+        stream, device = cupy.cuda.get_current_stream(), cupy.cuda.Device()
+        gpus = group.allgather(device.pci_bus_id)
+        num_sms = group.size + 8
+        num_others = int(device.attributes["MultiProcessorCount"]) - num_sms * gpus.count(device.pci_bus_id)
+        holder = Holder(num_others) if gpus.index(device.pci_bus_id) == group.rank else None
+
+        def layer(buffer: Buffer) -> tuple[int, Any]:
+            """The most blocks of a call, and sums."""
+            most_blocks[threading.get_ident()] = 0
+            sizes = num_tokens, num_local_experts * group.size
+            buffer.low_latency_dispatch(x, ids, *sizes, use_fp8=True)
+            out = buffer.low_latency_dispatch(x, ids, *sizes, use_fp8=False)
+            combined = buffer.low_latency_combine(out.recv_x, ids, weights, out.handle).combined_x
+            stream.synchronize()
+            group.barrier()
+            return most_blocks[threading.get_ident()], combined
+
+        with low_latency_buffer(group) as buffer:
+            num_blocks, expected = layer(buffer)
+            assert num_blocks > LOW_LATENCY_BLOCKS_PER_SM * num_sms
+        with low_latency_buffer(group, num_low_latency_sms=num_sms) as buffer:
+            layer(buffer)
+            if holder is not None:
+                holder.start()
+            group.barrier()
+            num_blocks, beside = layer(buffer)
+            assert holder is None or holder.is_holding()
+            assert num_blocks <= LOW_LATENCY_BLOCKS_PER_SM * num_sms
+            group.barrier()
+            if holder is not None:
+                holder.wait()
+            assert same_bits(fetch(beside, BF16), fetch(expected, BF16))
+            for seed in range(8):
+                check_low_latency(buffer, seed)
 
     run(place, body)
 
