@@ -73,58 +73,6 @@ def fetch_any(array: Any, dtype: Any = None) -> Array:
     return fetch(array, dtype)
 
 
-class Filler:
-    """A kernel that needs all SMs of the device, and all shared memory of each, at the same time.
-
-    Its blocks wait for each other, but not for long: it ends also where they are never there together. Loads
-    its kernel when it is made, as `ChangingTokens` does.
-    """
-
-    LIMIT_NS = 20_000_000
-    _SOURCE = r"""
-    __device__ unsigned long long now_ns() {
-        unsigned long long value;
-        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(value));
-        return value;
-    }
-    extern "C" __global__ void fill(unsigned* num_arrived, unsigned goal, unsigned* num_alone,
-                                    unsigned long long limit_ns) {
-        extern __shared__ char memory[];
-        if (threadIdx.x != 0) return;
-        const unsigned long long end_ns = now_ns() + limit_ns;
-        memory[0] = 0;
-        atomicAdd(num_arrived, 1u);
-        while (atomicAdd(num_arrived, 0u) < goal) {
-            if (now_ns() < end_ns) continue;
-            atomicAdd(num_alone, 1u);
-            return;
-        }
-    }
-    """
-
-    def __init__(self) -> None:
-        attributes = cupy.cuda.Device().attributes
-        self._num_blocks = int(attributes["MultiProcessorCount"])
-        self._shared_bytes = int(attributes["MaxSharedMemoryPerBlockOptin"])
-        self._kernel = _loaded(self._SOURCE, "fill")
-        self._kernel.max_dynamic_shared_size_bytes = self._shared_bytes
-        self._num_arrived, self._num_alone = (put(np.zeros(1, np.int32)) for _ in range(2))
-        self._stream = cupy.cuda.Stream(non_blocking=True)
-        self._num_runs = 0
-
-    def fills(self) -> bool:
-        """Run it on a stream of its own, wait for it, and say whether it had all SMs."""
-        self._num_runs += 1
-        with self._stream:
-            goal = np.uint32(self._num_runs * self._num_blocks)
-            args = (self._num_arrived, goal, self._num_alone, np.uint64(self.LIMIT_NS))
-            self._kernel((self._num_blocks,), (32,), args, shared_mem=self._shared_bytes)
-            num_arrived, num_alone = fetch(self._num_arrived), fetch(self._num_alone)
-        assert int(num_arrived[0]) == goal
-        overwrite(self._num_alone, np.zeros(1, np.int32))
-        return int(num_alone[0]) == 0
-
-
 class ChangingTokens:
     """Tokens that a kernel changes, so that each replay of a graph has others; the host can tell which.
 
@@ -147,7 +95,7 @@ class ChangingTokens:
         self.x, self._first = (put(np.zeros((num_tokens, hidden), BF16)) for _ in range(2))
         self._count = put(np.zeros(1, np.int32))
         self._num_words = np.int32(num_tokens * hidden // 2)
-        self._kernel = _loaded(self._SOURCE, "change")
+        self._kernel = loaded(self._SOURCE, "change")
 
     def restart(self, first: Array) -> None:
         """The next change gives ``after(0, first)``. Waits for the current stream."""
@@ -186,7 +134,7 @@ class NegatingExperts:
     def __init__(self, num_local_experts: int, num_rows: int, hidden: int) -> None:
         self.y = put(np.zeros((num_local_experts, num_rows, hidden), BF16))
         self._sizes = np.int32(num_local_experts * num_rows), np.int32(hidden // 2)
-        self._kernel = _loaded(self._SOURCE, "answer")
+        self._kernel = loaded(self._SOURCE, "answer")
 
     def answer(self, out: Any) -> None:
         """Enqueue the answers to a dispatch without FP8, of either layout."""
@@ -203,7 +151,8 @@ class NegatingExperts:
         return (rows.view(np.uint16) ^ np.uint16(0x8000)).view(BF16)
 
 
-def _loaded(source: str, name: str) -> Any:
+def loaded(source: str, name: str) -> Any:
+    """A kernel, there before its first launch."""
     kernel = cupy.RawModule(code=source).get_function(name)
     kernel.kernel  # noqa: B018
     return kernel

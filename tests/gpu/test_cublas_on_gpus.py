@@ -11,7 +11,7 @@ from ep_rt import leaving_sms
 
 if device_count():
     import cupy
-    from holder import Holder
+    from occupants import Holder
 
 SIZE = 4096
 NUM_SMS = 16

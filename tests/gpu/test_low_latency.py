@@ -39,10 +39,8 @@ from ep_rt.exchange import PeerGroup
 if device_count():
     import cupy
     from device_arrays import Mismatches, copy, cuda_buffer, fetch, overwrite, poison, put
-    from holder import Holder
     from low_latency_cases import (
         ChangingTokens,
-        Filler,
         NegatingExperts,
         check_low_latency,
         check_received,
@@ -51,6 +49,7 @@ if device_count():
         same_but_for_nan,
     )
     from normal_cases import check_normal, context_is_alive, wide_case
+    from occupants import Filler, Holder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("place", PLACES)]
 
