@@ -160,9 +160,10 @@ class _Areas(Areas):
         made: dict[AreaShape, list[int]],
         masks: int,
         reached: Array | None,
+        is_alone: bool,
     ) -> None:
         self._ranks, self._domain, self._made = ranks, domain, made  # type: ignore[assignment]
-        self._reached = reached
+        self._reached, self._is_alone = reached, is_alone
         self._places = SimpleNamespace(is_over_network=reached is not None)
         self.rank, self.num_ranks = domain.rank, ranks.num_ranks
         self._areas = {}
@@ -190,9 +191,11 @@ class _Areas(Areas):
         area._domain, area.piece = self._domain, None  # type: ignore[assignment]
         area.shape, area.layout, area.pointers = shape, layout, tuple(pointers)
         area.state = state.address
-        area.is_alone = True
+        area.is_alone = self._is_alone
         area.max_send_blocks = max_send_blocks(shape, max_blocks=self.max_blocks)
-        area.max_combine_blocks = max_combine_blocks(shape, max_blocks=self.max_blocks, is_alone=True)
+        area.max_combine_blocks = max_combine_blocks(
+            shape, max_blocks=self.max_blocks, is_alone=area.is_alone
+        )
         area.reset_pending()
         return area
 
@@ -202,6 +205,7 @@ class Engines:
 
     Args:
         max_blocks: see `Domain.max_blocks`.
+        is_alone: see `Area`.
         reached: of calls over the network, see `LowLatency`.
     """
 
@@ -210,6 +214,7 @@ class Engines:
         ranks: Ranks,
         *,
         max_blocks: int,
+        is_alone: bool = True,
         with_masks: bool = False,
         reached: Array | None = None,
     ) -> None:
@@ -219,7 +224,7 @@ class Engines:
         for rank in range(ranks.num_ranks):
             domain: Any = _Domain(ranks, rank, max_blocks)
             masks = ranks.machine.allocate(rank, MASKS_BYTES, "masks").address if with_masks else 0
-            areas = _Areas(ranks, domain, made, masks, reached)
+            areas = _Areas(ranks, domain, made, masks, reached, is_alone)
             inputs: Any = SimpleNamespace(
                 readable=lambda view, pointer, call, base=ranks.slabs[rank].address: (
                     0 if view is None else pointer or base

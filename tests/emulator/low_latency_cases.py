@@ -323,7 +323,13 @@ def draw_engine(
     """The product's own host side: dispatches and combines of changing options, with and without hooks."""
     num_ranks = ranks.num_ranks
     reached = draw_reached(rng, ranks) if over_network else None
-    engines = Engines(ranks, max_blocks=num_ranks + 2, reached=reached)
+    engines = Engines(
+        ranks,
+        max_blocks=num_ranks + 2,
+        is_alone=bool(rng.integers(2)),
+        with_masks=bool(rng.integers(2)),
+        reached=reached,
+    )
     shape = AreaShape(
         num_ranks=num_ranks,
         num_max_tokens=max_tokens,
