@@ -214,9 +214,9 @@ class Engines:
         ranks: Ranks,
         *,
         max_blocks: int,
-        is_alone: bool = True,
-        with_masks: bool = False,
-        reached: Array | None = None,
+        is_alone: bool,
+        with_masks: bool,
+        reached: Array | None,
     ) -> None:
         self.ranks = ranks
         made: dict[AreaShape, list[int]] = {}
