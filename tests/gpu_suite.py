@@ -67,7 +67,7 @@ OVER_LOOPBACK = ("tests/gpu/test_nvshmem.py", *OVER_MANY_NODES)
 NORMAL_MODE = ("dispatch", "dispatch-cached", "combine")
 LOW_LATENCY = (
     *("ll-dispatch", "ll-dispatch-packed", "ll-dispatch-split"),
-    *("ll-combine", "ll-combine-fp8", "ll-combine-logfmt", "ll-pair", "ll-pair-packed"),
+    *("ll-combine", "ll-combine-split", "ll-combine-fp8", "ll-combine-logfmt", "ll-pair", "ll-pair-packed"),
 )
 SUMMARY = re.compile(r"((?:\d+ (?:passed|failed|skipped|errors?|deselected|warnings?)(?:, )?)+) in [\d.]+s")
 

@@ -20,13 +20,14 @@ from ep_rt import __main__ as program
 from ep_rt import reference
 from ep_rt.bench import check, low_latency, machine, one_node, options, places, plot, report, run, wire
 from ep_rt.bench.check import CheckError, check_against_reference
-from ep_rt.bench.layer import Layer
-from ep_rt.bench.measure import HostTimer, Times
+from ep_rt.bench.layer import Call, Layer
+from ep_rt.bench.measure import CudaTimer, HostTimer, PhaseTimes, Times
 from ep_rt.bench.options import LOW_LATENCY, OPERATIONS, Options
 from ep_rt.bench.product import BesideTimes
 from ep_rt.bench.workload import BF16, ELEMENTS, FP8, Payload, Routing, Traffic
 from ep_rt.buffer import Buffer
 from ep_rt.errors import ConfigError
+from ep_rt.groups import thread_groups
 from ep_rt.host.engine import HostEngine
 from ep_rt.topology import GpuPlace
 
@@ -329,6 +330,70 @@ def test_what_a_product_beside_costs() -> None:
     assert json.loads(report.as_json(a_report(result())))["results"][0]["beside_product"] is None
 
 
+def test_what_the_phases_of_a_call_take() -> None:
+    times = [PhaseTimes(send_us=(4.0, 5.0, 4.0), receive_us=(2.0 + rank,) * 3) for rank in range(2)]
+    found = a_report(result(operation="ll-combine-split", phases=report.Phases.of(times)), result())
+    assert [line for line in report.footer(found) if "phase" in line] == [
+        "ll-combine-split bf16, 40 tokens: the send phase 4.0 (4.0-4.0) us, the hook 2.5 (2.0-3.0) us "
+        "once all has landed"
+    ]
+    split, whole = json.loads(report.as_json(found))["results"]
+    assert split["phases"]["send_us"]["ranks"] == [[4.0, 5.0, 4.0]] * 2
+    assert split["phases"]["receive_us"]["median"] == 2.5
+    assert whole["phases"] is None
+
+
+class FakeDevice:
+    """One stream, and the host that fills it: it takes 7 us for whatever it enqueues."""
+
+    def __init__(self) -> None:
+        self.host_us = self.device_us = 0.0
+
+    def enqueue(self, us: float) -> float:
+        """When the device is done with it. It begins when the device has it, and is free."""
+        self.host_us += 7
+        self.device_us = max(self.device_us, self.host_us) + us
+        return self.device_us
+
+    def synchronize(self) -> None:
+        self.host_us = max(self.host_us, self.device_us)
+
+
+def test_phases_are_timed_when_all_that_they_need_is_enqueued(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, (group,) = FakeDevice(), thread_groups(1)
+
+    class Event:
+        def record(self, stream: Any) -> None:
+            self.at_us = device.enqueue(0.5)
+
+        @property
+        def done(self) -> bool:
+            return device.host_us >= self.at_us
+
+    held = SimpleNamespace(memset_async=lambda value, size, stream: device.enqueue(20))
+    cuda = SimpleNamespace(
+        Event=Event,
+        alloc=lambda size: held,
+        get_elapsed_time=lambda first, last: (last.at_us - first.at_us) / 1e3,
+    )
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    timer = object.__new__(CudaTimer)
+    place = SimpleNamespace(stream=None, synchronize=device.synchronize)
+    meeting = SimpleNamespace(enqueue=lambda stream: device.enqueue(3), check=lambda: None)
+    timer.__dict__.update(_group=group, _place=place, _meeting=meeting)
+
+    def begin() -> Any:
+        device.enqueue(5)
+        return SimpleNamespace(hook=lambda: device.enqueue(4))
+
+    found = timer.phases(Call(name="split", run=begin, can_be_captured=True, begin=begin))
+    assert found is not None
+    assert found.send_us == pytest.approx([5] * len(found.send_us))
+    assert found.receive_us == pytest.approx([4] * len(found.send_us))
+    assert len(found.send_us) == 20
+    assert timer.phases(Call(name="whole", run=begin, can_be_captured=True)) is None
+
+
 def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     found = a_report(result(), result(num_tokens=8), result(operation="combine"))
@@ -522,6 +587,29 @@ def test_both_results_of_a_pair_are_compared(
             patch.setattr(Buffer, name, wrong)
             assert program.main([*LOW_LATENCY_RUN, operation]) == run.CHECK_FAILED
         assert text in capsys.readouterr().err
+
+
+def test_the_sum_that_a_hook_makes_is_compared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    honest = Buffer.low_latency_combine
+
+    def wrong(buffer: Buffer, *arguments: Any, **given: Any) -> Any:
+        out = honest(buffer, *arguments, **given)
+        receive = out.hook
+        if receive is None:
+            return out
+
+        def hook() -> None:
+            receive()
+            one_bit(out.combined_x)
+
+        return out._replace(hook=hook)
+
+    monkeypatch.setattr(Buffer, "low_latency_combine", wrong)
+    assert program.main([*LOW_LATENCY_RUN, "ll-combine"]) == 0
+    assert program.main([*LOW_LATENCY_RUN, "ll-combine-split"]) == run.CHECK_FAILED
+    assert "ll-combine-split, 5 tokens: the sum of token 4 differs" in capsys.readouterr().err
 
 
 def next_of(rows: Any) -> None:

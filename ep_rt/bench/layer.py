@@ -27,11 +27,13 @@ class Call:
     Attributes:
         run: enqueues one, or performs it.
         can_be_captured: in a CUDA graph.
+        begin: for a call in two phases, the first one; what it returns has the hook that is the other one.
     """
 
     name: str
     run: Callable[[], Any]
     can_be_captured: bool
+    begin: Callable[[], Any] | None = None
 
 
 class Layer:

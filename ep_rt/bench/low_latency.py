@@ -29,6 +29,7 @@ _PACKED: Final = ("ll-dispatch-packed", "ll-pair-packed")
 _COMBINES: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "ll-combine": {},
+        "ll-combine-split": {},
         "ll-combine-fp8": {"use_fp8": True},
         "ll-combine-logfmt": {"use_logfmt": True},
         SUMMED_AT_SOURCE: {"reduce": "source"},
@@ -93,12 +94,19 @@ class LowLatencyLayer:
         runs: dict[str, Callable[[], Any]] = {
             "ll-dispatch": lambda: self.dispatch("rank"),
             "ll-dispatch-packed": lambda: self.dispatch("expert"),
-            "ll-dispatch-split": self.dispatch_split,
             "ll-pair": lambda: self.pair("rank"),
             "ll-pair-packed": lambda: self.pair("expert"),
         }
         runs |= {name: partial(self.combine, **how) for name, how in _COMBINES.items()}
-        return [Call(name=name, run=runs[name], can_be_captured=True) for name in self._names]
+        begins: dict[str, Callable[[], Any]] = {
+            "ll-dispatch-split": partial(self.dispatch, "rank", return_recv_hook=True),
+            "ll-combine-split": partial(self.combine, return_recv_hook=True),
+        }
+        runs |= {name: partial(_both_phases, begin) for name, begin in begins.items()}
+        return [
+            Call(name=name, run=runs[name], can_be_captured=True, begin=begins.get(name))
+            for name in self._names
+        ]
 
     # Operations.
 
@@ -115,13 +123,6 @@ class LowLatencyLayer:
             dispatch_wait_recv_cost_stats=self._waits,
             **options,
         )
-
-    def dispatch_split(self) -> Any:
-        """Its send phase, and at once its receive phase."""
-        out = self.dispatch("rank", return_recv_hook=True)
-        assert out.hook is not None
-        out.hook()
-        return out
 
     def combine(self, handle: Any = None, **how: Any) -> Any:
         return self.buffer.low_latency_combine(
@@ -236,6 +237,13 @@ class LowLatencyLayer:
         got = fetch(self.place, out.combined_x, BF16.dtype).astype(np.float32)
         different = np.flatnonzero((got != wanted.astype(BF16.dtype).astype(np.float32)).any(axis=1))
         return f"the sum of token {different[0]} differs" if len(different) else None
+
+
+def _both_phases(begin: Callable[[], Any]) -> Any:
+    """The send phase of a call, and at once its receive phase."""
+    out = begin()
+    out.hook()
+    return out
 
 
 def _arrived(sums: Array, name: str) -> Array:

@@ -29,6 +29,8 @@ NUM_IN_GRAPH: Final = 20
 _NUM_ON_STREAM: Final = 10
 _NUM_CALLS: Final = 20
 _NUM_IN_ROW: Final = 50
+_NUM_SPLIT: Final = 20
+_HELD_BYTES: Final = 256 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +43,21 @@ class Times:
     row_us: tuple[float, ...] | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseTimes:
+    """What one rank read of a call in two phases, in microseconds of the device. Neither phase waits: what is
+    received has landed."""
+
+    send_us: tuple[float, ...]
+    receive_us: tuple[float, ...]
+
+
 class Timer(Protocol):
     def measure(self, call: Call) -> Times:
         """Collective: every rank measures the same call."""
+
+    def phases(self, call: Call) -> PhaseTimes | None:
+        """Collective. None for a call in one phase, and where none runs by itself."""
 
 
 class HostTimer:
@@ -62,6 +76,9 @@ class HostTimer:
             call.run()
             readings.append((time.perf_counter() - start) * 1e6)
         return Times(kernel_us=None, op_us=tuple(readings), call_us=None)
+
+    def phases(self, call: Call) -> None:
+        return None
 
 
 class Meeting:
@@ -119,6 +136,43 @@ class CudaTimer:
         else:
             op_us = self._on_stream(call.run)
         return Times(kernel_us=kernel_us, op_us=op_us, call_us=self._returned(call.run), row_us=row_us)
+
+    def phases(self, call: Call) -> PhaseTimes | None:
+        import cupy
+
+        if call.begin is None:
+            return None
+        stream = self._place.stream
+        self._group.barrier()
+        held = cupy.cuda.alloc(_HELD_BYTES)
+        num_fills = 1
+        sends: list[float] = []
+        receives: list[float] = []
+        while len(sends) < _NUM_SPLIT:
+            begin, ready, sent, landed, received, end = self._events(6)
+            self._group.barrier()
+            # The device is busy until the host has enqueued all that follows, and waits for it nowhere.
+            for _ in range(num_fills):
+                held.memset_async(0, _HELD_BYTES, stream)
+            begin.record(stream)
+            self._meet()
+            ready.record(stream)
+            out = call.begin()
+            sent.record(stream)
+            self._meet()
+            landed.record(stream)
+            out.hook()
+            received.record(stream)
+            end.record(stream)
+            was_ahead = not begin.done
+            send_us, _, receive_us, pause_us = self._elapsed_us([ready, sent, landed, received, end], 1)
+            if all(self._group.allgather(was_ahead, op="bench phases")):
+                sends.append(send_us - pause_us)
+                receives.append(receive_us - pause_us)
+            else:
+                num_fills *= 2
+            del out
+        return PhaseTimes(send_us=tuple(sends), receive_us=tuple(receives))
 
     def between_barriers(self, enqueue: Callable[[], Any]) -> tuple[float, ...]:
         """Microseconds of the device for what `enqueue` enqueues, from when all ranks have met until the

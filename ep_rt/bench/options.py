@@ -12,7 +12,7 @@ OPERATIONS: Final = ("dispatch", "dispatch-cached", "dispatch-exact", "combine",
 
 LOW_LATENCY: Final = (
     *("ll-dispatch", "ll-dispatch-packed", "ll-dispatch-split"),
-    *("ll-combine", "ll-combine-fp8", "ll-combine-logfmt", "ll-combine-source"),
+    *("ll-combine", "ll-combine-split", "ll-combine-fp8", "ll-combine-logfmt", "ll-combine-source"),
     *("ll-pair", "ll-pair-packed"),
 )
 
@@ -34,8 +34,9 @@ operations:
                    times as many SMs copy, besides those that it is told to use
   ll-dispatch         low-latency mode, rows stay where they land (layout "rank"); weights travel along
   ll-dispatch-packed  rows are copied to their experts (layout "expert")
-  ll-dispatch-split   as ll-dispatch, in two kernels: the send phase, and the receive hook at once
   ll-combine          one row for each rank (reduce "rank"), in bfloat16
+  ll-dispatch-split, ll-combine-split  as ll-dispatch and ll-combine, in two kernels: the send phase, and the
+                      receive hook at once. On GPUs each is also timed alone, the hook when all has landed
   ll-combine-fp8, ll-combine-logfmt  the same rows cast for their way
   ll-combine-source   a row for each expert, summed where they arrive (reduce "source"); on GPUs of one node
   ll-pair, ll-pair-packed  ll-dispatch or ll-dispatch-packed, and ll-combine

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from statistics import median
 from typing import Any
 
-from .measure import Times
+from .measure import PhaseTimes, Times
 from .options import Options
 from .product import BesideTimes
 from .workload import NetworkBytes, NvlinkBytes, Traffic
@@ -87,6 +87,29 @@ class Beside:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Phases:
+    """The two phases of an operation on all ranks; see `PhaseTimes`."""
+
+    send: Reading
+    receive: Reading
+
+    @classmethod
+    def of(cls, times: Sequence[PhaseTimes]) -> Phases:
+        """From the times of every rank."""
+        return cls(
+            send=Reading(tuple(each.send_us for each in times)),
+            receive=Reading(tuple(each.receive_us for each in times)),
+        )
+
+    @property
+    def text(self) -> str:
+        return f"the send phase {self.send.text} us, the hook {self.receive.text} us once all has landed"
+
+    def as_json(self) -> dict[str, Any]:
+        return {"send_us": self.send.as_json(), "receive_us": self.receive.as_json()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OneNode:
     """An operation on one node of all ranks, where they were split into several."""
 
@@ -120,6 +143,7 @@ class Result:
         row_bytes: of a row on its way, with its scale factors.
         network_bytes, nvlink_bytes: what one call moved over the network and within nodes, where that is
             counted.
+        phases: of an operation in two.
         beside: a product of matrices, if that was asked for.
         one_node: the same on one node, if that was asked for.
     """
@@ -137,6 +161,7 @@ class Result:
     max_sms: int | None = None
     network_bytes: NetworkBytes | None = None
     nvlink_bytes: NvlinkBytes | None = None
+    phases: Phases | None = None
     beside: Beside | None = None
     one_node: OneNode | None = None
 
@@ -185,6 +210,7 @@ class Result:
             "wire_gbps": self.wire_gbps,
             "network_bytes": None if self.network_bytes is None else asdict(self.network_bytes),
             "nvlink_bytes": None if self.nvlink_bytes is None else asdict(self.nvlink_bytes),
+            "phases": None if self.phases is None else self.phases.as_json(),
             "beside_product": None if self.beside is None else self.beside.as_json(),
             "one_node": None if self.one_node is None else self.one_node.as_json(),
             "ratio_to_one_node": self.ratio_to_one_node,
@@ -373,6 +399,11 @@ def footer(report: Report) -> list[str]:
         if each.nvlink_bytes is not None:
             moved[f"{what} moved over NVLink {each.nvlink_bytes.text}"] = None
     lines += moved
+    lines += [
+        f"{each.operation} {each.element}, {each.num_tokens} tokens: {each.phases.text}"
+        for each in report.results
+        if each.phases is not None
+    ]
     size, num_left_sms = report.options.product, report.options.num_left_sms
     product = f"a {size} x {size} product" + (f" that leaves {num_left_sms} SMs" if num_left_sms else "")
     lines += [

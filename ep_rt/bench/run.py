@@ -16,7 +16,7 @@ from ..groups import as_group
 from . import first_call, machine, one_node, plot, report, wire
 from .check import CheckError, check_against_reference, check_call, count_over_nvlink
 from .console import Console, say
-from .layer import Layer, open_buffer
+from .layer import Call, Layer, open_buffer
 from .library import Library, Packed
 from .low_latency import LowLatencyLayer, open_low_latency_buffer
 from .measure import CudaTimer, HostTimer, Times, open_timer
@@ -25,7 +25,7 @@ from .options import ONE_NODE, OPERATIONS, SUMMED_AT_SOURCE, Options
 from .places import CudaPlace, Place, Setting, on_every_rank
 from .product import Product
 from .ragged import Ragged
-from .report import Beside, OneNode, Reading, Report, Result
+from .report import Beside, OneNode, Phases, Reading, Report, Result
 from .workload import BF16, ELEMENTS, Element, NvlinkBytes, Routing
 
 CHECK_FAILED = 1
@@ -210,6 +210,7 @@ def _measure_calls(
             traffic=layer.routing.traffic(by_column=call.name == SUMMED_AT_SOURCE),
             network_bytes=moved.network,
             nvlink_bytes=nvlink_bytes.get(call.name),
+            phases=_phases(layer.group, timer, call),
             beside=None
             if product is None or not call.can_be_captured
             else Beside.of(layer.group.allgather(product.measure(call.run), op="bench product times")),
@@ -220,6 +221,11 @@ def _measure_calls(
             result = replace(result, one_node=OneNode.of(times, max_sms=on_one_node.max_sms(call.name)))
         found.results.append(result)
         console.lines([report.line(found, result)])
+
+
+def _phases(group: Group, timer: CudaTimer | HostTimer, call: Call) -> Phases | None:
+    times = timer.phases(call)
+    return None if times is None else Phases.of(group.allgather(times, op="bench phases"))
 
 
 def _product(layer: Layer | LowLatencyLayer, timer: CudaTimer | HostTimer, found: Report) -> Product | None:

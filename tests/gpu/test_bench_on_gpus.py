@@ -86,6 +86,10 @@ def test_every_operation_of_the_low_latency_mode(place: str, how: tuple[str, ...
     read = json.loads(path.read_text())
     assert {entry["operation"] for entry in read["results"]} == operations
     assert all(entry["kernel_us"]["min"] > 0 for entry in read["results"])
+    for entry in read["results"]:
+        phases = entry["phases"]
+        assert (phases is not None) == entry["operation"].endswith("-split")
+        assert phases is None or min(phases["send_us"]["min"], phases["receive_us"]["min"]) > 0
 
 
 @pytest.mark.parametrize("place", PLACES)
