@@ -18,6 +18,7 @@ NETWORK_VARIABLES: Final[Mapping[str, str]] = {
     "NVSHMEM_ENABLE_NIC_PE_MAPPING": "1: cards are given to the ranks of a host in turn, not by distance",
     "NVSHMEM_IB_ENABLE_IBGDA": "1: GPUs drive the cards themselves; 0: a thread of the host does",
     "NVSHMEM_IBGDA_NUM_RC_PER_PE": "queue pairs to each peer that GPUs drive",
+    "NVSHMEM_IBGDA_RC_MAP_BY": "who shares one of these: cta, sm, warp or, in later versions, none",
     "NVSHMEM_IB_NUM_RC_PER_DEVICE": "queue pairs to each peer that the host's thread drives",
     "NVSHMEM_QP_DEPTH": "operations under way on a queue pair",
     "NVSHMEM_IBGDA_NIC_HANDLER": "who tells the card of new work: gpu, cpu or auto",
