@@ -17,7 +17,8 @@ from .support import FIRST_NEW, needs_emulator
 pytestmark = needs_emulator
 
 FIXED_PROGRAMS = 3
-NEW_SECONDS = 1.5  # for each scenario
+FIXED_SECONDS = 10.0  # for each scenario; after them no other one is begun
+NEW_SECONDS = 1.0
 
 
 def run(runner: Runner, seed: int) -> None:
@@ -30,9 +31,11 @@ def run(runner: Runner, seed: int) -> None:
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_scenario(name: str) -> None:
     runner = Runner.of(name)
+    until = time.monotonic() + FIXED_SECONDS
     for program in range(FIXED_PROGRAMS):
         for schedule in range(2):
-            run(runner, SCHEDULES * program + schedule)
+            if time.monotonic() < until:
+                run(runner, SCHEDULES * program + schedule)
     until, seed = time.monotonic() + NEW_SECONDS, FIRST_NEW
     while time.monotonic() < until:
         run(runner, seed)
