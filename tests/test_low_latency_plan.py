@@ -87,10 +87,20 @@ def test_twice_the_hint_has_room_for_the_outbox(num_ranks: int, num_max_tokens: 
     assert plan.area_bytes_hint(*sizes, over_network=True) <= 2 * plan.area_bytes_hint(*sizes)
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2, 8, 12, 32])
+def test_the_least_sms_are_what_the_error_says(num_ranks: int) -> None:
+    shape, least = replace(DSV3, num_ranks=num_ranks, num_experts=8 * num_ranks), plan.least_sms(num_ranks)
+    for more in range(300):
+        assert plan.max_send_blocks(shape, max_blocks=least + more) >= 1
+    with pytest.raises(ConfigError, match=f"{num_ranks} ranks need {least} SMs .* {least - 1} are there"):
+        plan.max_send_blocks(shape, max_blocks=least - 1)
+    assert num_ranks + 2 <= least <= num_ranks + num_ranks // 8 + 2
+
+
 @pytest.mark.parametrize("max_blocks", [9, 16, 33, 66, 78, 132, 256])
 def test_all_blocks_of_a_call_fit(max_blocks: int) -> None:
     for shape in (DSV3, replace(DSV3, num_max_tokens=1), replace(DSV3, num_ranks=2)):
-        if max_blocks < shape.num_ranks + 2:
+        if max_blocks < plan.least_sms(shape.num_ranks):
             continue
         senders = plan.max_send_blocks(shape, max_blocks=max_blocks)
         assert 1 <= senders < MAX_SEND_BLOCKS

@@ -6,7 +6,7 @@ Twin of what `kernels_cu/low_latency_session.cuh` and `wire.cuh` say of turns an
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import Final
 
 from ..errors import ConfigError
@@ -203,6 +203,11 @@ def num_combine_blocks(num_turns: int, few_blocks: int, max_blocks: int) -> int:
     return num_send_blocks(num_turns, few_blocks) if filled <= few_blocks else min(max_blocks, filled)
 
 
+def least_sms(num_ranks: int) -> int:
+    """SMs of a rank that have room for all kinds of blocks of a call, one that sends and one that copies."""
+    return next(each for each in count(1) if 2 * each - _num_others(num_ranks, each) >= 2)
+
+
 def max_send_blocks(shape: AreaShape, *, max_blocks: int) -> int:
     """Blocks that send rows of a dispatch when every rank has as many tokens as it may; the same on all.
 
@@ -212,12 +217,12 @@ def max_send_blocks(shape: AreaShape, *, max_blocks: int) -> int:
     Raises:
         ConfigError: no room for all kinds of blocks that a call has.
     """
-    room = 2 * max_blocks - _num_others(shape.num_ranks, max_blocks)
-    if room < 2:
+    if max_blocks < (least := least_sms(shape.num_ranks)):
         raise ConfigError(
-            f"low-latency calls of {shape.num_ranks} ranks need {shape.num_ranks + 2} SMs for each rank, and "
+            f"low-latency calls of {shape.num_ranks} ranks need {least} SMs for each rank, and "
             f"{max_blocks} are there"
         )
+    room = 2 * max_blocks - _num_others(shape.num_ranks, max_blocks)
     most = max_blocks if room - max_blocks >= max_blocks // 2 else room // 2
     most = min(most, MAX_SEND_BLOCKS - 1)  # the last flag is that of the metadata
     return max(1, num_send_blocks(shape.num_max_tokens * shape.num_ranks * shape.num_pieces, most))
