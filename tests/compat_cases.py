@@ -342,7 +342,7 @@ def check_elastic(
     summed_ranks: int | None = None,
     case: Case | None = None,
 ) -> None:
-    """One layer through `ElasticBuffer`, by rank and expanded: dispatched, repeated, combined.
+    """One layer through `ElasticBuffer` or `EPBuffer`, by rank and expanded: dispatched, repeated, combined.
 
     Args:
         summed_ranks: so many ranks, those of a node, sum and round before the whole is summed.
@@ -377,12 +377,19 @@ def check_elastic(
     is_row = e.row >= 0
     ids_here, weights_here = tensor(ids[rank]), tensor(case.topk_weights[rank])
     is_async = bool(seed // 3 % 2)
+    is_ep_buffer = isinstance(buffer, deep_ep.EPBuffer)
+    keeps_copy = bool(seed % 2) and not is_ep_buffer
 
     def launch(name: str, *args: Any, **options: Any) -> Any:
         if seed % 3 == 0:
             options |= {"previous_event": buffer.capture(), "allocate_on_comm_stream": True}
-        if seed % 3 == 1:
+        if seed % 3 == 1 and not is_ep_buffer:
             options["previous_event_before_epilogue"] = buffer.capture()
+        if is_ep_buffer and is_async and seed % 3 != 1:
+            event = getattr(buffer, name)(
+                *args, **options, async_with_compute_stream=True, defer_epilogue=True
+            )
+            return event.current_stream_wait()
         *results, event = getattr(buffer, name)(*args, **options, async_with_compute_stream=is_async)
         if is_async:
             event.current_stream_wait()
@@ -402,7 +409,7 @@ def check_elastic(
             num_experts=case.num_experts,
             num_max_tokens_per_rank=num_max_tokens,
             expert_alignment=alignment,
-            do_handle_copy=bool(seed % 2),
+            do_handle_copy=keeps_copy,
             do_cpu_sync=do_cpu_sync,
             do_expand=do_expand,
             use_tma_aligned_col_major_sf=is_fp8,
@@ -428,7 +435,7 @@ def check_elastic(
         # What programs read of a handle.
         assert (handle.do_expand, handle.num_experts) == (do_expand, case.num_experts)
         assert torch.equal(handle.topk_idx, ids_here)
-        assert (handle.topk_idx is ids_here) == (seed % 2 == 0)
+        assert (handle.topk_idx is ids_here) == (not keeps_copy)
         known_counts = mine.num_recv_tokens_per_expert if do_cpu_sync else []
         assert handle.num_recv_tokens_per_expert_list == known_counts
         by_number = handle.psum_num_recv_tokens_per_scaleup_rank

@@ -136,13 +136,18 @@ def low_latency(buffer, group, rank, num_ranks, use_logfmt):
                 expected = x * weights.masked_fill(idx == -1, 0).sum(dim=1, keepdim=True)
                 assert difference(expected, combined_x) < (9e-4 if use_fp8 or use_logfmt else 1e-5)
 
-def elastic(buffer, rank, num_ranks):
+def elastic(buffer, rank, num_ranks, is_deferred):
     num_tokens, hidden, num_topk, num_experts = 16 - rank, 256, 4, 4 * num_ranks
     x = torch.randn((num_tokens, hidden)).bfloat16()
     weights, idx = torch.topk(torch.rand((num_tokens, num_experts)), num_topk, dim=-1)
-    recv_x, recv_idx, recv_weights, handle, event = buffer.dispatch(
-        x, idx, weights, num_experts=num_experts, expert_alignment=8, do_expand=True,
-        previous_event=buffer.capture(), allocate_on_comm_stream=True, async_with_compute_stream=True)
+    options = dict(allocate_on_comm_stream=True, async_with_compute_stream=True)
+    if is_deferred:
+        options["defer_epilogue"] = True
+    out = buffer.dispatch(x, idx, weights, num_experts=num_experts, expert_alignment=8, do_expand=True,
+                          previous_event=buffer.capture(), **options)
+    if is_deferred:
+        out = *out.current_stream_wait(), out
+    recv_x, recv_idx, recv_weights, handle, event = out
     event.current_stream_wait()
     assert recv_idx is None and len(recv_x) == sum(handle.num_recv_tokens_per_expert_list)
     begin = 0
@@ -150,7 +155,8 @@ def elastic(buffer, rank, num_ranks):
     for end in handle.psum_num_recv_tokens_per_expert.tolist():
         y[begin:end] = recv_x[begin:end] * recv_weights[begin:end].view(-1, 1)
         begin = (end + 7) // 8 * 8
-    combined_x, combined_weights, _ = buffer.combine(y, handle, topk_weights=recv_weights)
+    out = buffer.combine(y, handle, topk_weights=recv_weights, **(options if is_deferred else {}))
+    combined_x, combined_weights, *_ = out.current_stream_wait() if is_deferred else out
     assert torch.equal(combined_weights, weights)
     assert difference(combined_x, x * weights.sum(dim=1, keepdim=True)) < 1e-4
 
@@ -174,7 +180,11 @@ def main():
     buffer.destroy()
     buffer = deep_ep.ElasticBuffer(group, num_max_tokens_per_rank=16, hidden=256, num_topk=4,
                                    explicitly_destroy=True)
-    elastic(buffer, rank, num_ranks)
+    elastic(buffer, rank, num_ranks, is_deferred=False)
+    buffer.destroy()
+    buffer = deep_ep.EPBuffer(group, num_max_tokens_per_rank=16, hidden=256, num_topk=4,
+                              explicitly_destroy=True)
+    elastic(buffer, rank, num_ranks, is_deferred=True)
     buffer.destroy()
     dist.barrier()
     dist.destroy_process_group()

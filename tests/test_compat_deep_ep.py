@@ -61,11 +61,10 @@ def test_low_latency_mode_equals_the_oracle(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("do_cpu_sync", [True, False])
-def test_elastic_buffer_equals_the_oracle(seed: int, do_cpu_sync: bool) -> None:
+@pytest.mark.parametrize("kind", [deep_ep.ElasticBuffer, deep_ep.EPBuffer])
+def test_elastic_buffer_equals_the_oracle(kind: Any, seed: int, do_cpu_sync: bool) -> None:
     def run(group: Group) -> None:
-        buffer = deep_ep.ElasticBuffer(
-            group, num_max_tokens_per_rank=64, hidden=384, num_topk=8, backend="host"
-        )
+        buffer = kind(group, num_max_tokens_per_rank=64, hidden=384, num_topk=8, backend="host")
         compat_cases.check_elastic(buffer, seed, do_cpu_sync=do_cpu_sync)
         buffer.destroy()
 
@@ -126,9 +125,10 @@ def test_calls_in_the_order_of_streams(mode: str) -> None:
 
 @pytest.mark.parametrize("do_cpu_sync", [False, True])
 @pytest.mark.parametrize("do_expand", [False, True])
-def test_elastic_calls_in_the_order_of_streams(do_expand: bool, do_cpu_sync: bool) -> None:
+@pytest.mark.parametrize("kind", [deep_ep.ElasticBuffer, deep_ep.EPBuffer])
+def test_elastic_calls_in_the_order_of_streams(kind: Any, do_expand: bool, do_cpu_sync: bool) -> None:
     def run(group: Group) -> None:
-        buffer = deep_ep.ElasticBuffer(group, 1 << 21, backend="host")
+        buffer = kind(group, 1 << 21, backend="host")
         compat_cases.check_elastic_order(buffer, Streams(), do_expand=do_expand, do_cpu_sync=do_cpu_sync)
         buffer.destroy()
 
@@ -173,6 +173,8 @@ def test_the_names_are_the_same_objects_by_either_module() -> None:
         "from deep_ep import ElasticBuffer, EPHandle\n"
         "assert deep_ep.buffers.legacy.Buffer is Buffer and deep_ep.buffers.elastic.EPHandle is EPHandle\n"
         "assert deep_ep.buffers.elastic.ElasticBuffer is ElasticBuffer\n"
+        "import deep_ep.buffers.ep, deep_ep.comm\n"
+        "assert deep_ep.buffers.ep.EPBuffer is deep_ep.EPBuffer\n"
         "assert deep_ep.utils.event.EventOverlap is EventOverlap\n"
         "import deep_ep._C as compiled\n"
         "assert compiled.EventHandle is EventHandle and compiled.Config is Config\n"
@@ -197,7 +199,7 @@ def test_the_names_are_the_same_objects_by_either_module() -> None:
             module.nothing  # noqa: B018
     for name in deep_ep.__all__:
         assert getattr(deep_ep, name) is not None
-    for kind in (deep_ep.Buffer, deep_ep.ElasticBuffer):
+    for kind in (deep_ep.Buffer, deep_ep.ElasticBuffer, deep_ep.EPBuffer):
         for name, member in vars(kind).items():
             if callable(member) and not name.startswith("_"):
                 assert member.__doc__, f"{kind.__name__}.{name}"
@@ -233,6 +235,21 @@ def test_positional_arguments_are_those_of_deep_ep() -> None:
         "num_worst_tokens",
         *schedule,
     ]
+    assert parameters(deep_ep.EPBuffer.__init__)[:7] == [
+        "group",
+        "num_bytes",
+        "num_max_tokens_per_rank",
+        "hidden",
+        "num_topk",
+        "use_fp8_dispatch",
+        "lb_allocation_plan_or_num_bytes",
+    ]
+    of_elastic = parameters(deep_ep.ElasticBuffer.dispatch)
+    of_elastic.remove("previous_event_before_epilogue")
+    assert parameters(deep_ep.EPBuffer.dispatch) == [*of_elastic, "defer_epilogue"]
+    of_elastic = parameters(deep_ep.ElasticBuffer.combine)
+    of_elastic.remove("previous_event_before_epilogue")
+    assert parameters(deep_ep.EPBuffer.combine) == [*of_elastic, "defer_epilogue"]
     assert parameters(deep_ep.Buffer.combine) == ["x", "handle", "topk_weights", "bias", *schedule]
     assert parameters(deep_ep.Buffer.low_latency_combine) == [
         "x",
@@ -462,6 +479,46 @@ def test_what_an_elastic_buffer_tells() -> None:
         with pytest.raises(ep_rt.BackendError, match="host backend has no streams"):
             buffer.get_comm_stream()
         buffer.destroy()
+
+    ep_rt.run_local(run, 4, timeout_s=20)
+
+
+def test_what_an_ep_buffer_does_besides() -> None:
+    def run(group: Group) -> None:
+        with pytest.raises(ep_rt.ConfigError, match="no redundant experts"):
+            deep_ep.EPBuffer(group, lb_allocation_plan_or_num_bytes=1 << 21, backend="host")
+        num_bytes = deep_ep.get_num_allocation_alignment()
+        assert deep_ep.EPBuffer.get_buffer_size_hint(group, 8, 128) % num_bytes == 0
+        buffer = deep_ep.EPBuffer(group, num_bytes, backend="host", ranks_per_node=2)
+        for found in (buffer.get_logical_domain_size(), deep_ep.get_physical_domain_size(buffer)):
+            assert found == deep_ep.comm.get_logical_domain_size(buffer) == (2, 2)
+        deep_ep.comm.barrier(buffer, wait_comm_stream=False)
+        ids = torch.arange(4).view(4, 1)
+        x = torch.full((4, 128), 1.0 + group.rank, dtype=torch.bfloat16)
+        sizes: Any = {"num_experts": 4, "num_max_tokens_per_rank": 4}
+        with pytest.raises(ep_rt.ConfigError, match="do_handle_copy=True"):
+            buffer.dispatch(x, ids, **sizes, do_handle_copy=True)
+        with pytest.raises(ep_rt.ConfigError, match="needs async_with_compute_stream=True"):
+            buffer.dispatch(x, ids, **sizes, defer_epilogue=True)
+        # A statistic is added to by the same wait that delivers, once.
+        stats = torch.zeros(1, dtype=torch.int32)
+        deferred: Any = {"async_with_compute_stream": True, "defer_epilogue": True}
+        event = buffer.dispatch(x, ids, None, stats, **sizes, do_expand=True, **deferred)
+        recv_x, recv_ids, recv_weights, handle = event.current_stream_wait()
+        assert (recv_ids, recv_weights, handle.do_expand, stats.tolist()) == (None, None, True, [4])
+        assert recv_x[:, 0].tolist() == [1, 2, 3, 4]
+        assert event.wait() is None
+        assert stats.tolist() == [4]
+        # It need not be said again that the handle's dispatch was expanded.
+        again, *_ = buffer.dispatch(x, handle=handle)
+        assert torch.equal(again, recv_x)
+        with pytest.raises(ep_rt.ConfigError, match="needs async_with_compute_stream=True"):
+            buffer.combine(recv_x, handle, defer_epilogue=True)
+        combined_x, combined_weights = buffer.combine(recv_x, handle, **deferred).wait()
+        assert combined_weights is None
+        assert torch.equal(combined_x, x)
+        buffer.destroy()
+        deep_ep.destroy_all_managed_nccl_comm()
 
     ep_rt.run_local(run, 4, timeout_s=20)
 

@@ -60,8 +60,8 @@ def deep_ep_buffer(group: Any, *, timeout_s: float = TIMEOUT_S, **options: Any) 
 
 
 @contextlib.contextmanager
-def elastic_buffer(group: Any, *, hidden: int = 384) -> Iterator[Any]:
-    buffer = deep_ep.ElasticBuffer(
+def elastic_buffer(group: Any, *, hidden: int = 384, kind: Any = deep_ep.ElasticBuffer) -> Iterator[Any]:
+    buffer = kind(
         group,
         num_max_tokens_per_rank=64,
         hidden=hidden,
@@ -109,9 +109,10 @@ def test_low_latency_mode_equals_the_oracle(place: str) -> None:
 
 @on_every_place
 @pytest.mark.parametrize("do_cpu_sync", [True, False])
-def test_elastic_buffer_equals_the_oracle(place: str, do_cpu_sync: bool) -> None:
+@pytest.mark.parametrize("kind", [deep_ep.ElasticBuffer, deep_ep.EPBuffer])
+def test_elastic_buffer_equals_the_oracle(place: str, kind: Any, do_cpu_sync: bool) -> None:
     def body(group: Group) -> None:
-        with elastic_buffer(group) as buffer, meeting(buffer._buffer, place):
+        with elastic_buffer(group, kind=kind) as buffer, meeting(buffer._buffer, place):
             for seed in range(8):
                 cases.check_elastic(buffer, seed, do_cpu_sync=do_cpu_sync, summed_ranks=RANKS_PER_NODE)
             buffer.barrier()
