@@ -13,7 +13,9 @@ from ..results import Dispatched
 from .ep_handle import EPHandle, unaligned
 from .events import EventHandle
 
-_ALIGN_BYTES = 2 << 20
+ALIGN_BYTES = 2 << 20
+"""Sizes of buffers are multiples of it."""
+
 _MIN_BYTES = 1 << 30
 
 
@@ -110,7 +112,7 @@ class ElasticBuffer:
         num_ranks: int = group.size() if callable(group.size) else group.size
         row_bytes = 2 * hidden + hidden // 16 + 12 * (num_topk or 16)
         num_bytes = 2 * num_ranks * num_max_tokens_per_rank * row_bytes
-        return max(1, -(-num_bytes // _ALIGN_BYTES)) * _ALIGN_BYTES
+        return max(1, -(-num_bytes // ALIGN_BYTES)) * ALIGN_BYTES
 
     @staticmethod
     def capture() -> EventHandle:

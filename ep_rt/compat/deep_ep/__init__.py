@@ -24,7 +24,7 @@ from ep_rt.compat.deep_ep.comm import (
     get_logical_domain_size,
     get_physical_domain_size,
 )
-from ep_rt.compat.elastic import ElasticBuffer
+from ep_rt.compat.elastic import ALIGN_BYTES, ElasticBuffer
 from ep_rt.compat.ep_buffer import EPBuffer
 from ep_rt.compat.ep_handle import EPHandle
 from ep_rt.compat.events import EventHandle
@@ -51,7 +51,7 @@ __all__ = [
 
 def get_num_allocation_alignment() -> int:
     """Bytes that sizes of buffers are a multiple of."""
-    return 2 << 20
+    return ALIGN_BYTES
 
 
 def __getattr__(name: str) -> Any:
