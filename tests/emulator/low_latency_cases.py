@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ep_rt import reference
-from ep_rt.cuda.low_latency_plan import AreaShape
+from ep_rt.cuda.low_latency_plan import AreaShape, least_sms
 
 from . import blocks, normal
 from .engine import Engines
@@ -325,7 +325,7 @@ def draw_engine(
     reached = draw_reached(rng, ranks) if over_network else None
     engines = Engines(
         ranks,
-        max_blocks=num_ranks + 2,
+        max_blocks=least_sms(num_ranks),
         is_alone=bool(rng.integers(2)),
         with_masks=bool(rng.integers(2)),
         reached=reached,
